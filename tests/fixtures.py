@@ -1,0 +1,28 @@
+"""Where the published fixtures are: the folder `shared` beside the repository, or `$KIMI_SHARED`."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+def shared_root() -> Path:
+    """The folder that holds `fixtures`, `data` and `docs`; it need not exist."""
+    return Path(os.environ.get("KIMI_SHARED") or REPO.parent / "shared")
+
+
+def shared(path: str) -> Path:
+    """The file or folder `path` of the shared folder.
+
+    Skips the test that asks when it is missing, but fails it when the variable CI is "true": there a missing fixture
+    would hide that the parity tests do not run.
+    """
+    found = shared_root() / path
+    if found.exists():
+        return found
+    message = f"{found} is missing; set KIMI_SHARED to the folder that holds {path.split('/')[0]}/"
+    if os.environ.get("CI") == "true":
+        pytest.fail(message)
+    pytest.skip(message)
