@@ -130,15 +130,15 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Packing shapes, mixture and workers. A group is the unit of packing: `rows_per_group` rows and the bins beside it."""
+    """Shapes, mixture, workers. A group is the unit of packing: `rows_per_group` rows and the bins beside it."""
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     tokenizer: str = ""  # path of a tokenizer file (`.json` of `tokenizers`, or a released `tiktoken.model`)
     sequence_length: int = 4096  # S, tokens a row
     rows_per_group: int = 1  # R
-    num_groups: int = 8  # G: logical shards of the stream; the global batch has G * R rows. A multiple of the device count
+    num_groups: int = 8  # G: logical shards of the stream; global batch G * R rows. A multiple of the device count
     vision_bins: tuple[tuple[int, int], ...] = ((4096, 1),)  # (P patches, bins a group), ascending P
-    vision_ratio: tuple[tuple[float, float], ...] = ((0.0, 0.1),)  # (from this share of training on, vision share of tokens)
+    vision_ratio: tuple[tuple[float, float], ...] = ((0.0, 0.1),)  # (from this share of training, vision token share)
     lookahead: int = 64  # examples that may wait for a group with room
     num_workers: int = 1  # worker processes a host; 0 reads in the training process
     prefetch: int = 4  # groups each worker keeps ready
