@@ -1,0 +1,89 @@
+# Everything from a bare clone; each target makes the environment it needs. `make help` lists the targets.
+# make PYTHON=/path/to/python ... picks the interpreter; make CONFIG=configs/x.py demo another run.
+
+CONFIG ?= configs/demo.py
+WORKDIR ?= runs/demo
+WORKERS ?= 2
+VENV := .venv
+QUICK := not slow and not tfds and not seqio and not lm_eval
+
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+# with CI=true a missing Python is an error, elsewhere a reason to skip
+NO_PYTHON = if [ "$$CI" = true ]; then echo "FAILED: $@ needs Python $(1)" >&2; exit 1; else echo "SKIPPED: $@ needs Python $(1)"; fi
+
+.PHONY: help demo setup test lint quick test-slow test-long test-tfds test-lm-eval test-py312 run-tfds run-lm-eval run-py312 clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo          train the whole model on text, images and video, evaluate it, write $(WORKDIR)/report.html"
+	@echo "make test          style, types and the quick tests (at most 12 minutes on 2 cores)"
+	@echo "make test-slow     long proofs, TFDS and seqio sources, lm-eval, the Python 3.12 stack"
+	@echo "make lint          ruff and mypy only;   make quick    the quick tests only"
+	@echo "make clean         forget environments and caches (runs/ is kept)"
+
+# ------------------------------------------------------------------------------------------------------ environments
+
+setup: $(VENV)/.ready-demo-test
+
+$(VENV)/.ready-demo-test: setup.py constraints/py311.txt constraints/py312.txt
+	@.ci/venv $(VENV) "3.11 3.12" demo,test
+
+.venv312/.ready-demo-test: setup.py constraints/py312.txt
+	@.ci/venv .venv312 "3.12" demo,test
+
+.venv-tfds/.ready-demo-test-tfds-seqio: setup.py constraints/py311-tfds.txt
+	@.ci/venv .venv-tfds "3.11" demo,test,tfds,seqio constraints/py311-tfds.txt
+
+# torch first: the plain requirement of lm-eval would bring the CUDA build
+.venv-lm-eval/.ready-demo-test-lm_eval: setup.py constraints/py311-lm-eval.txt
+	@.ci/venv .venv-lm-eval "3.11" demo,test,lm_eval constraints/py311-lm-eval.txt torch==2.13.0
+
+# -------------------------------------------------------------------------------------------------------------- demo
+
+demo: setup
+	@$(VENV)/bin/python -m kimi_jax.data tokenizer --config=$(CONFIG) --config.workdir=$(WORKDIR)
+	@$(VENV)/bin/python -m kimi_jax.train --config=$(CONFIG) --config.workdir=$(WORKDIR)
+	@$(VENV)/bin/python -m kimi_jax.report --workdir=$(WORKDIR)
+
+# ------------------------------------------------------------------------------------------------------------- tests
+
+test: lint quick
+
+lint: setup
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m ruff format --check .
+	$(VENV)/bin/python -m mypy
+
+quick: setup
+	$(VENV)/bin/python -m pytest -n $(WORKERS) -m "$(QUICK)"
+
+test-slow:
+	@$(MAKE) --no-print-directory test-long
+	@$(MAKE) --no-print-directory test-tfds
+	@$(MAKE) --no-print-directory test-lm-eval
+	@$(MAKE) --no-print-directory test-py312
+
+test-long: setup
+	$(VENV)/bin/python -m pytest -n $(WORKERS) -m "slow and not tfds and not seqio and not lm_eval"
+
+test-tfds:
+	@if .ci/find_python 3.11 >/dev/null; then $(MAKE) --no-print-directory run-tfds; else $(call NO_PYTHON,3.11); fi
+
+test-lm-eval:
+	@if .ci/find_python 3.11 >/dev/null; then $(MAKE) --no-print-directory run-lm-eval; else $(call NO_PYTHON,3.11); fi
+
+test-py312:
+	@if .ci/find_python 3.12 >/dev/null; then $(MAKE) --no-print-directory run-py312; else $(call NO_PYTHON,3.12); fi
+
+run-tfds: .venv-tfds/.ready-demo-test-tfds-seqio
+	.venv-tfds/bin/python -m pytest -m "tfds or seqio"
+
+run-lm-eval: .venv-lm-eval/.ready-demo-test-lm_eval
+	.venv-lm-eval/bin/python -m pytest -m lm_eval
+
+run-py312: .venv312/.ready-demo-test
+	.venv312/bin/python -m pytest -n $(WORKERS) -m "$(QUICK)"
+
+clean:
+	rm -rf .venv .venv312 .venv-tfds .venv-lm-eval .cache build dist *.egg-info
