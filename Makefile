@@ -42,8 +42,8 @@ $(VENV)/.ready-demo-test: setup.py constraints/py311.txt constraints/py312.txt
 # -------------------------------------------------------------------------------------------------------------- demo
 
 demo: setup
-	@$(VENV)/bin/python -m kimi_jax.data tokenizer --config=$(CONFIG) --config.workdir=$(WORKDIR)
-	@$(VENV)/bin/python -m kimi_jax.train --config=$(CONFIG) --config.workdir=$(WORKDIR)
+	@$(VENV)/bin/python -m kimi_jax.data tokenizer --config=$(CONFIG)
+	@$(VENV)/bin/python -m kimi_jax.train --config=$(CONFIG)
 	@$(VENV)/bin/python -m kimi_jax.report --workdir=$(WORKDIR)
 
 # ------------------------------------------------------------------------------------------------------------- tests

@@ -48,7 +48,7 @@ setup(
     version="0.1.0",
     description="Kimi K2.5 in JAX for TPUs: packed multimodal data, MoonViT-3D, MLA, MoE, MuonClip",
     packages=find_packages(include=["kimi_jax", "kimi_jax.*"]),
-    package_data={"kimi_jax": ["py.typed"]},
+    package_data={"kimi_jax": ["py.typed", "report.css"]},
     python_requires=">=3.11,<3.13",
     install_requires=CORE,
     extras_require={

@@ -21,7 +21,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 from jaxtyping import install_import_hook  # noqa: E402
 
-install_import_hook("kimi_jax", "beartype.beartype")
+install_import_hook("kimi_jax", "tests.typecheck.check")
 
 from hypothesis import settings  # noqa: E402
 

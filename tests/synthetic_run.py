@@ -1,0 +1,98 @@
+"""A made-up run folder for the tests of the report: the files that training and evaluation leave behind."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from kimi_jax.config import SourceConfig, TrainConfig, preset
+
+LAYERS, EXPERTS = 4, 8
+
+
+def write_run(folder: Path, steps: int = 600, seed: int = 0) -> Path:
+    """Writes config.json, metrics.jsonl, results.json, samples.json and pictures; returns the folder."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = TrainConfig(workdir=str(folder), steps=steps, model=preset("demo"))
+    sources = {"wiki": SourceConfig(path="wiki"), "vqa": SourceConfig(path="vqa", vision=True)}
+    data = dataclasses.replace(config.data, sequence_length=512, rows_per_group=4, num_groups=2, sources=sources)
+    config = dataclasses.replace(config, data=data)
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    lines = [json.dumps(_row(step, steps, rng)) for step in range(1, steps + 1, max(1, steps // 200))]
+    (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 12, "lo']))
+    (folder / "results.json").write_text(json.dumps(RESULTS))
+    (folder / "samples").mkdir(exist_ok=True)
+    samples = [_image_sample(folder, i, rng) for i in range(8)] + [_clip_sample(folder, i) for i in range(4)]
+    samples += [{"task": "text knowledge", "question": "The capital of France is <which city>?", "gold": "Paris",
+                 "answer": "Paris", "images": [], "correct": True}]  # fmt: skip
+    (folder / "samples.json").write_text(json.dumps(samples))
+    return folder
+
+
+def _row(step: int, steps: int, rng: np.random.Generator) -> dict:
+    done = step / steps
+    lr = 2e-3 * min(1.0, step / 50) * (1.0 if done < 0.65 else 0.5 + 0.5 * np.cos(np.pi * (done - 0.65) / 0.35))
+
+    def loss(start: float, end: float) -> float:
+        return end + (start - end) * np.exp(-6 * done) + rng.normal(0, 0.06)
+
+    row = {
+        "step": step, "loss": loss(7.2, 1.9), "loss_text": loss(7.4, 3.0), "loss_image": loss(7.0, 0.6),
+        "loss_video": loss(7.1, 0.9), "tokens_per_s": 6100 + rng.normal(0, 240),
+        "patches_per_s": 9800 + rng.normal(0, 500),
+        "mfu": 0.31 + rng.normal(0, 0.012), "lr": lr, "grad_norm": float(np.exp(rng.normal(0.2 - done, 0.25))),
+        "max_logit": (8 + 70 * done ** 1.5 * np.linspace(0.3, 1.3, LAYERS) + rng.normal(0, 2, LAYERS)).tolist(),
+        "expert_load": (rng.dirichlet(np.full(EXPERTS, 2 + 60 * done), LAYERS - 1) * 4096).tolist(),
+        "dropped": 0, "time_s": step * 0.55, "token_fill": 0.978 + rng.normal(0, 0.003), "vision_ratio": 0.30,
+    }  # fmt: skip
+    if (step - 1) % 60 == 0:
+        row["eval"] = {
+            "shapes and colours": 0.2 + 0.5 * done,
+            "video direction": 0.5 + 0.35 * done,
+            "wiki bits/byte": 3.4 - 1.5 * done,
+        }
+    return row
+
+
+def _image_sample(folder: Path, i: int, rng: np.random.Generator) -> dict:
+    image = Image.new("RGB", (64 + 16 * (i % 3), 64), "white")
+    corner = int(rng.integers(5, 25))
+    ImageDraw.Draw(image).ellipse([corner, corner, corner + 28, corner + 28], fill=["red", "blue", "green"][i % 3])
+    image.save(folder / "samples" / f"image_{i}.png")
+    right = i % 4 != 3
+    gold = ["red", "blue", "green"][i % 3]
+    return {"task": "shapes and colours", "question": "What is the colour of the shape?", "gold": gold,
+            "answer": gold if right else "teal", "control_answer": "gray", "images": [f"samples/image_{i}.png"],
+            "correct": right}  # fmt: skip
+
+
+def _clip_sample(folder: Path, i: int) -> dict:
+    names = []
+    for t in range(6):
+        image = Image.new("RGB", (70, 56), "black")
+        x = 6 + 8 * t if i % 2 else 50 - 8 * t
+        ImageDraw.Draw(image).rectangle([x, 20, x + 12, 32], fill="yellow")
+        names.append(f"samples/clip_{i}_{t}.png")
+        image.save(folder / names[-1])
+    gold = "right" if i % 2 else "left"
+    return {"task": "video direction", "question": "Which way does the square move?", "gold": gold,
+            "answer": "right", "control_answer": "left", "images": names, "correct": gold == "right"}  # fmt: skip
+
+
+RESULTS = [
+    {"task": "shapes and colours", "modality": "image", "metric": "exact match", "score": 0.712, "stderr": 0.014,
+     "control": 0.341, "control_name": "blank image", "chance": 0.077, "n": 1000},
+    {"task": "vision reasoning", "modality": "image", "metric": "accuracy", "score": 0.634, "stderr": 0.015,
+     "control": 0.602, "control_name": "blank image", "chance": 0.5, "n": 1000},
+    {"task": "digits (OCR)", "modality": "image", "metric": "exact match", "score": 0.873, "stderr": 0.017,
+     "control": 0.104, "control_name": "blank image", "chance": 0.1, "n": 360},
+    {"task": "video direction", "modality": "video", "metric": "accuracy", "score": 0.881, "stderr": 0.021,
+     "control": 0.512, "control_name": "single frame", "chance": 0.5, "n": 240},
+    {"task": "text knowledge", "modality": "text", "metric": "accuracy", "score": 0.243, "stderr": 0.022,
+     "control": 0.31, "control_name": "majority", "chance": 0.25, "n": 400},
+    {"task": "wiki", "modality": "text", "metric": "bits/byte", "score": 1.871, "stderr": 0.012, "control": 3.2,
+     "control_name": "unigram", "chance": None, "n": 512},
+]  # fmt: skip

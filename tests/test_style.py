@@ -1,0 +1,121 @@
+"""House rules that a linter does not know: file length, which room may import which, no machine paths."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures import REPO
+
+MAX_LINES = 500
+PACKAGE = sorted((REPO / "kimi_jax").rglob("*.py"))
+# room -> modules of kimi_jax that its files may not import
+FORBIDDEN = {
+    "nn": ("data", "train", "eval", "optim", "sharding", "hf", "infer", "rl", "agents", "cli", "report"),
+    "kernels": ("nn", "data", "train", "eval", "optim", "sharding", "cli", "report"),
+    "data": ("nn", "train", "eval", "optim", "kernels", "sharding"),
+    "optim": ("train", "eval", "data", "cli", "report"),
+}
+# third-party packages that a room may not import, not even inside a function
+FORBIDDEN_LIBRARIES = {
+    "data": ("jax", "flax", "optax", "orbax", "torch"),
+    "nn": ("torch", "tensorflow", "grain", "etils"),
+}
+# the only rooms that may import an optional extra
+EXTRAS = {
+    "tensorflow": "data/sources",
+    "tensorflow_datasets": "data/sources",
+    "seqio": "data/sources",
+    "pyarrow": "data/sources",
+    "lm_eval": "eval",
+}
+
+
+def rel(path: Path) -> str:
+    return path.relative_to(REPO).as_posix()
+
+
+def tracked() -> list[Path]:
+    out = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True)
+    names = out.stdout.splitlines() if out.returncode == 0 else []
+    return [REPO / name for name in names if (REPO / name).is_file()] or PACKAGE
+
+
+def imports(path: Path) -> list[str]:
+    """Every absolute module name that the file imports, inside functions too."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{rel(path)}: relative import; write the full name"
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+def room(path: Path) -> str:
+    return path.relative_to(REPO / "kimi_jax").parts[0]
+
+
+def starts(name: str, module: str) -> bool:
+    return name == module or name.startswith(module + ".")
+
+
+def test_no_long_file():
+    code = [p for p in tracked() if p.suffix in (".py", ".sh", ".css") or p.name == "Makefile"]
+    lengths = {rel(p): len(p.read_text(encoding="utf-8").splitlines()) for p in code}
+    long = {name: n for name, n in lengths.items() if n > MAX_LINES}
+    assert not long, f"files over {MAX_LINES} lines want splitting: {long}"
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=rel)
+def test_rooms_import_downwards_only(path):
+    names = imports(path)
+    for module in FORBIDDEN.get(room(path), ()):
+        bad = [n for n in names if starts(n, f"kimi_jax.{module}")]
+        assert not bad, f"{rel(path)} must not import {bad[0]}: see design, dependencies point one way"
+    for library in FORBIDDEN_LIBRARIES.get(room(path), ()):
+        bad = [n for n in names if starts(n, library)]
+        assert not bad, f"{rel(path)} must not import {bad[0]}"
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=rel)
+def test_extras_stay_in_their_rooms(path):
+    for library, home in EXTRAS.items():
+        if any(starts(n, library) for n in imports(path)):
+            assert rel(path).startswith(f"kimi_jax/{home}/"), f"{library} belongs to kimi_jax/{home}"
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=rel)
+def test_files_and_public_functions_say_what_they_are(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    if not tree.body:
+        return  # an empty __init__.py
+    assert ast.get_docstring(tree), f"{rel(path)} has no docstring"
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{rel(path)}: {node.name} has no docstring"
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=rel)
+def test_functions_fit_on_a_screen(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            length = node.end_lineno - node.lineno + 1
+            assert length <= 80, f"{rel(path)}: {node.name} has {length} lines"
+
+
+def test_no_machine_paths():
+    # assembled, so that this file does not find itself
+    pattern = re.compile("|".join(("/wo" + "rk/", "/ro" + "ot/", "/ho" + "me/[a-z]")))
+    texts = [
+        p for p in tracked() if p.suffix in (".py", ".md", ".toml", ".txt", ".sh") or p.name in ("Makefile", "run")
+    ]
+    bad = [rel(p) for p in texts if pattern.search(p.read_text(encoding="utf-8"))]
+    assert not bad, f"paths of one machine in {bad}"
+
+
+def test_there_is_no_drawer_for_everything():
+    assert not [rel(p) for p in PACKAGE if p.stem in ("utils", "util", "helpers", "common", "misc")]
