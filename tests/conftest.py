@@ -21,6 +21,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 from jaxtyping import install_import_hook  # noqa: E402
 
+import tests.typecheck  # noqa: E402, F401
+
 install_import_hook("kimi_jax", "tests.typecheck.check")
 
 from hypothesis import settings  # noqa: E402
