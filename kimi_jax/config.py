@@ -270,7 +270,7 @@ PRESETS = {
 def preset(name: str) -> ModelConfig:
     """The named model. Raises ConfigError with the nearest name for an unknown one."""
     if name not in PRESETS:
-        raise ConfigError(f"no model preset {name!r}{_nearest(name, PRESETS)}; there are: {', '.join(PRESETS)}")
+        raise ConfigError(f"no model preset {name!r}{nearest(name, PRESETS)}; there are: {', '.join(PRESETS)}")
     return PRESETS[name]()
 
 
@@ -305,7 +305,7 @@ def freeze(values: Any, cls: type = TrainConfig, path: str = "config") -> Any:
     unknown = [k for k in values if k not in hints]
     if unknown:
         key = unknown[0]
-        raise ConfigError(f"unknown setting {path}.{key}{_nearest(key, hints)}")
+        raise ConfigError(f"unknown setting {path}.{key}{nearest(key, hints)}")
     return cls(**{k: _convert(values[k], hints[k], f"{path}.{k}") for k in values})
 
 
@@ -341,7 +341,8 @@ def _convert_tuple(value: Any, items: tuple, path: str) -> tuple:
     return tuple(_convert(v, h, f"{path}[{i}]") for i, (v, h) in enumerate(zip(value, items, strict=True)))
 
 
-def _nearest(key: str, known: Any) -> str:
+def nearest(key: str, known: Any) -> str:
+    """` (did you mean 'x'?)` with the known name that looks most like `key`; empty when nothing is known."""
     close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.0)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
