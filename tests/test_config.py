@@ -1,4 +1,4 @@
-"""Settings: unknown ones are refused with the nearest name, and nothing is lost between ConfigDict, dataclass and JSON."""
+"""Settings: unknown ones are refused with the nearest name; nothing is lost between ConfigDict, dataclass and JSON."""
 
 import dataclasses
 import json
@@ -106,7 +106,7 @@ def test_presets_are_released_shapes():
     assert dataclasses.replace(k2, moe=None).num_moe_layers == 0
 
 
-# ---------------------------------------------------------------------------------------------------------- command line
+# --------------------------------------------------------------------------------------------------------- command line
 
 
 @pytest.mark.parametrize(
