@@ -54,8 +54,8 @@ setup(
     extras_require={
         "demo": DEMO,
         "parquet": PARQUET,
-        "tfds": ["tensorflow-datasets>=4.9.9,<5", "tensorflow>=2.20,<2.22"],
-        "seqio": ["seqio>=0.0.20,<0.1"],
+        "tfds": ["tensorflow-datasets>=4.9.10,<5"],  # reads ArrayRecord files without TensorFlow
+        "seqio": ["seqio>=0.0.20,<0.1", "tensorflow>=2.21,<2.22"],
         "lm_eval": ["lm_eval>=0.4.9,<0.5"],
         "tpu": ["libtpu"],
         "test": TEST + DEMO + PARQUET,

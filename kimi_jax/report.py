@@ -3,10 +3,10 @@
 Reads from the workdir (a file or key that is missing leaves its part of the page out):
 
 - `config.json`: the run's `TrainConfig` as nested JSON (`dataclasses.asdict`).
-- `metrics.jsonl`: one row a logged step: `step, loss, loss_text, loss_image, loss_video, tokens_per_s, patches_per_s,
-  mfu, lr, grad_norm, max_logit [L], expert_load [[E] a MoE layer], dropped, time_s` (since the start of training)`,
-  token_fill, vision_ratio`; evaluation during training adds `eval: {task: score}`. Rows of one step are merged and the
-  last writer wins, because a run that was killed repeats the steps after its last checkpoint.
+- `metrics.jsonl`: one row a log interval, as `kimi_jax.train.metrics` describes it: `step, loss, loss_text, loss_image,
+  loss_video, lr, grad_norm, max_logits [L], expert_load [[E] a MoE layer], dropped, clipped_heads, tokens_seen`, and
+  under `speed` and `data` what depends on the machine and what the data stream reports. Rows of one step are merged.
+- `eval.jsonl`: `{"step", "rows": [rows as in results.json]}` for every evaluation during training.
 - `results.json`: a list of `{task, modality, metric, score, stderr, control, control_name, chance, n}`.
 - `samples.json` (here or in `samples/`): a list of `{"task", "question", "gold", "answer", "control_answer" (optional),
   "images": [PNG paths relative to samples.json], "correct": bool}`; several images of one entry are shown as a strip.
@@ -70,7 +70,7 @@ def load(workdir: str | Path) -> Run:
     run = Run(
         workdir=folder,
         config=_read_json(folder / "config.json", {}),
-        rows=read_rows(folder / "metrics.jsonl"),
+        rows=with_evaluations(read_rows(folder / "metrics.jsonl"), read_rows(folder / "eval.jsonl")),
         results=results["rows"] if isinstance(results, dict) else results,
         samples=_read_json(sample_dir / "samples.json", []),
         sample_dir=sample_dir,
@@ -81,15 +81,27 @@ def load(workdir: str | Path) -> Run:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a `metrics.jsonl`, one a step, ascending. A line cut off by a kill is left out."""
+    """Rows of a JSONL log, one a step, ascending; the groups `speed` and `data` are opened. A cut line is left out."""
     merged: dict[int, dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
-            merged.setdefault(int(row["step"]), {}).update(row)
+            merged.setdefault(int(row["step"]), {}).update(row.pop("data", {}) | row.pop("speed", {}) | row)
         except (ValueError, KeyError, TypeError):
-            logging.warning("%s: left out a line that is not a metrics row: %.60s", path, line)
+            logging.warning("%s: left out a line that is not a row: %.60s", path, line)
     return [merged[step] for step in sorted(merged)]
+
+
+def with_evaluations(rows: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The metrics rows and, in between, rows `{"step", "eval": {name: score}}`, ascending by step."""
+    extra = []
+    for evaluation in evaluations:
+        scores = {}
+        for row in evaluation.get("rows", []):
+            name = f"{row['task']} ({row['metric']})" if lower_is_better(row) else row["task"]
+            scores[name] = row.get("score")
+        extra.append({"step": evaluation["step"], "eval": scores})
+    return sorted([*rows, *extra], key=lambda row: row["step"])
 
 
 def _read_json(path: Path, default: Any) -> Any:
@@ -194,17 +206,17 @@ def _subtitle(run: Run) -> str:
 
 
 def _facts(run: Run) -> str:
-    rows, last = run.rows, run.rows[-1] if run.rows else {}
-    data = run.config.get("data", {})
+    rows = [row for row in run.rows if "eval" not in row]
     facts: list[tuple[str, str]] = []
     if rows:
-        facts.append(("steps", f"{last['step']:,}"))
-    if rows and data:
-        fill = _mean(rows, "token_fill")
-        tokens = last["step"] * data["num_groups"] * data["rows_per_group"] * data["sequence_length"] * (fill or 1.0)
-        facts.append(("tokens seen", _short(tokens)))
-    if last.get("time_s"):
-        facts.append(("training time", f"{last['time_s'] / 60:.1f} min"))
+        facts.append(("steps", f"{rows[-1]['step']:,}"))
+    if _values(rows, "tokens_seen"):
+        facts.append(("tokens seen", _short(_values(rows, "tokens_seen")[-1])))
+    timed = [row for row in rows if row.get("step_s") is not None]
+    if timed:
+        steps = [b["step"] - a for a, b in zip([0, *(row["step"] for row in timed)], timed, strict=False)]
+        seconds = sum(n * row["step_s"] for n, row in zip(steps, timed, strict=True))
+        facts.append(("in training steps", f"{seconds / 60:.1f} min"))
     for key, name, show in (
         ("tokens_per_s", "tokens/s, median", lambda v: f"{v:,.0f}"),
         ("patches_per_s", "patches/s, median", lambda v: f"{v:,.0f}"),
@@ -215,8 +227,9 @@ def _facts(run: Run) -> str:
         values = sorted(_values(rows, key))
         if values:
             facts.append((name, show(values[len(values) // 2])))
-    if _values(rows, "dropped"):
-        facts.append(("tokens dropped", f"{sum(_values(rows, 'dropped')):,.0f}"))
+    for key, name in (("dropped", "tokens dropped"), ("clipped_heads", "heads clipped (QK-clip)")):
+        if _values(rows, key):
+            facts.append((name, f"{sum(_values(rows, key)):,.0f}"))
     cells = "".join(f"<div><dd>{esc(value)}</dd><dt>{esc(name)}</dt></div>" for name, value in facts)
     return f"<dl class=facts>{cells}</dl>" if facts else ""
 
@@ -368,11 +381,6 @@ def esc(value: Any) -> str:
 
 def _values(rows: Iterable[dict[str, Any]], key: str) -> list[float]:
     return [row[key] for row in rows if isinstance(row.get(key), (int, float)) and math.isfinite(row[key])]
-
-
-def _mean(rows: Sequence[dict[str, Any]], key: str) -> float | None:
-    values = _values(rows, key)
-    return sum(values) / len(values) if values else None
 
 
 def _short(value: float) -> str:

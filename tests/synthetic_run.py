@@ -13,7 +13,7 @@ LAYERS, EXPERTS = 4, 8
 
 
 def write_run(folder: Path, steps: int = 600, seed: int = 0) -> Path:
-    """Writes config.json, metrics.jsonl, results.json, samples.json and pictures; returns the folder."""
+    """Writes config.json, metrics.jsonl, eval.jsonl, results.json, samples.json and pictures; returns the folder."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     config = TrainConfig(workdir=str(folder), steps=steps, model=preset("demo"))
@@ -23,6 +23,8 @@ def write_run(folder: Path, steps: int = 600, seed: int = 0) -> Path:
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     lines = [json.dumps(_row(step, steps, rng)) for step in range(1, steps + 1, max(1, steps // 200))]
     (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 12, "lo']))
+    evaluations = [json.dumps(_evaluation(step, steps)) for step in range(100, steps + 1, 100)]
+    (folder / "eval.jsonl").write_text("\n".join(evaluations))
     (folder / "results.json").write_text(json.dumps(RESULTS))
     (folder / "samples").mkdir(exist_ok=True)
     samples = [_image_sample(folder, i, rng) for i in range(8)] + [_clip_sample(folder, i) for i in range(4)]
@@ -39,22 +41,23 @@ def _row(step: int, steps: int, rng: np.random.Generator) -> dict:
     def loss(start: float, end: float) -> float:
         return end + (start - end) * np.exp(-6 * done) + rng.normal(0, 0.06)
 
-    row = {
+    load = rng.dirichlet(np.full(EXPERTS, 2 + 60 * done), LAYERS - 1) * 4096
+    logits = 8 + 70 * done**1.5 * np.linspace(0.3, 1.3, LAYERS) + rng.normal(0, 2, LAYERS)
+    speed = {"tokens_per_s": 6100 + rng.normal(0, 240), "patches_per_s": 9800 + rng.normal(0, 500), "step_s": 0.55,
+             "wait_s": 0.001, "mfu": 0.31 + rng.normal(0, 0.012)}  # fmt: skip
+    return {
         "step": step, "loss": loss(7.2, 1.9), "loss_text": loss(7.4, 3.0), "loss_image": loss(7.0, 0.6),
-        "loss_video": loss(7.1, 0.9), "tokens_per_s": 6100 + rng.normal(0, 240),
-        "patches_per_s": 9800 + rng.normal(0, 500),
-        "mfu": 0.31 + rng.normal(0, 0.012), "lr": lr, "grad_norm": float(np.exp(rng.normal(0.2 - done, 0.25))),
-        "max_logit": (8 + 70 * done ** 1.5 * np.linspace(0.3, 1.3, LAYERS) + rng.normal(0, 2, LAYERS)).tolist(),
-        "expert_load": (rng.dirichlet(np.full(EXPERTS, 2 + 60 * done), LAYERS - 1) * 4096).tolist(),
-        "dropped": 0, "time_s": step * 0.55, "token_fill": 0.978 + rng.normal(0, 0.003), "vision_ratio": 0.30,
+        "loss_video": loss(7.1, 0.9) if step > 1 else None, "balance_loss": 1.0, "lr": lr, "tokens_seen": step * 4000,
+        "grad_norm": float(np.exp(rng.normal(0.2 - done, 0.25))), "dropped": 0, "clipped_heads": int(done > 0.95),
+        "max_logits": logits.tolist(), "max_logit": logits.max(), "expert_load": load.tolist(), "speed": speed,
+        "data": {"token_fill": 0.978 + rng.normal(0, 0.003), "vision_ratio": 0.30},
     }  # fmt: skip
-    if (step - 1) % 60 == 0:
-        row["eval"] = {
-            "shapes and colours": 0.2 + 0.5 * done,
-            "video direction": 0.5 + 0.35 * done,
-            "wiki bits/byte": 3.4 - 1.5 * done,
-        }
-    return row
+
+
+def _evaluation(step: int, steps: int) -> dict:
+    done = step / steps
+    scores = [(0.2 + 0.5 * done), (0.5 + 0.1 * done), (0.1 + 0.8 * done), (0.5 + 0.38 * done), 0.24, (3.4 - 1.5 * done)]
+    return {"step": step, "rows": [row | {"score": s} for row, s in zip(RESULTS, scores, strict=True)]}
 
 
 def _image_sample(folder: Path, i: int, rng: np.random.Generator) -> dict:
