@@ -1,0 +1,169 @@
+"""Muon with AdamW for what is not a matrix: the gradient part of MuonClip, as one optax transformation.
+
+Source: paper section 2.4, Algorithm 1. QK-clip, the other part, changes weights after the update: `qk_clip.apply`.
+Which parameter is treated how is declared where it is created (`kimi_jax.nn.param`), never guessed from its name.
+
+    Muon        M = mu M + G;  O = NewtonSchulz(G + mu M or M) * update_rms * sqrt(max(R, C))
+    AdamW       O = Adam(G), betas and epsilon of the config, no Nesterov
+    both        W = W - lr (O + weight_decay W)     norms, biases and embeddings decay as well
+    RouterBias  no update and no state here: `router_bias.apply`
+
+Shape letters: N matrices in a stack, R rows (input), C columns (output).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PyTree
+
+from kimi_jax.config import OptimizerConfig
+from kimi_jax.nn.param import AdamW, Muon, ParamInfo, RouterBias
+from kimi_jax.optim import newton_schulz, schedules
+
+LABELS = {Muon: "muon", AdamW: "adamw", RouterBias: "router_bias"}
+
+
+class MuonState(NamedTuple):
+    """Momentum of the Muon leaves, like the parameters in shape and dtype."""
+
+    momentum: PyTree
+
+
+def muonclip(
+    config: OptimizerConfig, total_steps: int, infos: PyTree, ns_dtype: DTypeLike | None = None
+) -> optax.GradientTransformation:
+    """The optimizer of a run, global-norm clipping and WSD learning rate included.
+
+    `infos` is `nn.param.metadata(boxed)`; parameters and gradients must be the same tree of arrays. `ns_dtype` is the
+    dtype of Newton-Schulz (default: `newton_schulz.default_dtype()`). The state is a pytree of arrays: momentum for
+    Muon leaves, two moments for AdamW leaves, counters. `update` needs `params` (weight decay).
+    Raises TypeError for a leaf without a known group, ValueError when `infos` and the parameters do not match, and
+    ConfigError for a schedule that does not fit into `total_steps`. Source: paper section 2.4.
+    """
+    _check_groups(infos)
+    labels = jax.tree.map(lambda info: LABELS[type(info.group)], infos)
+    muon_groups = [info.group for info in jax.tree.leaves(infos) if isinstance(info.group, Muon)]
+    transform = optax.chain(
+        optax.clip_by_global_norm(config.grad_clip_norm) if config.grad_clip_norm > 0 else optax.identity(),
+        optax.partition(
+            {
+                "muon": scale_by_muon(config, muon_groups, ns_dtype),
+                "adamw": optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps),
+                "router_bias": optax.set_to_zero(),
+            },
+            labels,
+        ),
+        optax.add_decayed_weights(config.weight_decay, mask=jax.tree.map(lambda label: label != "router_bias", labels)),
+        optax.scale_by_learning_rate(schedules.wsd(config, total_steps)),
+    )
+
+    def init(params: PyTree) -> optax.OptState:
+        _check_match(infos, params)
+        return transform.init(params)
+
+    def update(updates: PyTree, state: optax.OptState, params: PyTree | None = None) -> tuple[PyTree, optax.OptState]:
+        if params is None:
+            raise ValueError("muonclip decays weights: call update(grads, state, params)")
+        _check_match(infos, updates)
+        return transform.update(updates, state, params)
+
+    return optax.GradientTransformation(init, update)
+
+
+def scale_by_muon(
+    config: OptimizerConfig, groups: list[Muon], ns_dtype: DTypeLike | None = None
+) -> optax.GradientTransformation:
+    """Momentum, Newton-Schulz and RMS matching, without learning rate and decay.
+
+    `groups` holds one entry for each leaf of the tree, in tree order. Source: paper section 2.4.
+    """
+
+    def init(params: PyTree) -> MuonState:
+        return MuonState(jax.tree.map(jnp.zeros_like, params))
+
+    def update(updates: PyTree, state: MuonState, params: PyTree | None = None) -> tuple[PyTree, MuonState]:
+        mu = config.muon_momentum
+        momentum = jax.tree.map(lambda m, g: mu * m + g, state.momentum, updates)
+        ahead = jax.tree.map(lambda m, g: mu * m + g, momentum, updates) if config.muon_nesterov else momentum
+        leaves, treedef = jax.tree.flatten(ahead)
+        scaled = []
+        for leaf, group in zip(leaves, groups, strict=True):
+            matrices = as_matrices(leaf, group)
+            scale = config.update_rms * math.sqrt(max(matrices.shape[1:]))
+            direction = newton_schulz.orthogonalize(matrices, config.newton_schulz_steps, ns_dtype)
+            scaled.append((scale * direction).reshape(leaf.shape))
+        return jax.tree.unflatten(treedef, scaled), MuonState(momentum)
+
+    return optax.GradientTransformation(init, update)
+
+
+def as_matrices(leaf: Float[Array, "..."], group: Muon) -> Float[Array, "N R C"]:
+    """The leaf as a stack of the matrices that its group declares (N = 1 without batch axes)."""
+    batch, rows = leaf.shape[: group.batch], leaf.shape[group.batch : group.batch + group.rows]
+    columns = leaf.shape[group.batch + group.rows :]
+    return leaf.reshape(math.prod(batch), math.prod(rows), math.prod(columns))
+
+
+# -------------------------------------------------------------------------------------------------------------- metrics
+
+
+def group_rms(tree: PyTree[Float[Array, "..."]], infos: PyTree[ParamInfo]) -> dict[str, Float[Array, ""]]:
+    """Root mean square over all elements of the Muon leaves and of the AdamW leaves, float32; absent groups left out.
+
+    Of the updates of a step divided by its learning rate, Muon's is about `update_rms` (Moonlight's target, 0.2).
+    """
+    squares: dict[str, list] = {"muon": [], "adamw": []}
+    sizes = {"muon": 0, "adamw": 0}
+    for leaf, info in zip(jax.tree.leaves(tree), jax.tree.leaves(infos), strict=True):
+        label = LABELS[type(info.group)]
+        if label in squares:
+            squares[label].append(jnp.sum(jnp.square(leaf.astype(jnp.float32))))
+            sizes[label] += leaf.size
+    return {label: jnp.sqrt(sum(squares[label]) / sizes[label]) for label in squares if sizes[label]}
+
+
+def step_metrics(grads: PyTree, updates: PyTree, infos: PyTree[ParamInfo]) -> dict[str, Float[Array, ""]]:
+    """What a training step logs: `grad_norm` (global, before clipping) and `update_rms_muon`, `update_rms_adamw`."""
+    rms = {f"update_rms_{label}": value for label, value in group_rms(updates, infos).items()}
+    return {"grad_norm": optax.global_norm(grads), **rms}
+
+
+# --------------------------------------------------------------------------------------------------------------- checks
+
+
+def _check_groups(infos: PyTree) -> None:
+    for path, info in jax.tree_util.tree_leaves_with_path(infos):
+        if not isinstance(info, ParamInfo) or type(info.group) not in LABELS:
+            what = info.group if isinstance(info, ParamInfo) else info
+            raise TypeError(
+                f"parameter {_name(path)} has no optimizer group that muonclip knows ({what!r}); declare it with "
+                f"kimi_jax.nn.param.declare(..., group=Muon(...) | AdamW() | RouterBias())"
+            )
+
+
+def _check_match(infos: PyTree[ParamInfo], tree: PyTree) -> None:
+    declared = {_name(path): info for path, info in jax.tree_util.tree_leaves_with_path(infos)}
+    arrays = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    undeclared, missing = sorted(arrays.keys() - declared.keys()), sorted(declared.keys() - arrays.keys())
+    if undeclared or missing:
+        raise ValueError(
+            f"the parameters do not match the infos muonclip was built with: {len(undeclared)} without info "
+            f"{undeclared[:3]}, {len(missing)} infos without parameter {missing[:3]}; pass metadata() of the same model"
+        )
+    for name, info in declared.items():
+        group, ndim = info.group, arrays[name].ndim
+        if isinstance(group, Muon) and not (group.batch >= 0 and group.rows >= 1 and group.batch + group.rows < ndim):
+            raise ValueError(
+                f"parameter {name} of shape {arrays[name].shape} cannot be split as {group}: batch, row and column "
+                f"axes must all come from its {ndim} axes"
+            )
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
