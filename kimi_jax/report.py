@@ -34,6 +34,7 @@ VERDICTS = {"above": "better than control", "even": "within 2 standard errors", 
 LOWER_IS_BETTER = ("bits", "nll", "loss", "perplexity", "error")
 
 NEXT = (
+    ("Use the environment that make demo made", "source .venv/bin/activate"),
     ("Look at what the run was fed", "python -m kimi_jax.data inspect --config=configs/demo.py"),
     ("Turn your own JSONL and media into training data", "python -m kimi_jax.data build SRC.jsonl DST"),
     (
@@ -96,10 +97,11 @@ def with_evaluations(rows: list[dict[str, Any]], evaluations: list[dict[str, Any
     """The metrics rows and, in between, rows `{"step", "eval": {name: score}}`, ascending by step."""
     extra = []
     for evaluation in evaluations:
+        tasks = [row["task"] for row in evaluation.get("rows", [])]
         scores = {}
         for row in evaluation.get("rows", []):
-            name = f"{row['task']} ({row['metric']})" if lower_is_better(row) else row["task"]
-            scores[name] = row.get("score")
+            alone = tasks.count(row["task"]) == 1 and not lower_is_better(row)
+            scores[row["task"] if alone else f"{row['task']} ({row['metric']})"] = row.get("score")
         extra.append({"step": evaluation["step"], "eval": scores})
     return sorted([*rows, *extra], key=lambda row: row["step"])
 

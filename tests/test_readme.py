@@ -1,0 +1,108 @@
+"""What the README shows is there: commands, make targets, settings, links and files exist, and its code runs."""
+
+import json
+import re
+import subprocess
+from importlib.util import find_spec
+
+import pytest
+
+from kimi_jax.config import PRESETS, ConfigError, TrainConfig, freeze, thaw
+from tests.fixtures import REPO
+
+TEXT = (REPO / "README.md").read_text(encoding="utf-8")
+BLOCKS = [(kind, re.sub(r"(?m)^ {0,3}", "", body) if indent else body) for indent, kind, body in
+          re.findall(r"(?ms)^( *)```(\w+)\n(.*?)^ *```", TEXT)]  # fmt: skip
+INLINE = re.findall(r"`([^`\n]+)`", re.sub(r"(?ms)^ *```.*?^ *```", "", TEXT))
+
+
+def blocks(kind: str) -> list[str]:
+    return [body for k, body in BLOCKS if k == kind]
+
+
+def commands() -> list[str]:
+    lines = [line.strip() for body in blocks("sh") for line in body.splitlines()]
+    return [line for line in lines + INLINE if line.startswith(("make ", "python ", "pip ", "source "))]
+
+
+def anchor(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_readme_shows_its_two_commands():
+    assert "make demo" in commands()
+    assert "make test" in commands()
+
+
+@pytest.mark.parametrize("command", sorted({c for c in commands() if c.startswith("make ")}))
+def test_make_targets_exist(command):
+    out = subprocess.run([*command.split(), "--dry-run"], cwd=REPO, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+
+
+@pytest.mark.parametrize("command", sorted({c for c in commands() if c.startswith("python -m")}))
+def test_commands_exist_and_their_settings_too(command):
+    module, *arguments = command.split()[2:]
+    spec = find_spec(module)
+    assert spec is not None, f"{module} does not exist"
+    if spec.submodule_search_locations:
+        assert find_spec(f"{module}.__main__") is not None, f"python -m {module} would not run"
+    for argument in arguments:
+        if match := re.match(r"--config\.([\w.]+)=", argument):
+            *parents, last = match[1].split(".")
+            section = thaw(TrainConfig())
+            for parent in parents:
+                section = section[parent]
+            assert last in section, f"no setting {match[1]}"
+
+
+def test_links_lead_somewhere():
+    anchors = {anchor(h) for h in re.findall(r"(?m)^#+ (.+)$", TEXT)}
+    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
+        if target.startswith("#"):
+            assert target[1:] in anchors, target
+        elif not target.startswith("http"):
+            assert (REPO / target).exists(), f"README links to {target}, which is not there"
+
+
+def test_files_that_are_named_exist():
+    skip = ("configs/mine.py", "runs/", "data/mine")
+    for name in INLINE:
+        if re.fullmatch(r"[\w./-]+\.(py|txt|md|sh)|(kimi_jax|tests|configs|constraints)/[\w./-]*", name):
+            assert name.startswith(skip) or (REPO / name).exists(), f"README names {name}, which is not there"
+
+
+def test_presets_that_are_named_exist():
+    listed = re.search(r'kimi\.preset\("demo"\)  # or (.*)', TEXT)[1]
+    assert set(re.findall(r'"(\w+)"', listed)) | {"demo"} == set(PRESETS)
+
+
+def test_sources_that_are_listed_are_all_there_are():
+    from kimi_jax.data.sources import KINDS
+
+    table = TEXT.split("Sources of `SourceConfig")[1].split("\n## ")[0]
+    assert set(re.findall(r"(?m)^\| `(\w+)`", table)) == set(KINDS)
+
+
+@pytest.mark.parametrize("line", [line for body in blocks("json") for line in body.splitlines()])
+def test_json_lines_are_examples(line):
+    from kimi_jax.data.sources.jsonl import parse_line
+
+    record = parse_line(line.encode(), "README", REPO)
+    assert record.key == json.loads(line)["id"]
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.split("\n")[0])
+def test_code_runs(code):
+    scope: dict = {}
+    exec(compile(code, "<README>", "exec"), scope)
+    if "get_config" in scope:
+        config = freeze(scope["get_config"]())
+        assert config.workdir == "runs/mine"
+    else:
+        assert scope["y"].shape == scope["x"].shape
+
+
+def test_a_misspelt_setting_names_the_nearest():
+    with pytest.raises(ConfigError, match="peak_lr"):
+        freeze({"optimizer": {"peek_lr": 1.0}})
