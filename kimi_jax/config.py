@@ -317,7 +317,7 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
         raise ConfigError(f"{path} must not be None")
     hint = next(o for o in options if o is not type(None))
     origin = typing.get_origin(hint)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else freeze(value, hint, path)
     if origin is dict:
         _, item = typing.get_args(hint)

@@ -6,6 +6,7 @@ It survives `nn.scan` (which adds a leading "layers" axis) and `nn.remat`. `unbo
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +61,7 @@ class Param(nn.meta.AxisMetadata):
 
     def replace_boxed(self, val: Any) -> Param:
         """The same box around another array."""
-        return self.replace(value=val)
+        return dataclasses.replace(self, value=val)
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> Param:
         """Called by `nn.scan`: the stacked parameter has one more leading axis."""
@@ -69,14 +70,14 @@ class Param(nn.meta.AxisMetadata):
         group = self.info.group
         if isinstance(group, Muon):
             group = Muon(group.batch + 1, group.rows)
-        return self.replace(info=ParamInfo((LAYERS, *self.info.axes), group))
+        return dataclasses.replace(self, info=ParamInfo((LAYERS, *self.info.axes), group))
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> Param:
         """Called by `nn.scan`: the view of one layer inside the loop."""
         group = self.info.group
         if isinstance(group, Muon):
             group = Muon(group.batch - 1, group.rows)
-        return self.replace(info=ParamInfo(self.info.axes[1:], group))
+        return dataclasses.replace(self, info=ParamInfo(self.info.axes[1:], group))
 
 
 def declare(init: Callable, axes: tuple[str, ...], group: Group) -> Callable:
