@@ -1,0 +1,184 @@
+"""Multiply rows that are sorted by expert with that expert's matrix; nothing is dropped, nothing is computed twice.
+
+Source: the routed experts of paper.md section 1.5; the blocked CPU form of design.md section 6 (XLA:CPU computes every
+group of `ragged_dot` densely, 20 to 60 times slower). Sorting and padding are planned once for a layer:
+
+    plan = plan_blocks(experts, num_experts, block)     # which row goes where
+    rows = dispatch(x, plan)                            # gather, each expert's rows padded to a multiple of `block`
+    rows = grouped_matmul(rows, weights, plan)          # as often as needed
+    y    = combine(rows, gates, plan)                   # gather and weighted sum
+
+Dispatch and combine are permutations, so both directions of both are gathers (`custom_vjp`); no scatter-add anywhere.
+
+N tokens          k choices a token     M = N*k assignments     E experts
+b block           R = nb*b padded rows  nb = M // b + E blocks, the most that any routing can need
+D, F widths
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+MAX_BLOCK = 256  # measured on 2 cores: 256 is the fastest of 64, 128, 256 for 1024 and for 512 rows an expert
+MIN_BLOCK = 8
+
+
+class Plan(NamedTuple):
+    """Where every assignment goes. All integer; made by `plan_blocks`."""
+
+    source: Int[Array, " R"]  # assignment that fills each row; M for padding rows
+    row: Int[Array, "N k"]  # row of each assignment; R for assignments that go nowhere
+    expert: Int[Array, " nb"]  # expert of each block
+    used: Int[Array, ""]  # blocks that hold at least one row; the others are not computed
+    counts: Int[Array, " E"]  # rows of each expert without padding
+
+
+def block_size(assignments: int, num_experts: int) -> int:
+    """A power of two near the mean rows an expert, at most MAX_BLOCK: large blocks are fast, small ones pad less."""
+    mean = max(assignments // num_experts, 1)
+    return min(MAX_BLOCK, max(MIN_BLOCK, 1 << (mean.bit_length() - 1)))
+
+
+def plan_blocks(experts: Int[Array, "N k"], num_experts: int, block: int | None = None) -> Plan:
+    """Sort assignments by expert and pad each expert to whole blocks.
+
+    experts: expert of each assignment; a value of `num_experts` or more sends it nowhere (padding tokens).
+    """
+    ids = jnp.minimum(experts.reshape(-1), num_experts)
+    total = ids.shape[0]
+    block = block or block_size(total, num_experts)
+    num_blocks = total // block + num_experts
+    num_rows = num_blocks * block
+    order = jnp.argsort(ids)
+    edges = jnp.searchsorted(ids[order], jnp.arange(num_experts + 1, dtype=ids.dtype)).astype(jnp.int32)
+    counts = jnp.diff(edges)
+    block_ends = jnp.cumsum(-(-counts // block))
+    expert = jnp.searchsorted(block_ends, jnp.arange(num_blocks, dtype=block_ends.dtype), side="right")
+    expert = jnp.minimum(expert, num_experts - 1).astype(jnp.int32)
+    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), block_ends]) * block  # first row of each expert
+
+    row_expert = jnp.repeat(expert, block, total_repeat_length=num_rows)
+    offset = jnp.arange(num_rows, dtype=jnp.int32) - starts[row_expert]
+    filled = offset < counts[row_expert]
+    source = jnp.where(filled, order[jnp.minimum(edges[row_expert] + offset, total - 1)], total).astype(jnp.int32)
+
+    rank = jnp.zeros(total, jnp.int32).at[order].set(jnp.arange(total, dtype=jnp.int32), unique_indices=True)
+    row = jnp.where(ids < num_experts, starts[ids] + rank - edges[ids], num_rows)
+    return Plan(source, row.reshape(experts.shape), expert, block_ends[-1], counts)
+
+
+def _take(x: Array, index: Array) -> Array:
+    """Rows of x; zero where the index is out of range."""
+    return x.at[index].get(mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def dispatch(x: Float[Array, "N D"], plan: Plan) -> Float[Array, "R D"]:
+    """Copy each token to the rows of its experts; padding rows are zero."""
+    return _take(x, plan.source // plan.row.shape[1])
+
+
+def _dispatch_fwd(x: Array, plan: Plan) -> tuple[Array, Plan]:
+    return dispatch(x, plan), plan
+
+
+def _dispatch_bwd(plan: Plan, grad: Array) -> tuple[Array, None]:
+    return _take(grad, plan.row).astype(jnp.float32).sum(axis=1).astype(grad.dtype), None
+
+
+dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+
+
+@jax.custom_vjp
+def combine(rows: Float[Array, "R D"], gates: Float[Array, "N k"], plan: Plan) -> Float[Array, "N D"]:
+    """Sum over a token's choices of gate * row, in float32 (reference.md section 3: the cast comes after)."""
+    return jnp.einsum("nkd,nk->nd", _take(rows, plan.row).astype(jnp.float32), gates.astype(jnp.float32))
+
+
+def _combine_fwd(rows: Array, gates: Array, plan: Plan) -> tuple[Array, tuple]:
+    return combine(rows, gates, plan), (rows, gates, plan)
+
+
+def _combine_bwd(residuals: tuple, grad: Array) -> tuple[Array, Array, None]:
+    rows, gates, plan = residuals
+    picks = gates.shape[1]
+    gate_rows = _take(gates.reshape(-1), plan.source)[:, None].astype(jnp.float32)
+    grad_rows = gate_rows * _take(grad, plan.source // picks)
+    grad_gates = jnp.einsum("nkd,nd->nk", _take(rows, plan.row).astype(jnp.float32), grad)
+    return grad_rows.astype(rows.dtype), grad_gates.astype(gates.dtype), None
+
+
+combine.defvjp(_combine_fwd, _combine_bwd)
+
+
+# --------------------------------------------------------------------------------------------------- the multiplication
+
+
+@jax.custom_vjp
+def grouped_matmul(rows: Float[Array, "R D"], weights: Float[Array, "E D F"], plan: Plan) -> Float[Array, "R F"]:
+    """rows[r] @ weights[expert of r]. Rows of unused blocks give zeros on CPU and are unspecified elsewhere.
+
+    CPU: a loop over the used blocks. Other platforms: `ragged_dot` (the seam for megablox). float32 is true float32.
+    """
+    return lax.platform_dependent(rows, weights, plan, cpu=_blocked, default=_ragged)
+
+
+def _grouped_fwd(rows: Array, weights: Array, plan: Plan) -> tuple[Array, tuple]:
+    return grouped_matmul(rows, weights, plan), (rows, weights, plan)
+
+
+def _grouped_bwd(residuals: tuple, grad: Array) -> tuple[Array, Array, None]:
+    grads = lax.platform_dependent(*residuals, grad, cpu=_blocked_grads, default=_ragged_grads)
+    return (*grads, None)
+
+
+grouped_matmul.defvjp(_grouped_fwd, _grouped_bwd)
+
+_dot = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+
+
+def _blocks(x: Array, plan: Plan) -> Array:
+    return x.reshape(plan.expert.shape[0], -1, x.shape[-1])
+
+
+def _blocked(rows: Array, weights: Array, plan: Plan) -> Array:
+    x = _blocks(rows, plan)
+
+    def step(i: Array, out: Array) -> Array:
+        return out.at[i].set(_dot(x[i], weights[plan.expert[i]]))
+
+    out = jnp.zeros((*x.shape[:2], weights.shape[2]), rows.dtype)
+    return lax.fori_loop(0, plan.used, step, out).reshape(rows.shape[0], -1)
+
+
+def _blocked_grads(rows: Array, weights: Array, plan: Plan, grad: Array) -> tuple[Array, Array]:
+    x, dy = _blocks(rows, plan), _blocks(grad, plan)
+
+    def step(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        dx, dw = carry
+        e = plan.expert[i]
+        dx = dx.at[i].set(_dot(dy[i], weights[e].T))
+        dw = dw.at[e].add(_dot(x[i].T, dy[i], preferred_element_type=jnp.float32))
+        return dx, dw
+
+    init = jnp.zeros_like(x), jnp.zeros(weights.shape, jnp.float32)
+    dx, dw = lax.fori_loop(0, plan.used, step, init)
+    return dx.reshape(rows.shape), dw.astype(weights.dtype)
+
+
+def _ragged(rows: Array, weights: Array, plan: Plan) -> Array:
+    block = rows.shape[0] // plan.expert.shape[0]
+    sizes = -(-plan.counts // block) * block
+    precision = lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None
+    return lax.ragged_dot(rows, weights, sizes, precision=precision)
+
+
+def _ragged_grads(rows: Array, weights: Array, plan: Plan, grad: Array) -> tuple[Array, Array]:
+    _, pullback = jax.vjp(lambda x, w: _ragged(x, w, plan), rows, weights)
+    return pullback(grad)

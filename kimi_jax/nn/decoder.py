@@ -1,0 +1,140 @@
+"""Decoder layers, their scan over stacked weights, and the two maps by which the optimizer reaches single layers.
+
+Source: reference.md section 3 (layer, dense first); design.md section 3 (aux is returned, stacked by the scan; QK-clip
+and the bias update index the tree explicitly).
+
+B rows   S tokens   D width   H heads   E experts   L layers = dense + MoE
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from kimi_jax.config import ModelConfig
+from kimi_jax.nn.layers import RMSNorm, SwiGLU
+from kimi_jax.nn.mla import MLA
+from kimi_jax.nn.moe import MoE, MoEAux
+
+DENSE, MOE = "dense_layers", "moe_layers"  # the two stacks, in this order
+
+
+@struct.dataclass
+class Aux:
+    """What the step needs beside the output.
+
+    max_logits   [L, H] float32: largest scaled attention logit of each head over the batch, dense layers first
+    expert_load  [Lmoe, E] float32: tokens sent to each expert, padding excluded
+    balance_loss [] float32: sequence-wise balance loss, mean over MoE layers and rows, without its weight alpha
+    dropped      [] int32: choices of tokens that were not computed (0)
+    """
+
+    max_logits: Any
+    expert_load: Any
+    balance_loss: Any
+    dropped: Any
+
+
+class DecoderLayer(nn.Module):
+    """x += attention(norm(x)); x += mlp(norm(x))."""
+
+    config: ModelConfig
+    routed: bool
+
+    def setup(self) -> None:
+        """Parameters input_norm, attention, post_attention_norm, mlp."""
+        c = self.config
+        self.input_norm = RMSNorm(c.rms_norm_eps, c.param_dtype)
+        self.attention = MLA(c)
+        self.post_attention_norm = RMSNorm(c.rms_norm_eps, c.param_dtype)
+        self.mlp = MoE(c) if self.routed else SwiGLU(c, c.intermediate_size)
+
+    def __call__(
+        self, x: Float[Array, "B S D"], positions: Int[Array, "B S"], segment_ids: Int[Array, "B S"]
+    ) -> tuple[Float[Array, "B S D"], tuple[Float[Array, " H"], MoEAux | None]]:
+        """The new x and (max logits of each head, the MoE's report or None)."""
+        attended, max_logits = self.attention(self.input_norm(x), positions, segment_ids)
+        x = x + attended
+        normed = self.post_attention_norm(x)
+        y, report = self.mlp(normed, segment_ids) if self.routed else (self.mlp(normed), None)
+        return x + y, (max_logits, report)
+
+
+def stacked(layer: type[nn.Module], length: int, inputs: int, *, scan: bool, remat: bool) -> type[nn.Module]:
+    """`length` copies of a layer `(x, *inputs) -> (x, aux)` over weights stacked on axis 0.
+
+    scan=False unrolls the loop over the same stacked weights; remat recomputes each layer in the backward pass.
+    """
+    if remat:
+        layer = nn.remat(layer, prevent_cse=not scan)
+    return nn.scan(
+        layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast,) * inputs,
+        length=length,
+        unroll=1 if scan else length,
+        metadata_params={},
+    )
+
+
+def layer_stack(config: ModelConfig, *, routed: bool) -> nn.Module:
+    """The dense or the MoE layers as one module `(x, positions, segment_ids) -> (x, stacked aux)`."""
+    length = config.num_moe_layers if routed else config.num_dense_layers
+    cls = stacked(DecoderLayer, length, 2, scan=config.scan_layers, remat=config.remat)
+    return cls(config, routed=routed)
+
+
+def gather_aux(dense: Any, routed: Any) -> Aux:
+    """One `Aux` from the stacked outputs of the two stacks (None for a stack without layers)."""
+    max_logits = jnp.concatenate([stack[0] for stack in (dense, routed) if stack is not None])
+    if routed is None:
+        return Aux(max_logits, jnp.zeros((0, 0), jnp.float32), jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
+    report = routed[1]
+    return Aux(max_logits, report.expert_load, report.balance_loss.mean(), report.dropped.sum())
+
+
+# ---------------------------------------------------------------------------------------------- single layers' weights
+
+
+def map_attention(
+    params: dict[str, Any], fn: Callable[[dict[str, Any], Array], dict[str, Any]], stats: Float[Array, "L H"]
+) -> dict[str, Any]:
+    """The parameter tree with `fn(attention params, stats row)` applied to every layer, dense layers first.
+
+    Raises KeyError if the tree has no decoder layers or a layer has no attention, ValueError if the number of rows of
+    `stats` is not the number of layers.
+    """
+    stacks = [name for name in (DENSE, MOE) if name in params]
+    if not stacks:
+        raise KeyError(f"neither {DENSE!r} nor {MOE!r} in the parameter tree; it has {sorted(params)}")
+    lengths = [jax.tree.leaves(params[name]["attention"])[0].shape[0] for name in stacks]
+    if sum(lengths) != stats.shape[0]:
+        raise ValueError(f"{stats.shape[0]} rows of statistics for {dict(zip(stacks, lengths, strict=True))} layers")
+    out, start = dict(params), 0
+    for name, length in zip(stacks, lengths, strict=True):
+        rows = stats[start : start + length]
+        out[name] = {**params[name], "attention": jax.vmap(fn)(params[name]["attention"], rows)}
+        start += length
+    return out
+
+
+def map_router_bias(
+    params: dict[str, Any], fn: Callable[[Array, Array], Array], load: Float[Array, "Lmoe E"]
+) -> dict[str, Any]:
+    """The parameter tree with `fn(bias [E], load [E])` in place of every router's selection bias.
+
+    Raises KeyError if there is no router, ValueError if the number of rows of `load` is not the number of MoE layers.
+    """
+    layers = params[MOE]
+    router = layers["mlp"]["router"]
+    if router["bias"].shape[0] != load.shape[0]:
+        raise ValueError(f"{load.shape[0]} rows of load for {router['bias'].shape[0]} MoE layers")
+    router = {**router, "bias": jax.vmap(fn)(router["bias"], load)}
+    return {**params, MOE: {**layers, "mlp": {**layers["mlp"], "router": router}}}

@@ -1,0 +1,220 @@
+"""Kimi K2.5: vision tower, projector and decoder joined by early fusion; initialisation, counts, assembly of parts.
+
+Source: reference.md section 3 (merge: features replace the embeddings of media pads; untied head, float32 logits),
+section 1.5 (sizes); design.md section 3 (bins lie beside the rows of their group).
+
+G groups   B = G*R rows   S tokens   D width   V vocabulary   F features a group   L layers
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from kimi_jax.config import ModelConfig
+from kimi_jax.kernels.cross_entropy import chunked_cross_entropy
+from kimi_jax.nn.decoder import Aux, gather_aux, layer_stack
+from kimi_jax.nn.layers import RMSNorm, precision
+from kimi_jax.nn.moonvit import MoonViT3D
+from kimi_jax.nn.param import AdamW, declare, unbox
+from kimi_jax.nn.projector import Projector
+
+Batch = dict[str, Any]  # the packed batch; layout in `place_features`, `MoonViT3D` and kimi_jax/data
+
+
+def place_features(
+    x: Float[Array, "B S D"], features: Float[Array, "G F D"], feature_index: Int[Array, "B S"]
+) -> Float[Array, "B S D"]:
+    """Early fusion: where feature_index >= 0, feature number feature_index of the row's group replaces the embedding.
+
+    Rows of a group are consecutive. An index beyond the features gives NaN rather than a silent wrong picture.
+    """
+    groups, width = features.shape[0], x.shape[-1]
+    index = feature_index.reshape(groups, -1)
+    taken = jax.vmap(lambda f, i: f.at[jnp.maximum(i, 0)].get(mode="fill", fill_value=jnp.nan))(features, index)
+    return jnp.where(feature_index[..., None] >= 0, taken.reshape(*x.shape[:-1], width).astype(x.dtype), x)
+
+
+class Embedding(nn.Module):
+    """Token embeddings [V, D]."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "*b"]) -> Float[Array, "*b D"]:
+        """Rows of the table, in the activations' dtype."""
+        c = self.config
+        init = declare(nn.initializers.normal(c.initializer_range), ("vocab", "embed"), AdamW())
+        table = self.param("embedding", init, (c.vocab_size, c.hidden_size), c.param_dtype)
+        return table[tokens].astype(c.dtype)
+
+
+class Head(nn.Module):
+    """The untied output matrix [D, V]."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        """Parameter kernel."""
+        c = self.config
+        init = declare(nn.initializers.normal(c.initializer_range), ("embed", "vocab"), AdamW())
+        self.kernel = self.param("kernel", init, (c.hidden_size, c.vocab_size), c.param_dtype)
+
+    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
+        """Float32 logits."""
+        kernel = self.kernel.astype(x.dtype)
+        return jnp.matmul(x, kernel, precision=precision(x.dtype), preferred_element_type=jnp.float32)
+
+
+class KimiK25(nn.Module):
+    """The whole model. Text-only batches (`vision == ()`) use the same parameters."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        """Parameters embed, dense_layers, moe_layers, final_norm, lm_head, vision, projector (those the config has)."""
+        c = self.config
+        self.embed = Embedding(c)
+        if c.num_dense_layers:
+            self.dense_layers = layer_stack(c, routed=False)
+        if c.num_moe_layers:
+            self.moe_layers = layer_stack(c, routed=True)
+        self.final_norm = RMSNorm(c.rms_norm_eps, c.param_dtype)
+        self.lm_head = Head(c)
+        if c.vision:
+            self.vision = MoonViT3D(c)
+            self.projector = Projector(c)
+
+    def vision_features(self, vision_bins: tuple, num_groups: int = 1) -> Float[Array, "G F D"]:
+        """Features of all bin classes, flattened a group: for each class its bins, for each bin its slots."""
+        bins = jax.tree.map(jnp.asarray, tuple(vision_bins))
+        features = [self.projector(self.vision(**each)) for each in bins]
+        return jnp.concatenate([f.reshape(num_groups, -1, f.shape[-1]) for f in features], axis=1)
+
+    def hidden(self, batch: Batch, num_groups: int = 1) -> tuple[Float[Array, "B S D"], Aux]:
+        """Final-normed hidden states of a packed batch.
+
+        Reads tokens, positions, segment_ids, and, if `vision` is not empty, feature_index and vision.
+        """
+        tokens, positions, segment_ids = (jnp.asarray(batch[k]) for k in ("tokens", "positions", "segment_ids"))
+        x = self.embed(tokens)
+        if batch["vision"]:
+            features = self.vision_features(batch["vision"], num_groups)
+            x = place_features(x, features, jnp.asarray(batch["feature_index"]))
+        dense = routed = None
+        if self.config.num_dense_layers:
+            x, dense = self.dense_layers(x, positions, segment_ids)
+        if self.config.num_moe_layers:
+            x, routed = self.moe_layers(x, positions, segment_ids)
+        return self.final_norm(x), gather_aux(dense, routed)
+
+    def __call__(self, batch: Batch, num_groups: int = 1) -> tuple[Float[Array, "B S V"], Aux]:
+        """Float32 logits of every position."""
+        x, aux = self.hidden(batch, num_groups)
+        return self.lm_head(x), aux
+
+    def token_nll(self, batch: Batch, num_groups: int = 1) -> tuple[Float[Array, "B S"], Aux]:
+        """-log p(target) of every position, float32, without holding the logits. Also reads targets."""
+        x, aux = self.hidden(batch, num_groups)
+        targets = jnp.asarray(batch["targets"])
+        nll = chunked_cross_entropy(x.reshape(-1, x.shape[-1]), self.lm_head.kernel, targets.reshape(-1))
+        return nll.reshape(targets.shape), aux
+
+
+# ------------------------------------------------------------------------------------------------------- initialisation
+
+
+def _tiny_batch(config: ModelConfig) -> Batch:
+    """One row of two tokens and, with vision, one bin of one 2x2 image: enough to create every parameter."""
+    ids = np.ones((1, 2), np.int32)
+    batch = {"tokens": ids, "positions": ids, "segment_ids": ids, "feature_index": ids - 2, "vision": ()}
+    if config.vision:
+        patch = np.zeros((1, 4, 3), np.int32)
+        batch["vision"] = ({
+            "patches": np.zeros((1, 4, 3 * config.vision.patch_size**2), np.uint8), "segment_ids": patch[..., 0] + 1,
+            "coords": patch, "grids": patch + np.array([1, 2, 2], np.int32), "feature_slots": patch[:, :1, 0],
+        },)  # fmt: skip
+    return batch
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
+    """Fresh parameters, boxed with their metadata (`nn.param.unbox` / `metadata`). Works under jit and eval_shape."""
+    return KimiK25(config).init(key, _tiny_batch(config))["params"]
+
+
+def abstract_params(config: ModelConfig) -> dict[str, Any]:
+    """The boxed tree with shapes and dtypes in place of arrays; allocates nothing."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+def count_params(config: ModelConfig) -> dict[str, int]:
+    """Exact parameter counts from shapes alone.
+
+    Keys: text (language model with embedding and head), text_active (of those, used by one token), attention_per_layer,
+    vision, projector, total.
+    """
+    tree = unbox(abstract_params(config))
+
+    def size(part: Any) -> int:
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(part))
+
+    parts = {name: size(tree.get(name, {})) for name in ("vision", "projector")}
+    total = size(tree)
+    text = total - sum(parts.values())
+    layers = tree.get("dense_layers") or tree["moe_layers"]
+    attention = size(layers["attention"]) // layers["input_norm"]["scale"].shape[0]
+    idle = 0
+    if config.num_moe_layers:
+        moe = config.moe
+        experts = size(tree["moe_layers"]["mlp"]["experts"])
+        idle = experts * (moe.n_routed_experts - moe.num_experts_per_tok) // moe.n_routed_experts
+    return {"text": text, "text_active": text - idle, "attention_per_layer": attention, **parts, "total": total}
+
+
+# ---------------------------------------------------------------------------------------------------- assembly of parts
+
+
+def merge_params(
+    base: dict[str, Any],
+    *,
+    vision: dict[str, Any] | None = None,
+    projector: dict[str, Any] | None = None,
+    language: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """`base` with parts taken from other checkpoints: the vision tower, the projector, everything else.
+
+    Each argument is a plain parameter tree that holds (at least) that part. Values take the dtype of `base`.
+    Raises ValueError that lists every missing, unexpected or differently shaped parameter.
+    """
+    towers = ("vision", "projector")
+    wanted: dict[str, Any] = {}
+    for source, keys in (
+        (vision, ("vision",)), (projector, ("projector",)), (language, [k for k in base if k not in towers]),
+    ):  # fmt: skip
+        if source is not None:
+            wanted |= {key: source.get(key, {}) for key in keys}
+            if source is language:
+                wanted |= {key: source[key] for key in source if key not in base and key not in towers}
+    have = _leaves({key: base.get(key, {}) for key in wanted})
+    new = _leaves(wanted)
+    wrong = [f"missing: {name}" for name in have if name not in new]
+    wrong += [f"unexpected: {name}" for name in new if name not in have]
+    wrong += [
+        f"shape of {name}: {new[name].shape}, needs {have[name].shape}"
+        for name in have if name in new and new[name].shape != have[name].shape
+    ]  # fmt: skip
+    if wrong:
+        raise ValueError("these parts do not fit together:\n  " + "\n  ".join(sorted(wrong)))
+    cast = {key: jax.tree.map(lambda a, b: b.astype(a.dtype), base[key], wanted[key]) for key in wanted}
+    return {**base, **cast}
+
+
+def _leaves(tree: dict[str, Any]) -> dict[str, Any]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}

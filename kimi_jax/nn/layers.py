@@ -1,0 +1,133 @@
+"""The small parts: norms, linear maps, the gated MLP. Pure functions, then thin Linen modules with parameters.
+
+Source: reference.md sections 2 and 3 (cast order of RMSNorm, fused bias, SwiGLU).
+
+D width   F inner width
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+from jaxtyping import Array, Float
+
+from kimi_jax.config import ModelConfig
+from kimi_jax.nn.param import AdamW, Muon, declare
+
+
+def precision(dtype: jnp.dtype | str) -> lax.Precision | None:
+    """HIGHEST for float32: on TPU a float32 matmul is otherwise made of bfloat16 products."""
+    return lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+
+
+def rms_norm(x: Float[Array, "*b D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*b D"]:
+    """x / rms(x) in float32, cast to the dtype of x, and only then times scale (reference.md section 3)."""
+    wide = x.astype(jnp.float32)
+    normed = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def layer_norm(
+    x: Float[Array, "*b D"], scale: Float[Array, " D"], bias: Float[Array, " D"], eps: float
+) -> Float[Array, "*b D"]:
+    """Mean and variance norm with scale and bias, all in float32, cast to the dtype of x at the end."""
+    wide = x.astype(jnp.float32)
+    centred = wide - wide.mean(axis=-1, keepdims=True)
+    normed = centred * lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
+    return (normed * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with its scale."""
+
+    eps: float
+    param_dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+        """Normalise the last axis; same shape and dtype."""
+        scale = self.param("scale", declare(nn.initializers.ones, ("norm",), AdamW()), x.shape[-1:], self.param_dtype)
+        return rms_norm(x, scale, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """`layer_norm` with its scale and bias."""
+
+    eps: float
+    param_dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+        """Normalise the last axis; same shape and dtype."""
+        shape = x.shape[-1:]
+        scale = self.param("scale", declare(nn.initializers.ones, ("norm",), AdamW()), shape, self.param_dtype)
+        bias = self.param("bias", declare(nn.initializers.zeros, ("norm",), AdamW()), shape, self.param_dtype)
+        return layer_norm(x, scale, bias, self.eps)
+
+
+class Linear(nn.Module):
+    """x[..., *inputs] -> y[..., *outputs]: one matrix, seen as an array with several input and output axes.
+
+    inputs, outputs: sizes; input_axes, output_axes: their logical names. The matrix is one Muon matrix.
+    """
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    input_axes: tuple[str, ...]
+    output_axes: tuple[str, ...]
+    init_std: float
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    use_bias: bool = False
+
+    def setup(self) -> None:
+        """Create `kernel` [*inputs, *outputs] and, if asked for, `bias` [*outputs]."""
+        normal = nn.initializers.normal(self.init_std)
+        init = declare(normal, (*self.input_axes, *self.output_axes), Muon(rows=len(self.inputs)))
+        self.kernel = self.param("kernel", init, (*self.inputs, *self.outputs), self.param_dtype)
+        if self.use_bias:
+            init = declare(nn.initializers.zeros, self.output_axes, AdamW())
+            self.bias = self.param("bias", init, self.outputs, self.param_dtype)
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The product in `dtype`; with a bias the sum is rounded once, after the bias."""
+        x, kernel = x.astype(self.dtype), self.kernel.astype(self.dtype)
+        lead = x.shape[: x.ndim - len(self.inputs)]
+        x = x.reshape(*lead, math.prod(self.inputs))
+        kernel = kernel.reshape(x.shape[-1], math.prod(self.outputs))
+        wide = jnp.float32 if self.use_bias else None
+        y = jnp.matmul(x, kernel, precision=precision(self.dtype), preferred_element_type=wide)
+        y = y.reshape(*lead, *self.outputs)
+        if self.use_bias:
+            y = (y + self.bias.astype(jnp.float32)).astype(self.dtype)
+        return y
+
+
+def text_linear(config: ModelConfig, inputs: dict[str, int], outputs: dict[str, int]) -> Linear:
+    """A `Linear` of the language model from {axis name: size}, without bias."""
+    return Linear(
+        tuple(inputs.values()), tuple(outputs.values()), tuple(inputs), tuple(outputs),
+        config.initializer_range, config.dtype, config.param_dtype,
+    )  # fmt: skip
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)): the dense MLP and the shared experts."""
+
+    config: ModelConfig
+    inner: int
+
+    def setup(self) -> None:
+        """Three matrices."""
+        width = {"embed": self.config.hidden_size}
+        self.gate = text_linear(self.config, width, {"mlp": self.inner})
+        self.up = text_linear(self.config, width, {"mlp": self.inner})
+        self.down = text_linear(self.config, {"mlp": self.inner}, width)
+
+    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+        """Same shape, in the activations' dtype."""
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))

@@ -1,0 +1,89 @@
+"""Multi-head latent attention, and QK-clip's change of its weights.
+
+Source: reference.md section 3 (MLA, naive form); paper.md section 1.5 and 2.4 (QK-clip: which weight gets which factor).
+
+B rows   S tokens   D width   H heads   n, r, v: widths of the part without rotary, the rotary part, the values
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from kimi_jax.config import ModelConfig
+from kimi_jax.kernels.segment_attention import segment_attention
+from kimi_jax.nn.layers import RMSNorm, text_linear
+from kimi_jax.nn.rope import rotate_to_halves, softmax_scale, text_rotary
+
+
+class MLA(nn.Module):
+    """Queries from a low-rank latent (or directly, `q_lora_rank=None`), keys and values from another, one rotary key."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        """Parameters q_a, q_a_norm, q_b (or q), kv_a, kv_a_norm, kv_b, o."""
+        c = self.config
+        width, heads = {"embed": c.hidden_size}, {"heads": c.num_attention_heads}
+        query = {**heads, "head_dim": c.qk_head_dim}
+        if c.q_lora_rank is None:
+            self.q = text_linear(c, width, query)
+        else:
+            self.q_a = text_linear(c, width, {"q_lora": c.q_lora_rank})
+            self.q_a_norm = RMSNorm(c.lora_norm_eps, c.param_dtype)
+            self.q_b = text_linear(c, {"q_lora": c.q_lora_rank}, query)
+        self.kv_a = text_linear(c, width, {"kv_lora": c.kv_lora_rank + c.qk_rope_head_dim})
+        self.kv_a_norm = RMSNorm(c.lora_norm_eps, c.param_dtype)
+        self.kv_b = text_linear(
+            c, {"kv_lora": c.kv_lora_rank}, {**heads, "head_dim": c.qk_nope_head_dim + c.v_head_dim}
+        )
+        self.o = text_linear(c, {**heads, "head_dim": c.v_head_dim}, width)
+
+    def __call__(
+        self, x: Float[Array, "B S D"], positions: Int[Array, "B S"], segment_ids: Int[Array, "B S"]
+    ) -> tuple[Float[Array, "B S D"], Float[Array, " H"]]:
+        """Causal attention inside documents.
+
+        positions: 0.. in each document; segment_ids: 0 padding, 1.. documents.
+        Returns the output and each head's largest scaled logit (float32, no gradient).
+        """
+        c = self.config
+        cos, sin = text_rotary(c, positions)
+        q = self.q(x) if c.q_lora_rank is None else self.q_b(self.q_a_norm(self.q_a(x)))
+        q_nope, q_rope = jnp.split(q, [c.qk_nope_head_dim], axis=-1)
+        latent, k_rope = jnp.split(self.kv_a(x), [c.kv_lora_rank], axis=-1)
+        k_nope, v = jnp.split(self.kv_b(self.kv_a_norm(latent)), [c.qk_nope_head_dim], axis=-1)
+        q_rope = rotate_to_halves(q_rope, cos, sin)
+        k_rope = rotate_to_halves(k_rope[:, :, None], cos, sin)  # one for all heads
+        q = jnp.concatenate([q_nope, q_rope], axis=-1)
+        k = jnp.concatenate([k_nope, jnp.broadcast_to(k_rope, q_rope.shape)], axis=-1)
+        out, max_logits = segment_attention(q, k, v, segment_ids, causal=True, scale=softmax_scale(c))
+        return self.o(out), max_logits
+
+
+def clip_attention(attention_params: dict[str, Any], gamma: Float[Array, " H"]) -> dict[str, Any]:
+    """Multiply head h's logits by gamma[h], exactly (QK-clip, paper.md section 2.4).
+
+    Queries and keys without rotary get sqrt(gamma), rotary queries gamma; the rotary key is shared by all heads and
+    stays. `attention_params` is one layer's plain dict, and so is the result; raises KeyError if a weight is missing.
+    """
+    query = "q_b" if "q_b" in attention_params else "q"
+    q, kv = attention_params[query]["kernel"], attention_params["kv_b"]["kernel"]
+    v_head_dim = attention_params["o"]["kernel"].shape[-2]
+    nope = kv.shape[-1] - v_head_dim
+    root = jnp.sqrt(gamma)
+
+    def scaled(kernel: Array, first: Array, rest: Array) -> Array:
+        """The first `nope` columns of each head times `first`, the others times `rest`."""
+        columns = jnp.arange(kernel.shape[-1]) < nope
+        factor = jnp.where(columns, first[:, None], rest[:, None])
+        return (kernel.astype(jnp.float32) * factor).astype(kernel.dtype)
+
+    return {
+        **attention_params,
+        query: {**attention_params[query], "kernel": scaled(q, root, gamma)},
+        "kv_b": {**attention_params["kv_b"], "kernel": scaled(kv, root, jnp.ones_like(gamma))},
+    }
