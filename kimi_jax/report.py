@@ -7,7 +7,8 @@ Reads from the workdir (a file or key that is missing leaves its part of the pag
   loss_video, lr, grad_norm, max_logits [L], expert_load [[E] a MoE layer], dropped, clipped_heads, tokens_seen`, and
   under `speed` and `data` what depends on the machine and what the data stream reports. Rows of one step are merged.
 - `eval.jsonl`: `{"step", "rows": [rows as in results.json]}` for every evaluation during training.
-- `results.json`: a list of `{task, modality, metric, score, stderr, control, control_name, chance, n}`.
+- `results.json`: a list of `{task, modality, metric, score, stderr, control, control_name, chance, n}`, optionally with
+  `column`, `majority` and `controls: {name: score}` (`kimi_jax.eval.runner.Row`).
 - `samples.json` (here or in `samples/`): a list of `{"task", "question", "gold", "answer", "control_answer" (optional),
   "images": [PNG paths relative to samples.json], "correct": bool}`; several images of one entry are shown as a strip.
 """
@@ -19,7 +20,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from absl import app, flags, logging
 
@@ -120,9 +121,17 @@ def lower_is_better(row: dict[str, Any]) -> bool:
 
 def gain(row: dict[str, Any]) -> float | None:
     """By how much the score beats its control (positive is better); None without a control."""
-    if row.get("control") is None or row.get("score") is None:
+    if not (_finite(row.get("control")) and _finite(row.get("score"))):
         return None
     return (row["control"] - row["score"]) if lower_is_better(row) else (row["score"] - row["control"])
+
+
+def other_controls(row: dict[str, Any]) -> dict[str, float]:
+    """The controls beside the main one, by name: those of `controls`, and the most frequent answer (`majority`)."""
+    found = {name: value for name, value in (row.get("controls") or {}).items() if name != row.get("control_name")}
+    if row.get("majority") is not None:
+        found.setdefault("majority", row["majority"])
+    return {name.replace("_", " "): value for name, value in found.items() if name != row.get("control_name")}
 
 
 def verdict(row: dict[str, Any]) -> str:
@@ -137,31 +146,35 @@ def verdict(row: dict[str, Any]) -> str:
 
 def print_table(run: Run) -> None:
     """The scores in the terminal, and what to do next."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=110)  # in a file nothing has to wrap
+    table = Table(title=f"{run.workdir}: held-out scores", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("task")
+    table.add_column("metric")
+    for name in ("score", "control", "chance", "gain"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("control is")
+    for row in run.results:
+        margin = gain(row)
+        cells = (row.get("task", ""), row.get("metric", ""), with_error(row), number(row.get("control")),
+                 number(row.get("chance")), "–" if margin is None else f"{margin:+.3f}",
+                 row.get("control_name") or "–")  # fmt: skip
+        table.add_row(*(str(cell).replace("_", " ") for cell in cells))
     if run.results:
-        table = Table(title=f"{run.workdir}: held-out scores", title_justify="left")
-        for name, justify in (("task", "left"), ("modality", "left"), ("metric", "left"), ("score", "right"),
-                              ("control", "right"), ("chance", "right"), ("against control", "right")):  # fmt: skip
-            table.add_column(name, justify=justify)  # type: ignore[arg-type]
-        for row in run.results:
-            margin = gain(row)
-            control = number(row.get("control")) + (f" ({row['control_name']})" if row.get("control_name") else "")
-            table.add_row(
-                str(row.get("task", "")), str(row.get("modality", "")), str(row.get("metric", "")),
-                with_error(row), control, number(row.get("chance")), "–" if margin is None else f"{margin:+.3f}",
-            )  # fmt: skip
         console.print(table)
-    console.print("\nWhat to do next:")
+    console.print("What to do next:")
     for what, command in NEXT:
         console.print(f"  {what}:\n    [bold]{command}[/bold]", highlight=False, soft_wrap=True)
 
 
 def number(value: float | None) -> str:
     """Three decimals, or a dash."""
-    return "–" if value is None or not math.isfinite(value) else f"{value:.3f}"
+    return f"{value:.3f}" if _finite(value) else "–"
 
 
 def with_error(row: dict[str, Any]) -> str:
@@ -242,12 +255,13 @@ def _scores(results: Sequence[dict[str, Any]]) -> str:
     lines = []
     for row in results:
         margin, state = gain(row), verdict(row)
-        control_name = f"<small>{esc(row['control_name'])}</small>" if row.get("control_name") else ""
+        control_name = f"<small>{words_of(row['control_name'])}</small>" if row.get("control_name") else ""
+        control_name += "".join(f"<small>{esc(k)} {number(v)}</small>" for k, v in other_controls(row).items())
         arrow = "<small>lower is better</small>" if lower_is_better(row) else ""
         words = VERDICTS[state]
         lines.append(
-            f"<tr><td><b>{esc(row.get('task', ''))}</b><small>{esc(row.get('modality', ''))}</small></td>"
-            f"<td>{esc(row.get('metric', ''))}{arrow}</td><td class=n>{esc(row.get('n', '–'))}</td>"
+            f"<tr><td><b>{words_of(row.get('task', ''))}</b><small>{_column(row)}</small></td>"
+            f"<td>{words_of(row.get('metric', ''))}{arrow}</td><td class=n>{esc(row.get('n', '–'))}</td>"
             f"<td class=n><b>{number(row.get('score'))}</b><small>{_plus_minus(row)}</small></td>"
             f"<td class=n>{number(row.get('control'))}{control_name}</td><td class=n>{number(row.get('chance'))}</td>"
             f"<td class='n {state}'>{'–' if margin is None else f'{margin:+.3f}'}<small>{words}</small></td>"
@@ -269,6 +283,10 @@ def _scores(results: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def _column(row: dict[str, Any]) -> str:
+    return words_of(", ".join(dict.fromkeys(str(row[k]) for k in ("column", "modality") if row.get(k))))
+
+
 def _plus_minus(row: dict[str, Any]) -> str:
     return f"± {row['stderr']:.3f}" if row.get("stderr") is not None else ""
 
@@ -276,15 +294,15 @@ def _plus_minus(row: dict[str, Any]) -> str:
 def _bar(row: dict[str, Any]) -> str:
     """The score between 0 and 1 as a small drawing; nothing for other scales."""
     score = row.get("score")
-    if score is None or lower_is_better(row) or not 0 <= score <= 1:
+    if not _finite(score) or lower_is_better(row) or not 0 <= score <= 1:
         return ""
     width, marks = 150, []
     error = 2 * (row.get("stderr") or 0.0)
     low, high = max(0.0, score - error), min(1.0, score + error)
-    if row.get("chance") is not None:
+    if _finite(row.get("chance")):
         x = row["chance"] * width
         marks.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="22" class=chance />')
-    if row.get("control") is not None:
+    if _finite(row.get("control")):
         x = row["control"] * width
         marks.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="2" y2="20" class=control />')
     marks.append(f'<line x1="{low * width:.1f}" x2="{high * width:.1f}" y1="11" y2="11" class=error />')
@@ -330,7 +348,7 @@ def _card(sample: dict[str, Any], folder: Path, control_name: str) -> str:
     answer = f"<div><dt>model</dt><dd>{esc(sample.get('answer', '')) or '<i>nothing</i>'} {mark}</dd></div>"
     gold = f"<div><dt>correct</dt><dd>{esc(sample.get('gold', ''))}</dd></div>"
     control = sample.get("control_answer")
-    control = f"<div><dt>{esc(control_name)}</dt><dd>{esc(control)}</dd></div>" if control is not None else ""
+    control = f"<div><dt>{words_of(control_name)}</dt><dd>{esc(control)}</dd></div>" if control is not None else ""
     wide = " wide" if len(images) > 2 else ""
     question = f"<p class=q>{esc(sample.get('question', ''))}</p>"
     return f"<article class='card{wide}'>{media}{question}<dl>{answer}{gold}{control}</dl></article>"
@@ -381,8 +399,17 @@ def esc(value: Any) -> str:
     return html.escape(str(value))
 
 
+def words_of(name: Any) -> str:
+    """A name of the code as words, made safe for HTML."""
+    return esc(str(name).replace("_", " "))
+
+
+def _finite(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
 def _values(rows: Iterable[dict[str, Any]], key: str) -> list[float]:
-    return [row[key] for row in rows if isinstance(row.get(key), (int, float)) and math.isfinite(row[key])]
+    return [row[key] for row in rows if _finite(row.get(key))]
 
 
 def _short(value: float) -> str:

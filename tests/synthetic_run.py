@@ -93,9 +93,10 @@ RESULTS = [
     {"task": "digits (OCR)", "modality": "image", "metric": "exact match", "score": 0.873, "stderr": 0.017,
      "control": 0.104, "control_name": "blank image", "chance": 0.1, "n": 360},
     {"task": "video direction", "modality": "video", "metric": "accuracy", "score": 0.881, "stderr": 0.021,
-     "control": 0.512, "control_name": "single frame", "chance": 0.5, "n": 240},
+     "control": 0.512, "control_name": "single_frame", "chance": 0.5, "n": 240, "column": "video", "majority": 0.504,
+     "controls": {"single_frame": 0.512, "shuffled_frames": 0.533}},
     {"task": "text knowledge", "modality": "text", "metric": "accuracy", "score": 0.243, "stderr": 0.022,
      "control": 0.31, "control_name": "majority", "chance": 0.25, "n": 400},
-    {"task": "wiki", "modality": "text", "metric": "bits/byte", "score": 1.871, "stderr": 0.012, "control": 3.2,
+    {"task": "wiki", "modality": "text", "metric": "bits_per_byte", "score": 1.871, "stderr": 0.012, "control": 3.2,
      "control_name": "unigram", "chance": None, "n": 512},
 ]  # fmt: skip

@@ -63,6 +63,8 @@ def test_page_shows_scores_controls_and_answers(page):
     words = ("blank image", "single frame", "lower is better", "✓ right", "✗ wrong", "What to do next")
     for expected in ("0.712", "± 0.014", "0.077", "1.871", "Which way does the square move?", *words):
         assert expected in text, expected
+    assert "shuffled frames 0.533" in text
+    assert "majority 0.504" in text
     assert "&lt;which city&gt;" in page
 
 
@@ -127,6 +129,7 @@ def test_config_of_another_version_is_shown_as_it_is(workdir):
         ({"metric": "accuracy", "score": 0.4, "control": 0.5, "stderr": 0.01}, "below"),
         ({"metric": "bits/byte", "score": 1.8, "control": 3.0, "stderr": 0.01}, "above"),
         ({"metric": "bits/byte", "score": 1.8, "control": None, "stderr": None}, ""),
+        ({"metric": "accuracy", "score": 0.6, "control": float("nan"), "stderr": 0.01}, ""),
     ],
 )
 def test_verdict_respects_direction_and_error(row, expected):
