@@ -77,10 +77,10 @@ test-py312:
 	@if .ci/find_python 3.12 >/dev/null; then $(MAKE) --no-print-directory run-py312; else $(call NO_PYTHON,3.12); fi
 
 run-tfds: .venv-tfds/.ready-demo-test-tfds-seqio
-	.venv-tfds/bin/python -m pytest -m "tfds or seqio"
+	KIMI_SLOW=tfds .venv-tfds/bin/python -m pytest -m "tfds or seqio"
 
 run-lm-eval: .venv-lm-eval/.ready-demo-test-lm_eval
-	.venv-lm-eval/bin/python -m pytest -m lm_eval
+	KIMI_SLOW=lm_eval .venv-lm-eval/bin/python -m pytest -m lm_eval
 
 run-py312: .venv312/.ready-demo-test
 	.venv312/bin/python -m pytest -n $(WORKERS) -m "$(QUICK)"
