@@ -1,0 +1,45 @@
+"""The demo's sources: kind "demo", `path` names the sub-set (issue 2, point 7; docs/data.md).
+
+| path       | holds                                                | validation split           | licence of the data |
+|------------|------------------------------------------------------|----------------------------|---------------------|
+| wiki       | Wikipedia leads: title and extract                   | 5 % of the articles        | CC BY-SA            |
+| factbook   | World Factbook sections, fact sheets, capitals       | 10 % of the countries      | public domain       |
+| python     | this interpreter's standard library                  | 6 % of the files           | PSF                 |
+| arithmetic | sums and differences up to 30                        | 20 % of the operand pairs  | generated           |
+| easyvqa    | easy-VQA's scenes at many sizes, 2 to 4 questions    | its own test set           | MIT                 |
+| digits     | scanned handwritten digits: naming, strings, larger  | 20 % of the digits         | BSD (UCI, CC BY)    |
+| video      | a handwritten digit moving over frames of real clips | a clip; 20 % of the digits | BSD; CC BY          |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from kimi_jax.config import ConfigError
+from kimi_jax.data.sources import demo_image, demo_text, demo_video
+from kimi_jax.data.sources.demo_base import check_split
+
+OPENERS: dict[str, Callable[[str], Any]] = {
+    "wiki": demo_text.Wiki,
+    "factbook": demo_text.Factbook,
+    "python": demo_text.Python,
+    "arithmetic": demo_text.Arithmetic,
+    "easyvqa": demo_image.EasyVQA,
+    "digits": demo_image.Digits,
+    "video": demo_video.MovingDigit,
+}
+
+
+def open_demo(path: str, split: str) -> Any:
+    """The source named `path` for `split` ("train" or "validation"): `len(source)`, `source[i] -> Example`, picklable.
+
+    Those with pictures also have `record(i)`: the same example without its pictures, which take time to draw.
+
+    Raises ConfigError for an unknown name or split, MissingDemoPackage when its package is not installed.
+    """
+    if path not in OPENERS:
+        raise ConfigError(f"no demo source is called {path!r}; there are: {', '.join(OPENERS)}")
+    source = OPENERS[path](check_split(split))
+    len(source)  # a missing package must show here, not in a worker
+    return source
