@@ -1,11 +1,36 @@
-"""Images by the released rule (reference.md section 5)."""
+"""Images by the released rule: size plan, bicubic resize, zero padding, patches (reference.md sections 1.4 and 5).
+
+W, H   size of the original in pixels
+h, w   grid in patches, both even (a language token is a 2x2 window of patches)
+N      h*w patches;  p = patch_size;  C = 3*p*p
+
+Never upscaled; padding is at the right and the bottom and black, so -1 after normalisation. EXIF orientation is
+ignored, alpha and palettes go through `convert("RGB")`, an animation counts as its first frame: all as released.
+The pipeline carries uint8 patches; the float form is one look-up in a table of 256 entries, bit for bit the released
+arithmetic.
+"""
 
 from __future__ import annotations
 
+import io
+import math
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
+
+from kimi_jax.data import BadRecord
+
+PATCH_LIMIT = 16384  # in_patch_limit
+SIDE_LIMIT = 512  # patch_limit_on_one_side
+MAX_PIXELS = 2 * 89_478_485  # the size at which PIL itself speaks of a decompression bomb
+
+# (u8 / 255 in float64, then float32) - 0.5, times 2: the released order of operations.
+NORMALISED = ((np.arange(256) / 255.0).astype(np.float32) - np.float32(0.5)) * np.float32(2.0)
+NORMALISED.setflags(write=False)
 
 
 @dataclass(frozen=True)
@@ -13,3 +38,165 @@ class Image:
     """One image of an example. `image`: a PIL image (may still be undecoded) or uint8 [H, W, 3]."""
 
     image: PIL.Image.Image | np.ndarray
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of a picture: resized to (width, height) pixels, padded to h by w patches."""
+
+    width: int
+    height: int
+    h: int
+    w: int
+
+    @property
+    def patches(self) -> int:
+        """Patches of one frame, padding included."""
+        return self.h * self.w
+
+    @property
+    def tokens(self) -> int:
+        """Language-model tokens."""
+        return self.h * self.w // 4
+
+
+def plan_image(
+    width: int,
+    height: int,
+    patch_limit: float | int = PATCH_LIMIT,
+    side_limit: int = SIDE_LIMIT,
+    patch_size: int = 14,
+) -> Plan:
+    """The released size plan.
+
+    patch_limit bounds the area before padding (padding may exceed it), side_limit each side; both in patches.
+    Raises ValueError for a picture without pixels.
+    """
+    if width < 1 or height < 1:
+        raise ValueError(f"picture of {width}x{height} pixels")
+    p = patch_size
+    scale = min(
+        1.0,
+        math.sqrt(patch_limit / (max(1.0, width // p) * max(1.0, height // p))),
+        side_limit * p / width,
+        side_limit * p / height,
+    )
+    new_w = min(max(1, int(width * scale)), side_limit * p)
+    new_h = min(max(1, int(height * scale)), side_limit * p)
+    window = 2 * p
+    return Plan(new_w, new_h, 2 * -(-new_h // window), 2 * -(-new_w // window))
+
+
+def largest(plan_with_limit: Callable[[float | int], Plan], patch_limit: float | int, max_patches: int | None) -> Plan:
+    """The plan of the largest area limit up to `patch_limit` whose *padded* patches are at most `max_patches`.
+
+    Raises ValueError if even the smallest plan, 2x2 patches, is too large.
+    """
+    plan = plan_with_limit(patch_limit)
+    if max_patches is None or plan.patches <= max_patches:
+        return plan
+    if max_patches < 4:
+        raise ValueError(f"a picture takes at least 4 patches, only {max_patches} are allowed")
+    low, high = 0.0, float(min(patch_limit, max_patches))
+    if plan_with_limit(high).patches <= max_patches:
+        return plan_with_limit(high)
+    for _ in range(24):  # to a relative 1e-7 of the limit: far below one pixel
+        middle = (low + high) / 2
+        low, high = (middle, high) if plan_with_limit(middle).patches <= max_patches else (low, middle)
+    return plan_with_limit(low)
+
+
+def fit_image(
+    width: int,
+    height: int,
+    max_patches: int | None,
+    patch_limit: float | int = PATCH_LIMIT,
+    side_limit: int = SIDE_LIMIT,
+    patch_size: int = 14,
+) -> Plan:
+    """`plan_image`, made smaller where needed so that the padded patches are at most `max_patches`."""
+    return largest(lambda a: plan_image(width, height, a, side_limit, patch_size), patch_limit, max_patches)
+
+
+def open_image(data: bytes | str | Path, key: str = "") -> PIL.Image.Image:
+    """Opens, and does not yet decode, an encoded picture.
+
+    data: the bytes of the file, or its path. Raises BadRecord(missing_file | broken_image | absurd_size).
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+            return PIL.Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
+    except FileNotFoundError as error:
+        raise BadRecord("missing_file", key, str(data)) from error
+    except PIL.Image.DecompressionBombError as error:
+        raise BadRecord("absurd_size", key, str(error)) from error
+    except Exception as error:  # PIL raises anything from SyntaxError to struct.error on damaged headers
+        raise BadRecord("broken_image", key, f"{type(error).__name__}: {error}") from error
+
+
+def image_size(image: PIL.Image.Image | np.ndarray, key: str = "") -> tuple[int, int]:
+    """(width, height) in pixels, before decoding. Raises BadRecord(broken_image | absurd_size)."""
+    if isinstance(image, np.ndarray):
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise BadRecord("broken_image", key, f"an array must be uint8 [H, W, 3], not {image.dtype} {image.shape}")
+        width, height = image.shape[1], image.shape[0]
+    else:
+        width, height = image.size
+    if width < 1 or height < 1 or width * height > MAX_PIXELS:
+        raise BadRecord("absurd_size", key, f"{width}x{height} pixels (1 to {MAX_PIXELS} are read)")
+    return width, height
+
+
+def decode(image: PIL.Image.Image | np.ndarray, key: str = "") -> PIL.Image.Image:
+    """The picture in RGB, first frame of an animation. Raises BadRecord(broken_image | absurd_size)."""
+    image_size(image, key)
+    if isinstance(image, np.ndarray):
+        return PIL.Image.fromarray(image)
+    try:
+        if getattr(image, "is_animated", False) and image.tell() != 0:
+            image.seek(0)
+        return image.convert("RGB")
+    except Exception as error:  # truncated data, broken chunks, unknown modes: each decoder has its own exceptions
+        raise BadRecord("broken_image", key, f"{type(error).__name__}: {error}") from error
+
+
+def picture_patches(rgb: PIL.Image.Image, plan: Plan, patch_size: int = 14) -> np.ndarray:
+    """Resizes, pads and cuts one RGB picture. Returns uint8 [h*w, C], rasters of (channel, y, x) patches."""
+    if rgb.size != (plan.width, plan.height):
+        rgb = rgb.resize((plan.width, plan.height), PIL.Image.Resampling.BICUBIC)
+    p = patch_size
+    canvas = np.zeros((plan.h * p, plan.w * p, 3), np.uint8)
+    canvas[: plan.height, : plan.width] = np.asarray(rgb)
+    cut = canvas.reshape(plan.h, p, plan.w, p, 3).transpose(0, 2, 4, 1, 3)
+    return cut.reshape(plan.patches, 3 * p * p)
+
+
+def image_patches(
+    image: PIL.Image.Image | np.ndarray,
+    plan: Plan | None = None,
+    patch_size: int = 14,
+    key: str = "",
+) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """Patches of one picture by `plan` (default: the released one).
+
+    Returns (uint8 [N, C], grid (1, h, w)). Raises BadRecord(broken_image | absurd_size).
+    """
+    if plan is None:
+        plan = plan_image(*image_size(image, key), patch_size=patch_size)
+    return picture_patches(decode(image, key), plan, patch_size), (1, plan.h, plan.w)
+
+
+def normalise(patches: np.ndarray, patch_size: int = 14) -> np.ndarray:
+    """uint8 [N, C] to the released `pixel_values`: float32 [N, 3, p, p] in [-1, 1]."""
+    return NORMALISED[patches].reshape(-1, 3, patch_size, patch_size)
+
+
+def process_image(image: PIL.Image.Image | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The released image processor for one picture, bit for bit.
+
+    Returns (pixel_values float32 [N, 3, 14, 14], grid_thw int64 [1, 3]). Raises BadRecord for a picture that cannot be
+    decoded. Source: reference.md section 5.
+    """
+    patches, grid = image_patches(image)
+    return normalise(patches), np.array([grid], np.int64)

@@ -1,11 +1,30 @@
-"""Video by the released rule (reference.md section 5)."""
+"""Video by the released rule: two frames a second, chunks of four, a time stamp each (reference.md section 5).
+
+N      frames of the file;  n  frames kept
+h, w   grid of a frame in patches;  t = 1 .. 4 frames of a chunk
+C      3 * patch_size^2
+
+The released decoder is not public; frames are decoded by PyAV here and may differ from it by a grey level.
+"""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
 
+import av
+import av.container
 import numpy as np
+
+from kimi_jax.data import BadRecord
+from kimi_jax.data.image import MAX_PIXELS, SIDE_LIMIT, Plan, decode, largest, picture_patches, plan_image
+
+SAMPLE_FPS = 2.0  # sample_fps
+CHUNK_FRAMES = 4  # temporal_merge_kernel_size
+FRAME_PATCH_LIMIT = 4096  # in_patch_limit_each_frame
 
 
 @dataclass(frozen=True)
@@ -17,4 +36,129 @@ class Video:
     """
 
     frames: np.ndarray | Sequence[np.ndarray]
-    timestamps: Sequence[float]
+    timestamps: Sequence[float] | np.ndarray
+
+
+def sample_indices(num_frames: int, fps: float | int, sample_fps: float | int = SAMPLE_FPS) -> np.ndarray:
+    """int64 [n]: which frames the released rule keeps: n = max(round(N * min(2, fps) / fps), 1), evenly spread.
+
+    Raises ValueError for a video without frames or without a frame rate.
+    """
+    if num_frames < 1 or not fps > 0:
+        raise ValueError(f"video of {num_frames} frames at {fps} frames a second")
+    keep = max(round(num_frames * min(sample_fps, fps) / fps), 1)
+    return np.round(np.linspace(0, num_frames - 1, keep)).astype(np.int64)
+
+
+def sample_video(frames: np.ndarray | Sequence[np.ndarray], fps: float | int) -> Video:
+    """All decoded frames of a video to the released selection, with times index / fps."""
+    indices = sample_indices(len(frames), fps)
+    return Video([frames[i] for i in indices], tuple(float(i / fps) for i in indices))
+
+
+def timestamp(seconds: float | int) -> str:
+    """HH:MM:SS.mmm as released: of the day (UTC), milliseconds cut off, not rounded."""
+    whole = int(seconds) % 86400
+    return f"{whole // 3600:02d}:{whole // 60 % 60:02d}:{whole % 60:02d}.{int((seconds % 1) * 1000):03d}"
+
+
+def plan_frame(
+    width: int,
+    height: int,
+    patch_limit: float | int = FRAME_PATCH_LIMIT,
+    side_limit: int = SIDE_LIMIT,
+    patch_size: int = 14,
+) -> Plan:
+    """The one plan of all frames of a video: an image's, with the limit of a frame."""
+    return plan_image(width, height, patch_limit, side_limit, patch_size)
+
+
+def fit_frame(
+    width: int,
+    height: int,
+    frames: int,
+    max_patches: int | None,
+    patch_limit: float | int = FRAME_PATCH_LIMIT,
+    side_limit: int = SIDE_LIMIT,
+    patch_size: int = 14,
+) -> Plan:
+    """`plan_frame`, made smaller where needed so that a chunk of `frames` frames has at most `max_patches` patches."""
+    per_frame = None if max_patches is None else max_patches // frames
+    return largest(lambda a: plan_frame(width, height, a, side_limit, patch_size), patch_limit, per_frame)
+
+
+def chunks(video: Video) -> list[tuple[int, int]]:
+    """(first frame, end) of each chunk of up to four frames."""
+    count = len(video.frames)
+    return [(i, min(i + CHUNK_FRAMES, count)) for i in range(0, count, CHUNK_FRAMES)]
+
+
+def video_size(video: Video, key: str = "") -> tuple[int, int]:
+    """(width, height) of the frames. Raises BadRecord(empty | absurd_size | broken_video) for what is no video."""
+    frames = video.frames
+    if len(frames) == 0:
+        raise BadRecord("empty", key, "a video without frames")
+    if len(video.timestamps) != len(frames):
+        raise BadRecord("broken_video", key, f"{len(frames)} frames, but {len(video.timestamps)} time stamps")
+    if any(not 0 <= s < float("inf") for s in video.timestamps):
+        raise BadRecord("broken_video", key, "a time stamp is negative or not a number")
+    shape = np.shape(frames[0])
+    if any(np.shape(f) != shape or f.dtype != np.uint8 for f in frames) or len(shape) != 3 or shape[2] != 3:
+        raise BadRecord("broken_video", key, f"frames must all be uint8 [H, W, 3] of one size; the first is {shape}")
+    height, width = shape[:2]
+    if height < 1 or width < 1 or height * width > MAX_PIXELS:
+        raise BadRecord("absurd_size", key, f"frames of {width}x{height} pixels")
+    return width, height
+
+
+def chunk_patches(
+    video: Video, chunk: tuple[int, int], plan: Plan, patch_size: int = 14
+) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """Patches of one chunk: (uint8 [t*h*w, C] frame by frame in raster order, grid (t, h, w))."""
+    start, end = chunk
+    frames = [picture_patches(decode(video.frames[i]), plan, patch_size) for i in range(start, end)]
+    return np.concatenate(frames), (end - start, plan.h, plan.w)
+
+
+def read_video(source: str | Path | io.BufferedIOBase, key: str = "", name: str = "") -> Video:
+    """Decodes a file with PyAV and keeps the frames of the released rule; only those are held in memory.
+
+    source: a path, or an open binary file. key, name: of the record and of the file, for messages.
+    Two passes over the file, since the number of frames in a header is often missing or wrong.
+    Raises BadRecord(missing_file | broken_video | empty | absurd_size).
+    """
+    name = name or (str(source) if isinstance(source, (str, Path)) else "video")
+    key = key or name
+    try:
+        with _open(source) as container:
+            stream = container.streams.video[0]
+            width, height, rate = stream.codec_context.width, stream.codec_context.height, _frame_rate(stream)
+            if not 0 < width * height <= MAX_PIXELS:
+                raise BadRecord("absurd_size", key, f"{name}: frames of {width}x{height} pixels")
+            count = sum(1 for _ in container.decode(stream))
+        if count == 0:
+            raise BadRecord("empty", key, f"{name}: a video without frames")
+        indices = sample_indices(count, rate)
+        wanted = set(indices.tolist())
+        with _open(source) as container:
+            decoded = enumerate(container.decode(container.streams.video[0]))
+            frames = {i: frame.to_ndarray(format="rgb24") for i, frame in decoded if i in wanted}
+        return Video([frames[int(i)] for i in indices], tuple(float(i / rate) for i in indices))
+    except BadRecord:
+        raise
+    except FileNotFoundError as error:
+        raise BadRecord("missing_file", key, name) from error
+    except Exception as error:  # ffmpeg's errors, a file without a video stream, a frame that fails to convert
+        raise BadRecord("broken_video", key, f"{name}: {type(error).__name__}: {error}") from error
+
+
+def _open(source: str | Path | io.BufferedIOBase) -> av.container.InputContainer:
+    if isinstance(source, (str, Path)):
+        return av.open(str(source), mode="r")
+    source.seek(0)
+    return av.open(source, mode="r")
+
+
+def _frame_rate(stream: av.VideoStream) -> float:
+    rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+    return float(rate)

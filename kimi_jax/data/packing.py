@@ -1,0 +1,317 @@
+"""Documents into token rows, and their pictures into the bins beside them, both at once (design.md section 3).
+
+R, S       rows of a group, tokens of a row
+K          bin classes; class k has v_k bins of P_k patches, W_k = P_k/4 windows (one feature each)
+n, N       tokens of an example, patches of an item
+C          3 * patch_size^2
+F          features of a group, sum of v_k * W_k
+
+A group is the unit of packing: an example takes a stretch of one row, and each of its items a stretch of one bin of the
+same group, so no feature ever leaves the group. Static shapes; what is not used is padding.
+
+Examples wait in a pool. A group takes the oldest first, then fills row after row with the subset of the pool that fills
+it best, older ones preferred, skipping what the bins have no room for. So rows are nearly full even where they are
+short, the pool stays bounded, and nobody waits for more groups than the pool has places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from kimi_jax.config import ConfigError, DataConfig, ModelConfig
+from kimi_jax.data.example import Encoded, MediaItem, place_items
+from kimi_jax.data.patches import item_layout, num_features
+
+Batch = dict  # the packed batch: arrays by name, "vision" a tuple of dicts of arrays
+
+
+@dataclass(frozen=True)
+class GroupShape:
+    """Static shape of a group."""
+
+    rows: int
+    sequence_length: int
+    bins: tuple[tuple[int, int], ...]  # (P_k, v_k), ascending P; empty for text only
+    pad_id: int
+    media_pad_id: int
+    patch_size: int = 14
+
+    @classmethod
+    def of(cls, data: DataConfig, model: ModelConfig) -> GroupShape:
+        """The shape a run's settings ask for. Raises ConfigError for bins that cannot work."""
+        bins = data.vision_bins if model.vision else ()
+        for i, (patches, count) in enumerate(bins):
+            if patches < 4 or patches % 4 or count < 1:
+                raise ConfigError(
+                    f"data.vision_bins[{i}] = ({patches}, {count}): patches must be a multiple of 4 (a feature is a "
+                    "window of 2x2), with at least one bin"
+                )
+            if i and patches <= bins[i - 1][0]:
+                raise ConfigError(f"data.vision_bins must ascend in patches, not {bins}")
+        if data.rows_per_group < 1 or data.sequence_length < 2:
+            raise ConfigError("data.rows_per_group must be at least 1 and data.sequence_length at least 2")
+        patch_size = model.vision.patch_size if model.vision else 14
+        return cls(
+            data.rows_per_group,
+            data.sequence_length,
+            bins,
+            model.pad_token_id,
+            model.media_placeholder_token_id,
+            patch_size,
+        )
+
+    @property
+    def bin_offsets(self) -> tuple[int, ...]:
+        """Where the features of each class begin among the F features of a group."""
+        return tuple(int(o) for o in np.cumsum([0] + [p // 4 * v for p, v in self.bins]))[:-1]
+
+
+class Group:
+    """One group while it is filled. `add` takes an example or says that there is no room; `arrays` is the result."""
+
+    def __init__(self, shape: GroupShape):
+        self.shape = shape
+        rows = (shape.rows, shape.sequence_length)
+        self._tokens = np.full(rows, shape.pad_id, np.int32)
+        self._targets = np.full(rows, shape.pad_id, np.int32)
+        self._loss_weights = np.zeros(rows, np.float32)
+        self._segment_ids = np.zeros(rows, np.int32)
+        self._positions = np.zeros(rows, np.int32)
+        self._modality = np.zeros(rows, np.int32)
+        self._feature_index = np.full(rows, -1, np.int32)
+        self._bins = [_empty_bins(patches, count, 3 * shape.patch_size**2) for patches, count in shape.bins]
+        self._row_room = [shape.sequence_length] * shape.rows
+        self._row_documents = [0] * shape.rows
+        self._bin_room = [[patches] * count for patches, count in shape.bins]
+        self._bin_items = [[0] * count for _, count in shape.bins]
+        self.documents = 0
+
+    def room(self, row: int) -> int:
+        """Tokens left in a row."""
+        return self._row_room[row]
+
+    def add(self, example: Encoded, row: int) -> bool:
+        """Packs the example into the row and returns True, or changes nothing and returns False for lack of room.
+
+        Raises ValueError for an example that does not fit an empty group.
+        """
+        n = len(example.tokens)
+        places = place_items([len(m.patches) for m in example.media], self._bin_room)
+        if n > self._row_room[row] or places is None:
+            if self.documents == 0:
+                raise ValueError(
+                    f"example {example.key} ({n} tokens, items of {[len(m.patches) for m in example.media]} patches) "
+                    f"does not fit an empty group of {self.shape}; encode it with the limits of the group"
+                )
+            return False
+        features = [self._add_item(item, k, b) for item, (k, b) in zip(example.media, places, strict=True)]
+        self._add_document(example, row, features)
+        return True
+
+    def _add_document(self, example: Encoded, row: int, features: list[np.ndarray]) -> None:
+        n = len(example.tokens)
+        start = self.shape.sequence_length - self._row_room[row]
+        here, before_last = np.s_[row, start : start + n], np.s_[row, start : start + n - 1]
+        self._tokens[here] = example.tokens
+        self._targets[before_last] = example.tokens[1:]
+        pads = example.tokens == self.shape.media_pad_id
+        self._loss_weights[before_last] = np.where(pads[1:], 0, example.loss_weights[1:])
+        self._row_documents[row] += 1
+        self._segment_ids[here] = self._row_documents[row]
+        self._positions[here] = np.arange(n)
+        self._modality[here] = example.modality
+        if features:
+            self._feature_index[here][pads] = np.concatenate(features)
+        self._row_room[row] -= n
+        self.documents += 1
+
+    def _add_item(self, item: MediaItem, k: int, b: int) -> np.ndarray:
+        arrays = self._bins[k]
+        patches = self.shape.bins[k][0]
+        count = len(item.patches)
+        start = patches - self._bin_room[k][b]
+        order, coords, slots = item_layout(item.grid)
+        self._bin_items[k][b] += 1
+        here = np.s_[b, start : start + count]
+        np.take(item.patches, order, axis=0, out=arrays["patches"][here])
+        arrays["segment_ids"][here] = self._bin_items[k][b]
+        arrays["coords"][here] = coords
+        arrays["grids"][here] = item.grid
+        arrays["feature_slots"][b, start // 4 : (start + count) // 4] = start // 4 + slots
+        self._bin_room[k][b] -= count
+        first = self.shape.bin_offsets[k] + b * (patches // 4) + start // 4
+        return first + np.arange(num_features(item.grid), dtype=np.int32)
+
+    def arrays(self) -> Batch:
+        """The group in the layout of a batch: rows on axis 0, bins of each class on axis 0."""
+        return {
+            "tokens": self._tokens,
+            "targets": self._targets,
+            "loss_weights": self._loss_weights,
+            "segment_ids": self._segment_ids,
+            "positions": self._positions,
+            "modality": self._modality,
+            "feature_index": self._feature_index,
+            "vision": tuple(self._bins),
+        }
+
+    def used(self) -> dict:
+        """{"tokens", "vision_tokens", "documents": int, "patches": [K] ints}: what is not padding."""
+        patches = [p * v - sum(room) for (p, v), room in zip(self.shape.bins, self._bin_room, strict=True)]
+        return {
+            "tokens": self.shape.rows * self.shape.sequence_length - sum(self._row_room),
+            "vision_tokens": int(np.count_nonzero(self._feature_index >= 0)),
+            "documents": self.documents,
+            "patches": patches,
+        }
+
+
+class Waiting(NamedTuple):
+    """An encoded example in the pool, and what its shard needs to find it again."""
+
+    example: Encoded
+    reference: tuple
+
+
+def fill_group(shape: GroupShape, pool: list[Waiting], draw: Callable[[], list[Waiting]], lookahead: int) -> Group:
+    """The next group. `pool` (oldest first) is changed in place; `draw` yields what comes next, maybe nothing.
+
+    The pool is kept at `lookahead` examples; one draw may take it above (a long text in pieces). Every call takes at
+    least the oldest example, so none waits for more than `lookahead` groups.
+    """
+    group = Group(shape)
+    refused: set[int] = set()  # no room in the bins, and there will be none before the next group
+    for row in range(shape.rows):
+        while group.room(row):
+            while len(pool) < lookahead:
+                pool += draw()
+            if group.documents == 0:
+                chosen = [pool[0]]
+            else:
+                able = [w for w in pool if id(w) not in refused]
+                chosen = [able[i] for i in best_subset([len(w.example.tokens) for w in able], group.room(row))]
+            if not chosen:
+                break
+            placed = {id(w) for w in chosen if group.add(w.example, row)}
+            refused |= {id(w) for w in chosen} - placed
+            pool[:] = [w for w in pool if id(w) not in placed]
+    return group
+
+
+def best_subset(lengths: Sequence[int], room: int) -> list[int]:
+    """Indices (ascending) of the lengths whose sum comes nearest to `room` from below; earlier ones are preferred.
+
+    Bit s of `reachable` says that some subset sums to s: one shift and one `or` an item.
+    """
+    if sum(lengths) <= room:
+        return list(range(len(lengths)))
+    mask = (1 << (room + 1)) - 1
+    reachable = [1]
+    for length in lengths:
+        reachable.append((reachable[-1] | reachable[-1] << length) & mask)
+    total = reachable[-1].bit_length() - 1
+    chosen = []
+    for i in reversed(range(len(lengths))):
+        if not reachable[i] >> total & 1:
+            chosen.append(i)
+            total -= lengths[i]
+    return chosen[::-1]
+
+
+def _empty_bins(patches: int, count: int, pixels: int) -> dict[str, np.ndarray]:
+    grids = np.empty((count, patches, 3), np.int32)
+    grids[:] = (1, 2, 2)
+    return {
+        "patches": np.zeros((count, patches, pixels), np.uint8),
+        "segment_ids": np.zeros((count, patches), np.int32),
+        "coords": np.zeros((count, patches, 3), np.int32),
+        "grids": grids,
+        "feature_slots": np.full((count, patches // 4), patches // 4, np.int32),
+    }
+
+
+def concatenate(batches: list[Batch]) -> Batch:
+    """Groups, or batches of groups, one behind the other along axis 0."""
+    if len(batches) == 1:
+        return batches[0]
+    out: Batch = {name: np.concatenate([b[name] for b in batches]) for name in batches[0] if name != "vision"}
+    classes = zip(*(b["vision"] for b in batches), strict=True)
+    out["vision"] = tuple({name: np.concatenate([c[name] for c in same]) for name in same[0]} for same in classes)
+    return out
+
+
+def empty_batch(shape: GroupShape, num_groups: int = 1) -> Batch:
+    """A batch of padding only, `num_groups` groups: what shapes and dtypes a run has."""
+    return concatenate([Group(shape).arrays() for _ in range(num_groups)])
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document read back from a batch: where it lies, and what the model sees of it.
+
+    tokens, targets int32 [n], loss_weights float32 [n] (of predicting each *target*), positions int32 [n];
+    media: items with patches in released raster order, places: (class, bin) of each, bins counted over the batch.
+    """
+
+    row: int
+    start: int
+    tokens: np.ndarray
+    targets: np.ndarray
+    loss_weights: np.ndarray
+    positions: np.ndarray
+    modality: int
+    media: tuple[MediaItem, ...]
+    places: tuple[tuple[int, int], ...]
+
+
+def unpack(batch: Batch, num_groups: int = 1) -> Iterator[Document]:
+    """The documents of a batch, row by row: the inverse of packing, for tests and for looking at a batch."""
+    rows = len(batch["tokens"]) // num_groups
+    for row, segments in enumerate(batch["segment_ids"]):
+        for segment in range(1, int(segments.max()) + 1):
+            where = np.flatnonzero(segments == segment)
+            index = batch["feature_index"][row][where]
+            media, places = _media_of(batch, num_groups, row // rows, index[index >= 0])
+            yield Document(
+                row,
+                int(where[0]),
+                batch["tokens"][row][where],
+                batch["targets"][row][where],
+                batch["loss_weights"][row][where],
+                batch["positions"][row][where],
+                int(batch["modality"][row][where[0]]),
+                media,
+                places,
+            )
+
+
+def _media_of(
+    batch: Batch, num_groups: int, group: int, features: np.ndarray
+) -> tuple[tuple[MediaItem, ...], tuple[tuple[int, int], ...]]:
+    media, places = [], []
+    at = 0
+    while at < len(features):
+        k, b, window = _locate(batch["vision"], num_groups, group, int(features[at]))
+        arrays = batch["vision"][k]
+        t, h, w = (int(x) for x in arrays["grids"][b, 4 * window])
+        grid = (t, h, w)
+        order, _, _ = item_layout(grid)
+        patches = np.empty((len(order), arrays["patches"].shape[-1]), arrays["patches"].dtype)
+        patches[order] = arrays["patches"][b, 4 * window : 4 * window + len(order)]
+        media.append(MediaItem(patches, grid))
+        places.append((k, b))
+        at += num_features(grid)
+    return tuple(media), tuple(places)
+
+
+def _locate(vision: tuple, num_groups: int, group: int, feature: int) -> tuple[int, int, int]:
+    for k, arrays in enumerate(vision):
+        bins, windows = len(arrays["feature_slots"]) // num_groups, arrays["feature_slots"].shape[1]
+        if feature < bins * windows:
+            return k, group * bins + feature // windows, feature % windows
+        feature -= bins * windows
+    raise ValueError(f"feature index {feature} lies beyond the bins of group {group}")

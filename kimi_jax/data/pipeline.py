@@ -1,0 +1,325 @@
+"""The data stream of a run: logical shards in worker processes, batches, and the state of the batch last delivered.
+
+G   logical shards (groups of the global batch); this host serves some of them
+B   rows of a local batch: (shards of this host) * rows_per_group
+
+Each worker process (Grain `mp_prefetch`) owns some of the shards and makes one group of each at a time. Every group
+travels with the state its shard had right after it, so `state()` belongs to the batch last delivered, however much was
+prefetched. Shards know nothing of workers or hosts: any split of them gives the same groups (design.md section 3).
+
+What Grain 0.2.18 does about a worker that goes wrong: an exception is raised again here with the worker's traceback; a
+worker that dies by a signal or a non-zero exit is noticed within a second (RuntimeError); one that merely hangs is
+waited for without end, and one whose trainer was killed lives on for ever. The last two are dealt with here: a worker
+from which nothing came for `stall_seconds` is killed, which turns into that RuntimeError, and workers leave with their
+parent.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import multiprocessing
+import multiprocessing.process
+import os
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+
+import grain
+import numpy as np
+from absl import flags
+
+from kimi_jax.config import ConfigError, DataConfig, ModelConfig
+from kimi_jax.data import DataError
+from kimi_jax.data.example import Source
+from kimi_jax.data.packing import Batch, GroupShape, concatenate
+from kimi_jax.data.shard import NAMED, Shard, check_bad
+from kimi_jax.data.tokenizer import Tokenizer, load_tokenizer
+
+VERSION = 1  # of the state
+log = logging.getLogger(__name__)
+
+
+class _Shards(grain.IterDataset):
+    """Some logical shards as a Grain dataset. An element holds one group of each of them, and their states as JSON."""
+
+    def __init__(
+        self,
+        shards: Sequence[int],
+        states: Mapping[str, dict],
+        data: DataConfig,
+        model: ModelConfig,
+        total_steps: int,
+        sources: Mapping[str, Source] | None,
+        tokenizer: Tokenizer | None,
+    ):
+        super().__init__()
+        self._shards, self._states = tuple(shards), states
+        self._settings = (data, model, total_steps)
+        self._sources, self._tokenizer = sources, tokenizer
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _ShardsIterator(self)
+
+    def open(self) -> list[Shard]:
+        """The shards at their states; opens the sources."""
+        data = self._settings[0]
+        tokenizer = self._tokenizer or load_tokenizer(data.tokenizer)
+        sources = self._sources if self._sources is not None else _open_sources(data)
+        return [Shard(k, *self._settings, sources, tokenizer, self._states.get(str(k))) for k in self._shards]
+
+
+class _ShardsIterator(grain.DatasetIterator):
+    """Makes the elements of `_Shards`, opening the sources on first use, so in the worker."""
+
+    def __init__(self, dataset: _Shards):
+        super().__init__()
+        self._dataset = dataset
+        self._opened: list[Shard] | None = None
+
+    def __next__(self) -> dict:
+        if self._opened is None:
+            self._opened = self._dataset.open()
+        batch = concatenate([shard.next_group() for shard in self._opened])
+        states = {str(k): s.state() for k, s in zip(self._dataset._shards, self._opened, strict=True)}
+        return {"batch": batch, "states": json.dumps(states)}
+
+    def get_state(self) -> dict:
+        """Nothing: the state that counts travels with each element."""
+        return {}
+
+    def set_state(self, state: dict) -> None:
+        """Not used: a stream starts at the states it is given."""
+        raise NotImplementedError("a BatchStream is restored by passing `state` to it")
+
+
+def _open_sources(data: DataConfig) -> dict[str, Source]:
+    from kimi_jax.data.sources import open_source  # readers may themselves import this package
+
+    return {name: open_source(config) for name, config in data.sources.items()}
+
+
+def _leave_with_parent(worker_index: int, worker_count: int) -> None:
+    """Runs at the start of a worker: ends it when its parent is gone, which Grain would not notice."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_follow, args=(parent,), daemon=True, name="leave-with-parent").start()
+
+
+def _follow(parent: multiprocessing.process.BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
+
+
+class BatchStream:
+    """Endless iterator over packed batches of this host's shards (the layout is that of `packing.Group`).
+
+    shards: logical shards of this host, default all; rows come in ascending order of them.
+    state:  of `state()`, or `merge_states` of those of all hosts; continues with exactly the next batch.
+    sources, tokenizer: instead of opening those the settings name; must be picklable when there are workers.
+    stall_seconds: a worker that delivers nothing for so long is given up.
+
+    `data.num_workers` processes share the shards; 0 makes batches here, in a thread `data.prefetch` groups ahead
+    (`prefetch=0`: no thread). Raises ConfigError and DataError, at once for settings, from `next` for data.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        model: ModelConfig,
+        total_steps: int,
+        *,
+        shards: Sequence[int] | None = None,
+        state: dict | None = None,
+        sources: Mapping[str, Source] | None = None,
+        tokenizer: Tokenizer | None = None,
+        stall_seconds: float = 600.0,
+    ):
+        self._data, self._shape = data, GroupShape.of(data, model)
+        self._shards = _check_shards(data, shards)
+        _check_tokenizer(tokenizer or load_tokenizer(data.tokenizer), model)
+        self._states = _check_state(state, data, self._shards)
+        self._stall_seconds = stall_seconds
+        self._closed = False
+        workers = min(data.num_workers, len(self._shards))
+        self._has_workers = workers > 0
+        parts = [list(map(int, p)) for p in np.array_split(self._shards, max(1, workers))]
+        settings = (data, model, total_steps, sources, tokenizer)
+        self._iterators = [self._start(_Shards(part, self._states, *settings), len(part)) for part in parts]
+        self._before = set(multiprocessing.active_children())
+        # at the latest when the interpreter ends, and before Grain's own modules are taken down
+        self._finalizer = weakref.finalize(self, _close_all, self._iterators)
+        for iterator in self._iterators:
+            iterator.start_prefetch()  # all at once, so that the first batch costs one start-up and not several
+
+    def _start(self, dataset: grain.IterDataset, shards: int) -> grain.DatasetIterator:
+        elements = math.ceil(self._data.prefetch / shards)
+        if self._has_workers:
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # Grain reads its own flags; outside absl's app.run nobody parses any
+            options = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=max(1, elements))
+            dataset = dataset.mp_prefetch(options, worker_init_fn=_leave_with_parent)
+        elif elements:
+            dataset = grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=elements)
+        return iter(dataset)
+
+    def __iter__(self) -> BatchStream:
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch: arrays of this host's rows. Raises DataError, RuntimeError for a worker that died."""
+        if self._closed:
+            raise ValueError("this BatchStream is closed")
+        watch = threading.Timer(self._stall_seconds, self._give_up)
+        watch.daemon = True
+        watch.start()
+        try:
+            elements = [next(iterator) for iterator in self._iterators]
+        finally:
+            watch.cancel()
+        for element in elements:
+            self._states.update(json.loads(element["states"]))
+        self._check_bad()
+        return _owned(concatenate([element["batch"] for element in elements]), self._has_workers)
+
+    def _give_up(self) -> None:
+        workers = [p for p in multiprocessing.active_children() if p not in self._before]
+        log.error("no batch for %.0f s: giving up the data workers %s", self._stall_seconds, [p.pid for p in workers])
+        for process in workers:
+            process.kill()
+
+    def _check_bad(self) -> None:
+        for name in self._data.sources:
+            draws, size, bad, named = self._of_source(name)
+            check_bad(name, draws, size, bad, named, self._data.max_bad_fraction)
+
+    def _of_source(self, name: str) -> tuple[int, int, dict[str, int], list[str]]:
+        draws, size = 0, 0
+        bad: dict[str, int] = {}
+        named: list[str] = []
+        for state in self._states.values():
+            source = state["sources"][name]
+            draws, size, named = draws + source["drawn"], source["size"], named + source["named"]
+            for reason, count in source["bad"].items():
+                bad[reason] = bad.get(reason, 0) + count
+        return draws, size, bad, list(dict.fromkeys(named))[:NAMED]
+
+    def state(self) -> dict:
+        """The state that belongs to the batch last delivered, JSON-able; of this host's shards only."""
+        return {
+            "version": VERSION,
+            "num_groups": self._data.num_groups,
+            "seed": self._data.seed,
+            "shards": json.loads(json.dumps(self._states)),
+        }
+
+    def report(self) -> dict:
+        """What this host's shards have delivered since the beginning of the run (restored states included).
+
+        {"batches", "tokens", "vision_tokens", "documents": int, "ratio", "token_fill": float, "patch_fill": [K] floats,
+         "bad": {source: {reason: count}}, "bad_examples": {source: [text]}, "epochs": {source: float}}
+        """
+        states = list(self._states.values())
+        used = [state["used"] for state in states]
+        tokens = sum(u["tokens"] for u in used)
+        vision = sum(u["vision_tokens"] for u in used)
+        groups = sum(state["step"] for state in states)
+        patches = [sum(u["patches"][k] for u in used) for k in range(len(self._shape.bins))]
+        sources = {name: self._of_source(name) for name in self._data.sources}
+        share = len(self._shards) / self._data.num_groups
+        return {
+            "batches": max((state["step"] for state in states), default=0),
+            "tokens": tokens,
+            "vision_tokens": vision,
+            "documents": sum(u["documents"] for u in used),
+            "ratio": vision / max(1, tokens),
+            "token_fill": tokens / max(1, groups * self._shape.rows * self._shape.sequence_length),
+            "patch_fill": [n / max(1, groups * p * v) for n, (p, v) in zip(patches, self._shape.bins, strict=True)],
+            "bad": {name: bad for name, (_, _, bad, _) in sources.items() if bad},
+            "bad_examples": {name: named for name, (_, _, _, named) in sources.items() if named},
+            "epochs": {name: draws / max(1, size) / share for name, (draws, size, _, _) in sources.items()},
+        }
+
+    def close(self) -> None:
+        """Ends workers and threads. The state and the report stay readable."""
+        self._closed = True
+        self._finalizer()
+
+    def __enter__(self) -> BatchStream:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def merge_states(states: Sequence[dict]) -> dict:
+    """One state out of those of all hosts; any host may be restored from it.
+
+    Raises DataError if they belong to different streams or batches, or if two hold the same shard.
+    """
+    if not states:
+        raise DataError("no data states to merge")
+    merged = {**states[0], "shards": {}}
+    for state in states:
+        same = all(state[key] == merged[key] for key in ("version", "num_groups", "seed"))
+        twice = set(state["shards"]) & set(merged["shards"])
+        if not same or twice:
+            raise DataError(f"data states of different streams, or shards {sorted(twice)} twice; merge one run's hosts")
+        merged["shards"].update(state["shards"])
+    steps = {shard["step"] for shard in merged["shards"].values()}
+    if len(steps) > 1:
+        raise DataError(f"data states of different batches ({sorted(steps)}); save all hosts after the same batch")
+    return merged
+
+
+def _close_all(iterators: list) -> None:
+    while iterators:  # emptied, so that no iterator lives to see Grain's modules taken down at exit
+        iterators.pop().close()
+
+
+def _owned(batch: Batch, shared: bool) -> Batch:
+    """Plain arrays: Grain's live in shared memory that is unlinked under whoever keeps a view."""
+    if not shared:
+        return batch
+    own: Batch = {name: _plain(array) for name, array in batch.items() if name != "vision"}
+    own["vision"] = tuple({name: _plain(array) for name, array in arrays.items()} for arrays in batch["vision"])
+    return own
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    return array if type(array) is np.ndarray else np.array(array, subok=False)
+
+
+def _check_shards(data: DataConfig, shards: Sequence[int] | None) -> list[int]:
+    chosen = sorted(range(data.num_groups) if shards is None else (int(k) for k in shards))
+    if not chosen or len(set(chosen)) != len(chosen) or chosen[0] < 0 or chosen[-1] >= data.num_groups:
+        raise ConfigError(f"shards {chosen} of a stream with data.num_groups = {data.num_groups}")
+    if data.lookahead < 1 or data.num_workers < 0 or data.prefetch < 0:
+        raise ConfigError("data.lookahead must be at least 1; data.num_workers and data.prefetch not negative")
+    return chosen
+
+
+def _check_tokenizer(tokenizer: Tokenizer, model: ModelConfig) -> None:
+    pairs = {
+        "eos_token_id": (model.eos_token_id, tokenizer.eos_id),
+        "pad_token_id": (model.pad_token_id, tokenizer.pad_id),
+        "media_placeholder_token_id": (model.media_placeholder_token_id, tokenizer.media_pad_id),
+    }
+    for name, (wanted, found) in pairs.items():
+        if wanted != found:
+            raise ConfigError(f"model.{name} is {wanted}, but the tokenizer has {found} there; set it to {found}")
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens, model.vocab_size is {model.vocab_size}")
+
+
+def _check_state(state: dict | None, data: DataConfig, shards: list[int]) -> dict[str, dict]:
+    if state is None or not state["shards"]:
+        return {}
+    for key, wanted in (("version", VERSION), ("num_groups", data.num_groups), ("seed", data.seed)):
+        if state[key] != wanted:
+            raise DataError(f"the data state has {key} {state[key]}, this run {wanted}; it cannot continue that stream")
+    missing = [k for k in shards if str(k) not in state["shards"]]
+    if missing:
+        raise DataError(f"the data state lacks the shards {missing}; merge the states of all hosts (merge_states)")
+    return {str(k): state["shards"][str(k)] for k in shards}

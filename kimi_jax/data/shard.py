@@ -1,0 +1,192 @@
+"""One logical shard of the data stream: its part of every source, its mixture, its packer (design.md section 3).
+
+G   number of shards of the stream, fixed for a run, whatever the number of hosts or workers
+n   records of a source
+
+Read i of a source in shard k is number i*G + k of the endless stream of that source: its records in an order that is
+shuffled anew each epoch and reached by computation, not by reading ahead. So a shard's state is a few counters, the
+mixture, and *references* to the examples that wait in the pool; restoring encodes those again. Nothing in it knows of
+hosts or workers, which is why a run continues exactly on any number of either.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping
+
+import grain
+
+from kimi_jax.config import DataConfig, ModelConfig
+from kimi_jax.data import BadRecord, DataError
+from kimi_jax.data.example import Encoded, Limits, Source, encode, split
+from kimi_jax.data.mixture import Mixture, ratio_at
+from kimi_jax.data.packing import Batch, GroupShape, Waiting, fill_group
+from kimi_jax.data.tokenizer import Tokenizer
+
+NAMED = 5  # bad records that are remembered by name, for each source
+JUDGED = 100  # draws after which the share of bad records of a source is judged; fewer if it has fewer records
+
+
+def limits_of(data: DataConfig, model: ModelConfig) -> Limits:
+    """What one example may take so that it fits an empty group of this run."""
+    return Limits(data.sequence_length, data.vision_bins if model.vision else ())
+
+
+def check_bad(name: str, draws: int, size: int, bad: Mapping[str, int], named: list, max_fraction: float) -> None:
+    """Raises DataError if too large a share of a source's records was bad, with counts by reason and some names.
+
+    Judged from 100 draws on, or from all records of a smaller source. Until a source has been seen whole, three
+    standard deviations are allowed on top, so that a few bad records early on do not stop a healthy run.
+    """
+    count = sum(bad.values())
+    if draws < min(JUDGED, size) or count == 0:
+        return
+    expected = max_fraction * draws
+    allowed = expected + 3 * math.sqrt(expected) if draws < size else math.ceil(expected)
+    if count > allowed or count == draws:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(bad.items()))
+        examples = "; ".join(named)
+        raise DataError(
+            f"source {name!r}: {count} of {draws} records ({count / draws:.1%}) cannot be used, more than "
+            f"data.max_bad_fraction = {max_fraction:g} allows: {reasons}. For example: {examples}"
+        )
+
+
+class _Reader:
+    """A shard's part of one source: counters, and the order of its records."""
+
+    def __init__(self, name: str, source: Source, shard: int, num_shards: int, seed: int):
+        self.name, self.source, self.size = name, source, len(source)
+        if self.size == 0:
+            raise DataError(f"source {name!r} has no records")
+        self.drawn = 0  # reads so far, bad ones included
+        self.bad: dict[str, int] = {}
+        self.named: list[str] = []
+        self._shard, self._num_shards = shard, num_shards
+        # its own seed for each source: equal ones would walk sources of one size in step
+        order_seed = (seed * 1_000_003 + zlib.crc32(name.encode())) % 2**32
+        self._order = grain.MapDataset.range(self.size).seed(order_seed).shuffle().repeat()
+
+    def encode(self, read: int, tokenizer: Tokenizer, limits: Limits, shape: GroupShape) -> list[Encoded]:
+        """Pieces of read number `read`. Raises BadRecord; other errors become a DataError naming source and record."""
+        index = int(self._order[read * self._num_shards + self._shard])
+        try:
+            pieces = split(encode(self.source[index], tokenizer, limits, shape.patch_size), shape.sequence_length)
+        except BadRecord as bad:
+            raise BadRecord(bad.reason, bad.key or f"record {index}", bad.detail) from bad
+        except Exception as error:
+            raise DataError(f"source {self.name!r}, record {index}: {type(error).__name__}: {error}") from error
+        if not limits.bins and any(piece.media for piece in pieces):
+            raise DataError(f"source {self.name!r}, record {index} holds media, but the model has no vision bins")
+        return pieces
+
+    def count_bad(self, bad: BadRecord, max_fraction: float) -> None:
+        """Counts a record that cannot be used. Raises DataError when they are too many."""
+        self.bad[bad.reason] = self.bad.get(bad.reason, 0) + 1
+        text = str(bad)[:300]
+        if len(self.named) < NAMED and text not in self.named:
+            self.named.append(text)
+        check_bad(self.name, self.drawn, self.size, self.bad, self.named, max_fraction)
+
+    def state(self) -> dict:
+        return {"drawn": self.drawn, "size": self.size, "bad": dict(self.bad), "named": list(self.named)}
+
+    def restore(self, state: dict) -> None:
+        if state["size"] != self.size:
+            raise DataError(
+                f"source {self.name!r} had {state['size']} records when the state was written and has {self.size} now; "
+                "its order is another one. Restore the old files, or start with a fresh data state"
+            )
+        self.drawn, self.bad, self.named = state["drawn"], dict(state["bad"]), list(state["named"])
+
+
+class Shard:
+    """Logical shard `index` of `data.num_groups`: an endless sequence of groups.
+
+    sources: the opened sources by name, as in `data.sources`. state: of `state()`, to continue after that group.
+    Raises DataError for settings or a state that cannot work.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        data: DataConfig,
+        model: ModelConfig,
+        total_steps: int,
+        sources: Mapping[str, Source],
+        tokenizer: Tokenizer,
+        state: dict | None = None,
+    ):
+        self._data, self._total_steps, self._tokenizer = data, total_steps, tokenizer
+        self._limits = limits_of(data, model)
+        self._shape = GroupShape.of(data, model)
+        self._mixture = Mixture(data.sources, data.vision_ratio if model.vision else ((0.0, 0.0),))
+        self._readers = {name: _Reader(name, sources[name], index, data.num_groups, data.seed) for name in data.sources}
+        self._pool: list[Waiting] = []
+        self._step = 0
+        self._used: dict = {"tokens": 0, "vision_tokens": 0, "documents": 0, "patches": [0] * len(self._shape.bins)}
+        if state is not None:
+            self._restore(state)
+
+    def next_group(self) -> Batch:
+        """The arrays of the next group. Raises DataError."""
+        group = fill_group(self._shape, self._pool, self._draw, self._data.lookahead)
+        used = group.used()
+        for name in ("tokens", "vision_tokens", "documents"):
+            self._used[name] += used[name]
+        self._used["patches"] = [a + b for a, b in zip(self._used["patches"], used["patches"], strict=True)]
+        self._step += 1
+        return group.arrays()
+
+    def _draw(self) -> list[Waiting]:
+        ratio = ratio_at(self._data.vision_ratio, self._step / max(1, self._total_steps))
+        name = self._mixture.choose()
+        reader = self._readers[name]
+        read = reader.drawn
+        reader.drawn += 1
+        try:
+            pieces = reader.encode(read, self._tokenizer, self._limits, self._shape)
+        except BadRecord as bad:
+            self._mixture.drew(name, 0, 0, ratio)
+            reader.count_bad(bad, self._data.max_bad_fraction)
+            return []
+        tokens = sum(len(piece.tokens) for piece in pieces)
+        media = sum(item.grid[1] * item.grid[2] // 4 for piece in pieces for item in piece.media)
+        self._mixture.drew(name, tokens, media, ratio)
+        return [Waiting(piece, (name, read, i)) for i, piece in enumerate(pieces)]
+
+    def state(self) -> dict:
+        """The state after the last group, JSON-able: counters, mixture, references of the waiting examples."""
+        return {
+            "step": self._step,
+            "sources": {name: reader.state() for name, reader in self._readers.items()},
+            "mixture": self._mixture.state(),
+            "pool": [list(waiting.reference) for waiting in self._pool],
+            "used": {**self._used, "patches": list(self._used["patches"])},
+        }
+
+    def _restore(self, state: dict) -> None:
+        if set(state["sources"]) != set(self._readers):
+            raise DataError(
+                f"the state was written with the sources {sorted(state['sources'])}, the config has "
+                f"{sorted(self._readers)}; continue with the same ones, or start with a fresh data state"
+            )
+        for name, reader in self._readers.items():
+            reader.restore(state["sources"][name])
+        self._mixture.restore(state["mixture"])
+        self._step = state["step"]
+        self._used = {**state["used"], "patches": list(state["used"]["patches"])}
+        encoded: dict[tuple[str, int], list[Encoded]] = {}
+        for name, read, piece in state["pool"]:
+            if (name, read) not in encoded:
+                encoded[name, read] = self._again(name, read)
+            self._pool.append(Waiting(encoded[name, read][piece], (name, read, piece)))
+
+    def _again(self, name: str, read: int) -> list[Encoded]:
+        try:
+            return self._readers[name].encode(read, self._tokenizer, self._limits, self._shape)
+        except BadRecord as bad:
+            raise DataError(
+                f"source {name!r}: a record that was good when the state was written is not: {bad}"
+            ) from bad
