@@ -378,7 +378,7 @@ def _sweep(folder: Path) -> None:
 
 
 def _write(file: Path, data: bytes) -> None:
-    temporary = file.with_name(f"{file.name}.tmp")
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as f:
         f.write(data)
         f.flush()

@@ -27,6 +27,12 @@ def media_value(value: Any, kind: str, name: str, key: str) -> Any:
     None for an empty one. Raises BadRecord broken_image or broken_video for another shape or type.
     """
     rank = 3 if kind == "image" else 4
+    if (
+        kind == "video"
+        and isinstance(value, list | tuple)
+        and len({np.shape(v) for v in value if np.ndim(v) == 3}) == 1
+    ):
+        value = np.stack(value)  # one clip as a list of its frames
     if isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim == rank + 1):
         return [media_value(v, kind, name, key) for v in value]
     value = np.asarray(value)

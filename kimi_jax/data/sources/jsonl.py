@@ -159,13 +159,17 @@ def _short(value: Any) -> str:
 
 def _index_lines(file: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where the lines that are not blank start and end (int64 bytes), and their numbers from 1."""
-    ends = []
-    size = 0
+    ends, returns = [], []  # of each line: where its newline stands, and whether a carriage return is before it
+    size, last = 0, 0
     with file.open("rb") as f:
         while chunk := f.read(_CHUNK):
-            ends.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + size)
-            size += len(chunk)
+            data = np.frombuffer(chunk, np.uint8)
+            found = np.flatnonzero(data == 10)
+            ends.append(found + size)
+            returns.append(np.where(found > 0, data[found - 1], last) == 13)
+            size, last = size + len(data), int(data[-1])
     end = np.concatenate([*ends, np.array([size])]).astype(np.int64)
     start = np.concatenate([np.zeros(1, np.int64), end[:-1] + 1])
-    filled = end - start > 1  # a blank line, or one with only "\r"; the shortest JSON object has two bytes
+    only_return = np.concatenate([*returns, np.array([last == 13])]) & (end - start == 1)
+    filled = (end > start) & ~only_return
     return start[filled], end[filled], np.flatnonzero(filled) + 1

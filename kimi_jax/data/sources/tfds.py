@@ -9,7 +9,8 @@
     tfds build --file_format=array_record NAME
 
 Columns are the features by name, nested ones as `a/b`: Text, ClassLabel (its name), numbers, Image, Video, and
-sequences of Image. A video's frames count as two a second: TFDS does not keep the rate.
+sequences of Image. A video's frames count as two a second: TFDS does not keep the rate. TFDS itself imports TensorFlow
+for a data set with a Video feature; for all others none is needed.
 """
 
 import os
@@ -91,6 +92,10 @@ def _builder(name: str) -> Any:
         if os.path.isfile(os.path.join(name, "features.json")):
             return tfds.builder_from_directory(name)
         return tfds.builder(name)
+    except ModuleNotFoundError as e:
+        raise ConfigError(
+            f"TFDS needs {e.name!r} to read {name!r} (it has a Video feature?): pip install {e.name}"
+        ) from e
     except (tfds.core.registered.DatasetNotFoundError, FileNotFoundError, ValueError) as e:
         reason = str(e).strip().split("\n")[0]
         raise ConfigError(

@@ -134,7 +134,8 @@ def test_a_link_of_the_users_own_is_followed(tmp_path):
 def test_the_index_finds_every_line(tmp_path_factory, lines, chunk, newline):
     """Whatever the text and wherever the file is cut into chunks, with or without a last newline, CRLF or LF."""
     file = tmp_path_factory.mktemp("index") / "d.jsonl"
-    file.write_bytes(b"\r\n".join(line.encode() for line in lines) + (b"\n" if newline else b""))
+    separator = b"\r\n" if chunk % 2 else b"\r\n\n\r\n"  # also with blank lines between
+    file.write_bytes(separator.join(line.encode() for line in lines) + (b"\n" if newline else b""))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jsonl, "_CHUNK", chunk)
         source = _open(file)
