@@ -54,7 +54,10 @@ setup(
     extras_require={
         "demo": DEMO,
         "parquet": PARQUET,
-        "tfds": ["tensorflow-datasets>=4.9.10,<5", "importlib_resources>=6,<8"],  # reads ArrayRecord files without TensorFlow
+        "tfds": [
+            "tensorflow-datasets>=4.9.10,<5",
+            "importlib_resources>=6,<8",
+        ],  # reads ArrayRecord files without TensorFlow
         "seqio": ["seqio>=0.0.20,<0.1", "tensorflow>=2.21,<2.22"],
         "lm_eval": ["lm_eval>=0.4.9,<0.5"],
         "tpu": ["libtpu"],
