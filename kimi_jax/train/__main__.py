@@ -1,0 +1,25 @@
+"""Train: `python -m kimi_jax.train --config=configs/demo.py [--config.optimizer.peak_lr=1e-3 ...]`.
+
+Goes on where the run in `config.workdir` stopped, if there is one. Ctrl-C saves first.
+"""
+
+import sys
+
+from absl import app
+
+from kimi_jax import cli
+from kimi_jax.config import ConfigError
+from kimi_jax.sharding import ShardingError
+from kimi_jax.train import loop
+
+
+def main(_: list[str]) -> int:
+    """Settings from the command line; the exit status of the run."""
+    try:
+        return loop.run(cli.settings())
+    except (ConfigError, ShardingError, loop.Diverged) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=cli.parse)

@@ -1,0 +1,87 @@
+"""One table decides how every array is cut: no name without a rule, no rule without a name, nothing cut twice."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from kimi_jax import sharding
+from kimi_jax.config import PRESETS, ConfigError, MeshConfig, preset
+from kimi_jax.nn.param import AdamW, Muon, ParamInfo
+from kimi_jax.train import state as state_lib
+from tests.train.tiny import MODEL, make_batch
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh(MeshConfig())
+
+
+def test_mesh_takes_all_devices_or_exactly_what_is_asked_for(mesh):
+    assert dict(mesh.shape) == {"fsdp": 8} and mesh.axis_types == (AxisType.Auto,)
+    assert sharding.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]).size == 1
+    with pytest.raises(ConfigError, match="does not make 8 devices"):
+        sharding.make_mesh(MeshConfig(fsdp=3))
+
+
+def test_an_array_is_cut_once_by_preference_and_only_where_it_divides(mesh):
+    def cut(axes, shape):
+        return sharding.spec(ParamInfo(axes, Muon()), shape, mesh)
+
+    assert cut(("embed", "mlp"), (16, 32)) == PartitionSpec("fsdp", None)
+    assert cut(("mlp", "embed"), (32, 16)) == PartitionSpec(None, "fsdp")
+    assert cut(("embed", "mlp"), (12, 32)) == PartitionSpec(None, "fsdp")  # 12 does not divide by 8
+    assert cut(("embed", "mlp"), (12, 12)) == PartitionSpec(None, None)
+    assert cut(("layers", "norm"), (8, 16)) == PartitionSpec(None, None)
+
+
+def test_name_without_a_rule_is_an_error(mesh):
+    with pytest.raises(sharding.ShardingError, match="no rule for the logical axis 'embd'"):
+        sharding.spec(ParamInfo(("embd", "mlp"), AdamW()), (8, 8), mesh)
+
+
+def test_rule_without_a_mesh_axis_is_an_error(mesh, monkeypatch):
+    monkeypatch.setitem(sharding.RULES, "embed", "tensor")
+    with pytest.raises(sharding.ShardingError, match="'tensor', but the mesh has only"):
+        sharding.spec(ParamInfo(("embed",), AdamW()), (8,), mesh)
+
+
+def test_every_parameter_of_every_preset_has_rules_and_every_rule_a_parameter(mesh):
+    trees = [state_lib.infos(preset(name)) for name in PRESETS]
+    for name in PRESETS:
+        state_lib.abstract_params(preset(name), mesh)  # raises for a name without a rule
+    assert sharding.unused_rules(*trees) == []
+
+
+def test_released_model_is_cut_evenly(mesh):
+    """On 8 devices each holds an eighth of K2.5's weights, but for the norms and small tables."""
+    abstract = state_lib.abstract_params(preset("kimi_k2_5"), mesh)
+    total = sum(x.size for x in jax.tree.leaves(abstract))
+    local = sum(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64) for x in jax.tree.leaves(abstract))
+    assert local < 1.001 * total / 8
+
+
+def test_rows_and_the_bins_beside_them_are_on_the_same_device(mesh):
+    batch = sharding.put_batch(make_batch(0), mesh)
+    for x in jax.tree.leaves(batch):
+        assert [s.index[0] for s in x.addressable_shards] == [slice(i, i + 1) for i in range(8)]
+    np.testing.assert_array_equal(batch["tokens"], make_batch(0)["tokens"])
+
+
+def test_uneven_groups_are_refused(mesh):
+    sharding.check_groups(16, mesh)
+    with pytest.raises(sharding.ShardingError, match="multiple of 8"):
+        sharding.check_groups(12, mesh)
+
+
+def test_weights_do_not_depend_on_the_mesh():
+    from kimi_jax.nn.kimi import init_params
+    from kimi_jax.nn.param import unbox
+
+    def make(num_devices):
+        mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:num_devices])
+        cuts = jax.tree.map(lambda x: x.sharding, state_lib.abstract_params(MODEL, mesh))
+        return jax.jit(lambda: unbox(init_params(MODEL, jax.random.key(3))), out_shardings=cuts)()
+
+    for a, b in zip(jax.tree.leaves(make(1)), jax.tree.leaves(make(8)), strict=True):
+        np.testing.assert_array_equal(a, b)

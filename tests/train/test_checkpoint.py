@@ -1,0 +1,129 @@
+"""Checkpoints: exact, never half of one, readable elsewhere, and clear about what does not fit."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from kimi_jax import sharding
+from kimi_jax.config import CheckpointConfig, MeshConfig, TrainConfig
+from kimi_jax.train.checkpoint import CheckpointMismatch, Checkpoints
+from kimi_jax.train.state import TrainState
+
+CONFIG = TrainConfig(checkpoint=CheckpointConfig(interval=1, keep=2))
+
+
+def make_state(step: int, width: int = 16, momentum: bool = True) -> TrainState:
+    key = jax.random.key(step)
+    params = {"a": {"kernel": jax.random.normal(key, (8, width))}, "b": jnp.arange(8, dtype=jnp.bfloat16) + step}
+    opt_state = (jax.tree.map(jnp.sqrt, jax.tree.map(jnp.abs, params)) if momentum else (), jnp.int32(step), ())
+    counters = [jnp.int32(n) for n in (step, 1, 0)]
+    return TrainState(*counters, params=params, opt_state=opt_state)
+
+
+def abstract(state: TrainState, num_devices: int = 1) -> TrainState:
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:num_devices])
+
+    def shape(x):
+        spec = PartitionSpec("fsdp") if x.ndim else PartitionSpec()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(shape, state)
+
+
+def save(directory, *steps: int) -> Checkpoints:
+    checkpoints = Checkpoints(str(directory), CONFIG.checkpoint)
+    for step in steps:
+        checkpoints.save(make_state(step), {"data": {"position": step}, "sum": 0.1 + 0.2 * step}, CONFIG)
+        checkpoints.wait()
+    return checkpoints
+
+
+def equal(a, b) -> bool:
+    same = jax.tree.map(lambda x, y: x.dtype == y.dtype and np.array_equal(np.asarray(x), np.asarray(y)), a, b)
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(jax.tree.leaves(same))
+
+
+@pytest.mark.parametrize("num_devices", [1, 8])
+def test_newest_comes_back_bit_for_bit_on_any_mesh(tmp_path, num_devices):
+    checkpoints = save(tmp_path, 1, 2, 3)
+    wanted = abstract(make_state(3), num_devices)
+    found = checkpoints.restore(wanted, CONFIG)
+    assert found.step == 3 and equal(found.state, make_state(3))
+    assert found.host == {"data": {"position": 3}, "sum": 0.1 + 0.2 * 3}
+    assert found.config == CONFIG
+    assert jax.tree.map(lambda x: x.sharding, found.state) == jax.tree.map(lambda x: x.sharding, wanted)
+    checkpoints.close()
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == ["2", "3"]  # keep=2
+
+
+def test_nothing_saved_is_none(tmp_path):
+    assert Checkpoints(str(tmp_path), CONFIG.checkpoint).restore(abstract(make_state(1)), CONFIG) is None
+
+
+def test_a_state_given_away_right_after_save_is_saved_whole(tmp_path):
+    """The copy off the devices is made before `save` returns: donating the buffers must not reach into the file."""
+    overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)
+    checkpoints = Checkpoints(str(tmp_path), CONFIG.checkpoint)
+    state = make_state(1, width=4096)
+    want = jax.tree.map(lambda x: np.array(x, copy=True), state)
+    checkpoints.save(state, {}, CONFIG)
+    for _ in range(3):
+        state = overwrite(state)
+    jax.block_until_ready(state)
+    assert equal(checkpoints.restore(abstract(make_state(1, width=4096)), CONFIG).state, want)
+
+
+def truncate(directory):
+    for path in directory.iterdir():
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda step: truncate(step / "params" / "d"),
+        lambda step: (step / "host" / "metadata").write_text('{"data"'),
+        lambda step: (step / "optimizer" / "manifest.ocdbt").unlink(),
+        lambda step: (step / "config" / "metadata").unlink(),
+    ],
+    ids=["truncated array", "truncated json", "missing manifest", "missing file"],
+)
+def test_damaged_newest_falls_back_and_its_number_can_be_saved_again(tmp_path, damage):
+    save(tmp_path, 1, 2).close()
+    damage(tmp_path / "checkpoints" / "2")
+    checkpoints = Checkpoints(str(tmp_path), CONFIG.checkpoint)
+    with pytest.warns(UserWarning, match="falling back"):
+        found = checkpoints.restore(abstract(make_state(1)), CONFIG)
+    assert found.step == 1 and equal(found.state, make_state(1))
+    assert (tmp_path / "damaged_checkpoints" / "2").is_dir()
+    checkpoints.save(make_state(2), {}, CONFIG)
+    assert checkpoints.restore(abstract(make_state(2)), CONFIG).step == 2
+
+
+def test_what_a_killed_save_left_behind_is_ignored(tmp_path):
+    save(tmp_path, 1).close()
+    half = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
+    (tmp_path / "checkpoints" / "1").rename(half)
+    save(tmp_path, 1).close()
+    assert Checkpoints(str(tmp_path), CONFIG.checkpoint).restore(abstract(make_state(1)), CONFIG).step == 1
+
+
+@pytest.mark.parametrize(
+    "state, message",
+    [
+        (make_state(1, width=24), r"a\.kernel: \(8, 16\) in the checkpoint, \(8, 24\) here"),
+        (make_state(1, momentum=False), r"opt_state\.0\.a\.kernel: only in the checkpoint"),
+    ],
+    ids=["other shape", "other optimizer"],
+)
+def test_other_shapes_are_an_error_that_names_them_and_the_setting(tmp_path, state, message):
+    checkpoints = save(tmp_path, 1)
+    other = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, hidden_size=24))
+    with pytest.raises(CheckpointMismatch, match=message) as error:
+        checkpoints.restore(abstract(state), other)
+    assert "config.model.hidden_size = 24" in str(error.value)
+    assert (tmp_path / "checkpoints" / "1").is_dir()  # a mismatch is not damage
