@@ -1,6 +1,7 @@
 """One golden step after another: MuonClip against NumPy and optax.contrib.muon, its state, its errors."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,9 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from kimi_jax.config import OptimizerConfig
-from kimi_jax.nn.param import AdamW, Muon, ParamInfo, RouterBias
+from kimi_jax.config import OptimizerConfig, preset
+from kimi_jax.nn.kimi import init_params
+from kimi_jax.nn.param import AdamW, Muon, ParamInfo, RouterBias, metadata, unbox
 from kimi_jax.optim.muonclip import as_matrices, group_rms, muonclip, step_metrics
 from kimi_jax.optim.schedules import wsd
 from tests.optim import oracle
@@ -208,6 +210,37 @@ def test_sharded_over_eight_devices_equals_one_device():
     got, _ = jax.jit(optimizer.update)(grads, jax.jit(optimizer.init)(params), params)
     for name in want:  # only the order of additions differs
         np.testing.assert_allclose(got[name], want[name], rtol=1e-5, atol=4e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["demo", "kimi_k2_5"])
+def test_every_parameter_of_the_real_models_has_its_group(name):
+    """From shapes alone. Matrices are Muon, input axes as rows; everything else AdamW, one bias neither."""
+    boxed = jax.eval_shape(functools.partial(init_params, preset(name)), jax.random.key(0))
+    params, infos = unbox(boxed), metadata(boxed)
+    optimizer = muonclip(CONFIG, 10, infos)
+    updates, _ = jax.eval_shape(optimizer.update, params, jax.eval_shape(optimizer.init, params), params)
+    jax.tree.map(lambda u, p: np.testing.assert_equal((u.shape, u.dtype), (p.shape, p.dtype)), updates, params)
+
+    c = preset(name)
+    moe = params["moe_layers"]
+    stacks = {path: jax.eval_shape(lambda leaf, info=info: as_matrices(leaf, info.group), leaf).shape
+              for path, leaf, info in (
+                  ("q_b", moe["attention"]["q_b"]["kernel"], infos["moe_layers"]["attention"]["q_b"]["kernel"]),
+                  ("o", moe["attention"]["o"]["kernel"], infos["moe_layers"]["attention"]["o"]["kernel"]),
+                  ("up", moe["mlp"]["experts"]["up"], infos["moe_layers"]["mlp"]["experts"]["up"]),
+              )}  # fmt: skip
+    layers, experts, heads = c.num_moe_layers, c.moe.n_routed_experts, c.num_attention_heads
+    assert stacks["q_b"] == (layers, c.q_lora_rank, heads * c.qk_head_dim)
+    assert stacks["o"] == (layers, heads * c.v_head_dim, c.hidden_size)
+    assert stacks["up"] == (layers * experts, c.hidden_size, c.moe.moe_intermediate_size)
+    for path, info in jax.tree_util.tree_leaves_with_path(infos):
+        names = [key.key for key in path]
+        if names[-1] in ("scale", "embedding", "table") or "lm_head" in names:
+            assert info.group == AdamW(), names
+        elif names[-1] == "bias":
+            assert info.group == (RouterBias() if "router" in names else AdamW()), names
+        else:
+            assert isinstance(info.group, Muon), names
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
