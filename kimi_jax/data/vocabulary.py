@@ -41,10 +41,11 @@ def main(argv: list[str]) -> None:
         tokenizer = tokenizer_for(config, out, size, f.max_bytes)
     except (ConfigError, ValueError, OSError) as e:
         raise SystemExit(f"error: {e}") from e
-    note = f", {size:,} were asked for: delete it to train another" if tokenizer.vocab_size != size else ""
-    print(
-        f"{out}: {'there already' if existed else 'trained'}, {tokenizer.vocab_size:,} tokens{note if existed else ''}"
-    )
+    note = ""
+    if tokenizer.vocab_size != size:
+        why = "delete it to train another" if existed else "the texts give no more"
+        note = f"; {size:,} were asked for: {why}"
+    print(f"{out}: {'there already' if existed else 'trained'}, {tokenizer.vocab_size:,} tokens{note}")
 
 
 def tokenizer_for(config: TrainConfig, out: str, vocab_size: int, max_bytes: int = 20_000_000) -> Tokenizer:
