@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
@@ -50,7 +51,6 @@ class Tokenizer:
         self._backend.encode_special_tokens = True  # "<|media_pad|>" in a text is thirteen characters, not a token
         added = self._backend.get_added_tokens_decoder()
         self._special = frozenset(i for i, token in added.items() if token.special)
-        self.vocab_size: int = max(self._backend.get_vocab().values()) + 1
         self.bos_id = self._id("[BOS]")
         self.eos_id = self._id("[EOS]")
         self.pad_id = self._id("[PAD]")
@@ -58,6 +58,7 @@ class Tokenizer:
         self.media_content_id = self._id("<|media_content|>")
         self.media_end_id = self._id("<|media_end|>")
         self.media_pad_id = self._id("<|media_pad|>")
+        self.vocab_size: int = max(self._backend.get_vocab().values()) + 1
 
     def _id(self, token: str) -> int:
         index = self._backend.token_to_id(token)
@@ -89,13 +90,13 @@ class Tokenizer:
             raise ValueError("the tokenizer file turns plain text into special tokens; its vocabulary merges into one")
         return ids
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = False) -> str:
         """The text of ids; bytes that are not UTF-8 become U+FFFD."""
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
-    def token_bytes(self, ids: Sequence[int]) -> int:
+    def token_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
         """UTF-8 bytes that ids stand for: what bits per byte divides by. Special tokens count as none."""
-        tokens = (self._backend.id_to_token(i) for i in ids if i not in self._special)
+        tokens = (self._backend.id_to_token(int(i)) for i in ids if int(i) not in self._special)
         return sum(len(t) for t in tokens if t)  # byte-level BPE writes each byte as one character
 
 

@@ -1,0 +1,145 @@
+"""Mixture: the vision share of tokens within one item at all times, weights within a modality, and honest refusals."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kimi_jax.config import SourceConfig
+from kimi_jax.data import DataError
+from kimi_jax.data.mixture import Mixture, ratio_at
+
+SOURCES = {
+    "wiki": SourceConfig(weight=3.0),
+    "books": SourceConfig(weight=1.0),
+    "vqa": SourceConfig(weight=5.0, vision=True),
+    "clips": SourceConfig(weight=2.0, vision=True),
+}
+
+
+def run(mixture: Mixture, schedule, draws: int, rng: np.random.Generator, bad: float = 0.0) -> list[tuple]:
+    """(source, tokens, media, ratio) of each draw."""
+    out = []
+    for i in range(draws):
+        ratio = ratio_at(schedule, i / draws)
+        name = mixture.choose()
+        tokens = int(rng.integers(40, 120))
+        media = int(tokens * rng.uniform(0.6, 0.9)) if SOURCES[name].vision else 0
+        if rng.random() < bad:
+            tokens = media = 0
+        mixture.drew(name, tokens, media, ratio)
+        out.append((name, tokens, media, ratio))
+    return out
+
+
+@given(st.floats(0, 0.5), st.integers(0, 2**31), st.sampled_from([0.0, 0.2]))
+def test_ratio_is_never_off_by_more_than_one_item(ratio, seed, bad):
+    schedule = ((0.0, ratio),)
+    mixture = Mixture(SOURCES, schedule)
+    tokens = media = 0
+    for _, n, v, _ in run(mixture, schedule, 300, np.random.default_rng(seed), bad):
+        tokens, media = tokens + n, media + v
+        assert abs(media - ratio * tokens) <= 120  # tokens of the longest example
+    assert ratio == 0 or media > 0 or tokens * ratio < 120
+
+
+@given(st.lists(st.floats(0, 0.5), min_size=1, max_size=4), st.integers(0, 2**31))
+def test_schedule_is_followed_piece_by_piece(ratios, seed):
+    schedule = tuple((i / len(ratios), r) for i, r in enumerate(ratios))
+    mixture = Mixture(SOURCES, schedule)
+    draws = run(mixture, schedule, 400, np.random.default_rng(seed))
+    for _, ratio in schedule:
+        piece = [(n, v) for _, n, v, r in draws if r == ratio]
+        tokens, media = (sum(x) for x in zip(*piece, strict=True))
+        # each piece begins and ends within one example of the line
+        assert abs(media - ratio * tokens) <= 2 * 120 * max(1, ratios.count(ratio))
+    assert abs(mixture.excess) <= 120
+
+
+def test_ratio_at_takes_the_last_entry_that_has_begun():
+    schedule = ((0.0, 0.1), (0.5, 0.3))
+    assert [ratio_at(schedule, f) for f in (0, 0.49, 0.5, 1.0, 7.0)] == [0.1, 0.1, 0.3, 0.3, 0.3]
+    assert ratio_at(((0.2, 0.5),), 0.1) == 0.0
+
+
+@given(st.lists(st.floats(0.05, 20), min_size=1, max_size=6))
+def test_sources_of_a_modality_get_their_weight_of_the_draws(weights):
+    sources = {f"s{i}": SourceConfig(weight=w) for i, w in enumerate(weights)}
+    mixture = Mixture(sources, ((0.0, 0.0),))
+    counts = dict.fromkeys(sources, 0)
+    for i in range(1, 200):
+        name = mixture.choose()
+        mixture.drew(name, 10, 0, 0.0)
+        counts[name] += 1
+        for j, w in enumerate(weights):
+            # below its share by less than one example; above it only by what the others lack
+            assert counts[f"s{j}"] - w / sum(weights) * i > -len(weights)
+            assert counts[f"s{j}"] - w / sum(weights) * i <= 1 + 1e-9
+
+
+def test_state_continues_exactly():
+    schedule = ((0.0, 0.3),)
+    one, rng = Mixture(SOURCES, schedule), np.random.default_rng(0)
+    run(one, schedule, 57, rng)
+    two = Mixture(SOURCES, schedule)
+    two.restore(json.loads(json.dumps(one.state())))
+    assert run(one, schedule, 100, np.random.default_rng(1)) == run(two, schedule, 100, np.random.default_rng(1))
+    assert one.state() == two.state()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.39])
+def test_a_ratio_out_of_reach_is_an_error_that_names_the_share(share):
+    schedule = ((0.0, 0.4),)
+    mixture = Mixture(SOURCES, schedule)
+    with pytest.raises(DataError, match=rf"cannot be reached: media are only {share:.1%}"):
+        for _ in range(500):
+            name = mixture.choose()
+            mixture.drew(name, 100, int(100 * share) if SOURCES[name].vision else 0, 0.4)
+
+
+def test_a_ratio_just_within_reach_is_no_error():
+    mixture = Mixture(SOURCES, ((0.0, 0.4),))
+    for _ in range(3000):
+        name = mixture.choose()
+        mixture.drew(name, 100, 41 if SOURCES[name].vision else 0, 0.4)
+    assert abs(mixture.excess) <= 100
+
+
+def test_a_rare_source_with_large_pictures_is_waited_for():
+    sources = {
+        "text": SourceConfig(),
+        "small": SourceConfig(vision=True, weight=99.0),
+        "large": SourceConfig(vision=True, weight=1.0),
+    }
+    mixture = Mixture(sources, ((0.0, 0.2),))
+    for _ in range(5000):
+        name = mixture.choose()
+        tokens, media = {"text": (100, 0), "small": (50, 5), "large": (4000, 3900)}[name]
+        mixture.drew(name, tokens, media, 0.2)
+    assert abs(mixture.excess) <= 4000
+
+
+def test_vision_only_and_text_only():
+    vision = Mixture({"vqa": SourceConfig(vision=True)}, ((0.0, 0.1),))
+    for _ in range(300):
+        assert vision.choose() == "vqa"
+        vision.drew("vqa", 100, 50, 0.1)
+    with pytest.raises(DataError, match=r"no source has vision=True.*vision_ratio=\(\(0\.0, 0\.0\),\)"):
+        Mixture({"wiki": SourceConfig()}, ((0.0, 0.1),))
+    Mixture({"wiki": SourceConfig()}, ((0.0, 0.0),))
+
+
+@pytest.mark.parametrize(
+    ("sources", "schedule", "message"),
+    [
+        ({}, ((0.0, 0.0),), "sources is empty"),
+        ({"a": SourceConfig(weight=0.0)}, ((0.0, 0.0),), r"sources\.a\.weight"),
+        (SOURCES, ((0.5, 0.1), (0.0, 0.2)), "ascending"),
+        (SOURCES, ((0.0, 1.2),), "vision_ratio"),
+    ],
+)
+def test_settings_that_cannot_work(sources, schedule, message):
+    with pytest.raises(DataError, match=message):
+        Mixture(sources, schedule)

@@ -1,0 +1,312 @@
+"""The stream: the same batches for any hosts and workers, exact continuation, honest counts, and no silent failure."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from kimi_jax.config import ConfigError, SourceConfig
+from kimi_jax.data import DataError
+from kimi_jax.data.packing import concatenate, unpack
+from kimi_jax.data.pipeline import BatchStream, merge_states
+from kimi_jax.data.shard import check_bad
+from kimi_jax.data.tokenizer import load_tokenizer
+from tests.data.synthetic import SOURCES, Synthetic, settings
+from tests.data.synthetic import tokenizer as train
+from tests.data.test_packing import check_group
+
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train(folder)
+    return folder / "tokenizer.json"
+
+
+def stream(path, state=None, shards=None, opened=SOURCES, **changes) -> BatchStream:
+    return BatchStream(*settings(path, **changes), STEPS, state=state, shards=shards, sources=opened)
+
+
+@pytest.fixture(scope="module")
+def reference(path) -> list[dict]:
+    """The first ten batches, made by one host without workers."""
+    with stream(path) as s:
+        return [next(s) for _ in range(10)]
+
+
+def assert_same(a: dict, b: dict) -> None:
+    for name in a:
+        if name != "vision":
+            assert a[name].dtype == b[name].dtype and np.array_equal(a[name], b[name]), name
+    for one, two in zip(a["vision"], b["vision"], strict=True):
+        for name in one:
+            assert one[name].dtype == two[name].dtype and np.array_equal(one[name], two[name]), name
+
+
+def through_json(state: dict) -> dict:
+    return json.loads(json.dumps(state))
+
+
+def test_batches_keep_the_contract(reference, path):
+    data, model = settings(path)
+    for batch in reference:
+        check_group(batch, data.num_groups)
+        assert {k: v.dtype.name for k, v in batch.items() if k != "vision"} == {
+            "tokens": "int32", "targets": "int32", "loss_weights": "float32", "segment_ids": "int32",
+            "positions": "int32", "modality": "int32", "feature_index": "int32",
+        }  # fmt: skip
+        assert batch["tokens"].shape == (8, 256) and batch["vision"][1]["patches"].shape == (12, 160, 588)
+        assert set(np.unique(batch["modality"])) == {0, 1, 2}
+
+
+def test_batches_repeat_and_depend_on_the_seed(reference, path):
+    with stream(path) as again, stream(path, seed=4) as other:
+        assert_same(next(again), reference[0])
+        assert not np.array_equal(next(other)["tokens"], reference[0]["tokens"])
+
+
+@pytest.mark.parametrize("hosts", [[[0, 1, 2, 3]], [[0, 1], [2, 3]], [[0], [1], [2], [3]], [[0, 1, 2], [3]]])
+def test_continues_exactly_on_any_number_of_hosts(reference, path, hosts):
+    """One host saves after three batches; others continue, save after three more, and one host continues again."""
+    with stream(path) as first:
+        for _ in range(3):
+            next(first)
+        state = through_json(first.state())
+    streams = [stream(path, state, shards) for shards in hosts]
+    for step in range(3, 6):
+        assert_same(concatenate([next(s) for s in streams]), reference[step])
+    merged = merge_states([through_json(s.state()) for s in streams])
+    for s in streams:
+        s.close()
+    with stream(path, merged) as last:
+        for step in range(6, 10):
+            assert_same(next(last), reference[step])
+
+
+def test_state_belongs_to_the_batch_delivered_not_to_the_one_prefetched(reference, path):
+    with stream(path, prefetch=8) as ahead:
+        for _ in range(2):
+            next(ahead)
+        while sum(i._buffer.qsize() for i in ahead._iterators) < 2:
+            pass  # the thread runs ahead
+        state = through_json(ahead.state())
+    with stream(path, state) as s:
+        assert_same(next(s), reference[2])
+
+
+def test_workers_give_the_same_batches_and_states(reference, path):
+    """No worker -> two workers -> no worker."""
+    with stream(path) as s:
+        next(s)
+        state = through_json(s.state())
+    with stream(path, state, num_workers=2, prefetch=4) as s:
+        for step in range(1, 4):
+            batch = next(s)
+            assert_same(batch, reference[step])
+            assert all(type(a) is np.ndarray for a in (batch["tokens"], batch["vision"][0]["patches"]))
+        state = through_json(s.state())
+    assert not [p for p in multiprocessing.active_children() if "grain" in p.name]
+    with stream(path, state) as s:
+        assert_same(next(s), reference[4])
+
+
+def test_a_new_process_gives_the_same_state(path):
+    """The state before the first batch is that of the beginning."""
+    with stream(path) as one:
+        begin = through_json(one.state())
+        batch = next(one)
+    with stream(path, begin) as two:
+        assert_same(next(two), batch)
+
+
+def test_every_record_once_an_epoch_over_all_shards(path):
+    """Text only, lookahead 1: shard k reads i*G + k, each epoch in another order."""
+    source = Synthetic("text", size=40)
+    config = {"wiki": SourceConfig()}
+    changes = {"sources": config, "vision_ratio": ((0.0, 0.0),), "lookahead": 1}
+    with stream(path, opened={"wiki": source}, **changes) as s:
+        tokenizer = load_tokenizer(path)
+        order = []
+        for _ in range(12):
+            batch = next(s)
+            found = [[] for _ in range(4)]
+            for d in unpack(batch, 4):
+                found[d.row // 2].append(int(tokenizer.decode(d.tokens[:-1]).split()[-1]))
+            order.append(found)
+    by_shard = [[n for found in order for n in found[k]] for k in range(4)]
+    assert sorted(n for shard in by_shard for n in shard[:10]) == list(range(40))
+    assert sorted(n for shard in by_shard for n in shard[10:20]) == list(range(40))
+    assert by_shard[0][:10] != by_shard[0][10:20]
+
+
+def test_report_counts_what_was_delivered(path):
+    with stream(path) as s:
+        batches = [next(s) for _ in range(30)]
+        report = s.report()
+    tokens = sum(int((b["segment_ids"] > 0).sum()) for b in batches)
+    media = sum(int((b["feature_index"] >= 0).sum()) for b in batches)
+    assert (report["batches"], report["tokens"], report["vision_tokens"]) == (30, tokens, media)
+    assert report["documents"] == sum(len(list(unpack(b, 4))) for b in batches)
+    # each of the four shards is within one example of the ratio in what it drew, and holds a pool of 16 besides
+    assert abs(report["ratio"] - 0.2) < 0.02 and report["ratio"] == media / tokens
+    assert report["token_fill"] == tokens / (30 * 8 * 256) and report["token_fill"] > 0.97
+    filled = [sum(int((b["vision"][k]["segment_ids"] > 0).sum()) for b in batches) for k in (0, 1)]
+    assert report["patch_fill"] == [filled[0] / (30 * 16 * 64), filled[1] / (30 * 12 * 160)]
+    assert set(report["bad"]) == {"vqa"} and report["bad"]["vqa"]["broken_image"] > 0
+    assert all("image-" in text for text in report["bad_examples"]["vqa"]) and len(report["bad_examples"]["vqa"]) <= 5
+    assert report["epochs"]["vqa"] > report["epochs"]["wiki"] > 0
+
+
+def test_ratio_follows_its_schedule(path):
+    with stream(path, vision_ratio=((0.0, 0.0), (0.5, 0.3))) as s:
+        batches = [next(s) for _ in range(STEPS)]
+    share = [(b["feature_index"] >= 0).sum() / (b["segment_ids"] > 0).sum() for b in batches]
+    assert max(share[: STEPS // 2]) == 0
+    assert abs(np.mean(share[STEPS // 2 + 4 :]) - 0.3) < 0.03  # after the text that still waited
+
+
+def test_long_texts_come_in_pieces(path):
+    source = Synthetic("text", size=5, words=(900, 901))
+    changes = {"sources": {"wiki": SourceConfig()}, "vision_ratio": ((0.0, 0.0),)}
+    with stream(path, opened={"wiki": source}, **changes) as s:
+        batch = next(s)
+        report = s.report()
+        state = through_json(s.state())
+        second = next(s)
+    assert report["token_fill"] > 0.9 and all(len(d.tokens) <= 256 for d in unpack(batch, 4))
+    with stream(path, state, opened={"wiki": source}, **changes) as s:
+        assert_same(next(s), second)  # pieces that waited are found again
+
+
+def test_too_many_bad_records_stop_the_run_with_counts_and_names(path):
+    with stream(path, opened={**SOURCES, "vqa": Synthetic("image", bad_every=3)}, max_bad_fraction=0.1) as s:
+        with pytest.raises(DataError, match=r"source 'vqa': \d+ of \d+ records \(3\d\.\d%\).*broken_image.*image-\d+"):
+            for _ in range(200):
+                next(s)
+
+
+def test_a_source_without_any_good_record_stops_the_run(path):
+    with stream(path, opened={**SOURCES, "wiki": Synthetic("text", bad_every=1)}, max_bad_fraction=1.0) as s:
+        with pytest.raises(DataError, match=r"source 'wiki': 97 of 97"):
+            next(s)
+
+
+def test_bad_fraction_is_judged_fairly():
+    def judge(bad: int, draws: int, size: int = 10_000, limit: float = 0.01) -> None:
+        check_bad("s", draws, size, {"broken_image": bad}, ["x"], limit)
+
+    judge(50, 99)  # too early to say
+    judge(4, 100)  # chance
+    judge(100, 10_000)  # exactly the limit
+    judge(1, 100, size=100)
+    for bad, draws, size in ((6, 100, 10_000), (101, 10_000, 10_000), (2, 40, 40), (40, 40, 40)):
+        with pytest.raises(DataError, match="max_bad_fraction"):
+            judge(bad, draws, size)
+    judge(0, 100, limit=0.0)
+    with pytest.raises(DataError):
+        judge(1, 100, limit=0.0)
+
+
+def test_an_unexpected_error_names_source_and_record(path):
+    with stream(path, opened={**SOURCES, "wiki": Synthetic("text", crash_at=20)}) as s:
+        with pytest.raises(DataError, match="source 'wiki', record 20: TypeError: the reader is broken"):
+            for _ in range(50):
+                next(s)
+
+
+def test_a_ratio_out_of_reach_stops_the_run(path):
+    wordy = {**SOURCES, "vqa": Synthetic("image", words=(60, 61)), "clips": Synthetic("video", words=(60, 61))}
+    with (
+        stream(path, opened=wordy, vision_ratio=((0.0, 0.5),)) as s,
+        pytest.raises(DataError, match="cannot be reached"),
+    ):
+        for _ in range(100):
+            next(s)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hangs(Synthetic):
+    """A source whose reader never returns from record 20."""
+
+    def __getitem__(self, i: int):
+        while i == 20:
+            time.sleep(3600)
+        return super().__getitem__(i)
+
+
+def test_a_killed_worker_is_an_error_not_a_hang(path):
+    with stream(path, num_workers=1, prefetch=1) as s:
+        next(s)
+        (worker,) = [p for p in multiprocessing.active_children() if p not in s._before]
+        os.kill(worker.pid, signal.SIGKILL)
+        with pytest.raises(RuntimeError, match="terminated unexpectedly"):
+            for _ in range(10):
+                next(s)
+
+
+def test_a_stuck_worker_is_given_up(path):
+    sources = {**SOURCES, "wiki": Hangs("text")}
+    data, model = settings(path, num_workers=1, prefetch=1)
+    # long enough for the worker to start and deliver; the source then hangs for an hour
+    with BatchStream(data, model, STEPS, sources=sources, stall_seconds=8.0) as s:
+        with pytest.raises(RuntimeError, match="terminated unexpectedly"):
+            for _ in range(50):
+                next(s)
+
+
+def test_settings_that_do_not_go_together(path):
+    data, model = settings(path)
+    for changed, message in [
+        (dataclasses.replace(model, eos_token_id=5), r"eos_token_id is 5, but the tokenizer has 1"),
+        (dataclasses.replace(model, media_placeholder_token_id=8), "media_placeholder_token_id"),
+        (dataclasses.replace(model, vocab_size=100), "vocab_size is 100"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            BatchStream(data, changed, STEPS, sources=SOURCES)
+    with pytest.raises(ConfigError, match=r"shards \[4\]"):
+        stream(path, shards=[4])
+    with pytest.raises(ConfigError, match="lookahead"):
+        stream(path, lookahead=0)
+
+
+def test_media_for_a_model_without_vision(path):
+    data, model = settings(path)
+    sources = {"wiki": SourceConfig()}
+    data = dataclasses.replace(data, sources=sources)
+    with BatchStream(data, dataclasses.replace(model, vision=None), STEPS, sources={"wiki": SOURCES["clips"]}) as s:
+        with pytest.raises(DataError, match="holds media, but the model has no vision bins"):
+            next(s)
+
+
+def test_states_of_another_stream_are_refused(path):
+    with stream(path) as s, stream(path, shards=[0]) as zero, stream(path, shards=[1]) as one:
+        next(s), next(zero), next(one), next(one)
+        state, early, late = s.state(), zero.state(), one.state()
+    with pytest.raises(DataError, match="seed"):
+        stream(path, state, seed=9)
+    with pytest.raises(DataError, match=r"lacks the shards \[1, 2, 3\]"):
+        stream(path, early)
+    with pytest.raises(DataError, match="different batches"):
+        merge_states([early, late])
+    with pytest.raises(DataError, match="twice"):
+        merge_states([early, early])
+    with stream(path, state, opened={**SOURCES, "wiki": Synthetic("text", size=50)}) as s:
+        with pytest.raises(DataError, match="had 97 records"):
+            next(s)
+
+
+def test_a_closed_stream_says_so(path):
+    s = stream(path)
+    next(s)
+    s.close()
+    s.close()
+    with pytest.raises(ValueError, match="closed"):
+        next(s)
+    assert s.report()["batches"] == 1 and s.state()["shards"]
