@@ -1,6 +1,6 @@
 """Multi-head latent attention, and QK-clip's change of its weights.
 
-Source: reference.md section 3 (MLA, naive form); paper.md section 1.5 and 2.4 (QK-clip: which weight gets which factor).
+Source: reference.md section 3 (MLA, naive form); paper.md sections 1.5 and 2.4 (QK-clip: what gets which factor).
 
 B rows   S tokens   D width   H heads   n, r, v: widths of the part without rotary, the rotary part, the values
 """
@@ -20,7 +20,7 @@ from kimi_jax.nn.rope import rotate_to_halves, softmax_scale, text_rotary
 
 
 class MLA(nn.Module):
-    """Queries from a low-rank latent (or directly, `q_lora_rank=None`), keys and values from another, one rotary key."""
+    """Queries from a low-rank latent (directly if `q_lora_rank` is None), keys and values from another, one rotary key."""
 
     config: ModelConfig
 
