@@ -1,0 +1,254 @@
+"""Scores documents with a model: many a forward pass, in the static shapes of training.
+
+Every question (with one answer to score, or with the answer generated so far) is one document. Documents are packed by
+`kimi_jax.data.packing` into batches of the run's own shape, so one compiled function serves all tasks: it returns for
+every position the log-likelihood of the next token and the likeliest next token, and at the ends of documents the
+log-probabilities of a few candidate tokens. Answers that differ in their last token only (" 3", " 7") share one.
+
+B, S, D, V  as in the model;  N ends of documents a batch;  A candidates an end
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kimi_jax import sharding
+from kimi_jax.config import MeshConfig, ModelConfig, TrainConfig
+from kimi_jax.data.example import Encoded, Example, Limits, Text, encode, split
+from kimi_jax.data.packing import Batch, Group, GroupShape, concatenate
+from kimi_jax.data.tokenizer import Tokenizer, load_tokenizer
+from kimi_jax.eval import scorers
+from kimi_jax.eval.tasks import Part, Question
+from kimi_jax.nn.kimi import KimiK25
+from kimi_jax.nn.layers import precision
+
+MAX_CANDIDATES = 16
+HEAD_CHUNK = 1024  # positions whose logits exist at once
+
+Apply = Callable[[Any, Batch, Any, Any], tuple[Any, Any, Any]]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the model says about one document.
+
+    nll: sum of loss weight * -log p over its targets, nats. greedy: whether every target with weight was likeliest.
+    next_token: the likeliest token after the last one. candidates: log-probabilities of those asked for there.
+    """
+
+    nll: float
+    greedy: bool
+    next_token: int
+    candidates: np.ndarray
+
+
+# ---------------------------------------------------------------------------------------------------------------- model
+
+
+@functools.lru_cache(maxsize=4)
+def make_apply(config: ModelConfig, num_groups: int, mesh_config: MeshConfig) -> Apply:
+    """The compiled function (params, batch, ends int32 [N], candidates int32 [N, A]) -> (nll f32 [B, S],
+    likeliest int32 [B, S], log-probabilities f32 [N, A]), all on every device. `ends` index the flat [B*S] positions.
+    """
+    model = KimiK25(config)
+    mesh = sharding.make_mesh(mesh_config)
+    sharding.check_groups(num_groups, mesh)
+
+    def apply(params: Any, batch: Batch, ends: jax.Array, candidates: jax.Array) -> tuple[jax.Array, ...]:
+        x, _ = model.apply({"params": params}, batch, num_groups=num_groups, method=model.hidden)
+        kernel = params["lm_head"]["kernel"]
+        flat = x.reshape(-1, x.shape[-1])
+
+        def log_probs(rows: jax.Array) -> jax.Array:
+            weights = kernel.astype(rows.dtype)
+            logits = jnp.matmul(rows, weights, precision=precision(rows.dtype), preferred_element_type=jnp.float32)
+            return jax.nn.log_softmax(logits, axis=-1)
+
+        def head(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            logp = log_probs(chunk[0])
+            return -jnp.take_along_axis(logp, chunk[1][:, None], axis=-1)[:, 0], jnp.argmax(logp, axis=-1)
+
+        size = next(n for n in range(min(HEAD_CHUNK, len(flat)), 0, -1) if len(flat) % n == 0)
+        targets = batch["targets"].reshape(-1, size)
+        nll, likeliest = jax.lax.map(head, (flat.reshape(-1, size, flat.shape[-1]), targets))
+        shape = batch["targets"].shape
+        at_ends = jnp.take_along_axis(log_probs(flat[ends]), candidates, axis=-1)
+        return nll.reshape(shape), likeliest.reshape(shape).astype(jnp.int32), at_ends
+
+    compiled = jax.jit(apply, out_shardings=sharding.replicated(mesh))
+
+    def run(params: Any, batch: Batch, ends: Any, candidates: Any) -> tuple[Any, Any, Any]:
+        return compiled(params, _place(batch, sharding.batch_sharding(mesh)), ends, candidates)
+
+    return run
+
+
+def _place(batch: Batch, cut: Any) -> Batch:
+    """Host arrays that every process holds whole, as global arrays cut by groups."""
+    return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, cut, lambda index: a[index]), batch)
+
+
+# -------------------------------------------------------------------------------------------------------------- scoring
+
+
+class Scorer:
+    """A model, its tokenizer and the packing shapes of its run; `apply` replaces the compiled model (tests)."""
+
+    def __init__(
+        self, params: Any, config: TrainConfig, tokenizer: Tokenizer | None = None, apply: Apply | None = None
+    ):
+        self.tokenizer = tokenizer or load_tokenizer(config.data.tokenizer)
+        self._params = params
+        self._apply = apply or make_apply(config.model, config.data.num_groups, config.mesh)
+        self._shape = GroupShape.of(config.data, config.model)
+        self._num_groups = config.data.num_groups
+        self._limits = Limits(sequence_length=self._shape.sequence_length, bins=self._shape.bins)
+        self._ends = max(8, min(256, 2**22 // config.model.vocab_size))
+        self.length = self._shape.sequence_length
+
+    def encode(self, context: Sequence[Part], continuation: str = "") -> Encoded:
+        """One document without an end. Only the tokens of `continuation` have loss weight (1).
+
+        Text only that is longer than a row loses its beginning. Raises BadRecord as `kimi_jax.data.example.encode`.
+        """
+        parts = tuple(dataclasses.replace(p, loss_weight=0.0) if isinstance(p, Text) else p for p in context)
+        parts = (*parts, Text(continuation, 1.0)) if continuation else parts
+        whole = encode(Example(parts, "question"), self.tokenizer, self._limits, self._shape.patch_size)
+        return self.from_tokens(whole.tokens[:-1], whole.loss_weights[:-1], whole)
+
+    def from_tokens(self, tokens: np.ndarray, weights: np.ndarray, like: Encoded | None = None) -> Encoded:
+        """A document of given tokens, with the media of `like`; text only loses what exceeds a row, from the front."""
+        like = like or Encoded(tokens, weights, (), 0, "tokens")
+        first = 0 if like.media else max(0, len(tokens) - self.length)
+        return dataclasses.replace(
+            like, tokens=np.asarray(tokens[first:], np.int32), loss_weights=np.asarray(weights[first:], np.float32)
+        )
+
+    def score(self, documents: Sequence[Encoded], candidates: Sequence[Sequence[int]] | None = None) -> list[Scored]:
+        """Scores documents in as few batches as first fit finds; `candidates`: tokens to compare at each one's end.
+
+        Raises ValueError for a document that does not fit a group, or for more than MAX_CANDIDATES candidates.
+        """
+        results: list[Scored | None] = [None] * len(documents)
+        waiting = list(range(len(documents)))
+        while waiting:
+            groups = [Group(self._shape) for _ in range(self._num_groups)]
+            placed: list[tuple[int, int, int]] = []  # document, row of the batch, start
+            left = []
+            for i in waiting:
+                place = _add(groups, documents[i]) if len(placed) < self._ends else None
+                if place is None:
+                    left.append(i)
+                else:
+                    placed.append((i, *place))
+                if len(left) > 4 * self._num_groups:  # the groups are as good as full
+                    left += waiting[waiting.index(i) + 1 :]
+                    break
+            waiting = left
+            asked = [candidates[i] if candidates else () for i, _, _ in placed]
+            for (i, *_), scored in zip(placed, self._run(groups, documents, placed, asked), strict=True):
+                results[i] = scored
+        return [r for r in results if r is not None]
+
+    def _run(
+        self, groups: list[Group], documents: Sequence[Encoded], placed: list, asked: list[Sequence[int]]
+    ) -> list[Scored]:
+        batch = concatenate([group.arrays() for group in groups])
+        ends = np.zeros(self._ends, np.int32)
+        wanted = np.zeros((self._ends, MAX_CANDIDATES), np.int32)
+        for k, (i, row, start) in enumerate(placed):
+            ends[k] = row * self.length + start + len(documents[i].tokens) - 1
+            wanted[k, : len(asked[k])] = asked[k]
+        nll, likeliest, logp = (np.asarray(a) for a in self._apply(self._params, batch, ends, wanted))
+        scored = []
+        for k, (i, row, start) in enumerate(placed):
+            here = np.s_[row, start : start + len(documents[i].tokens) - 1]
+            weights = batch["loss_weights"][here]
+            right = likeliest[here] == batch["targets"][here]
+            total = float(np.sum(weights * nll[here], dtype=np.float64))
+            next_token = int(likeliest.reshape(-1)[ends[k]])
+            scored.append(Scored(total, bool(np.all(right | (weights == 0))), next_token, logp[k, : len(asked[k])]))
+        return scored
+
+    # ------------------------------------------------------------------------------------------------ kinds of request
+
+    def choose(self, questions: Sequence[Question], by_length: bool) -> list[int]:
+        """Index of the likeliest choice of each question."""
+        documents, candidates, owners = [], [], []
+        for k, question in enumerate(questions):
+            for document, last_tokens in self._documents(question):
+                documents.append(document)
+                candidates.append(last_tokens)
+                owners.append(k)
+        values: list[list[float]] = [[] for _ in questions]
+        for k, last_tokens, scored in zip(owners, candidates, self.score(documents, candidates), strict=True):
+            values[k] += scored.candidates.tolist() if last_tokens else [-scored.nll]
+        lengths = [[len(c.encode()) for c in q.choices] if by_length else None for q in questions]
+        return [scorers.pick(v, n) for v, n in zip(values, lengths, strict=True)]
+
+    def _documents(self, question: Question) -> list[tuple[Encoded, tuple[int, ...]]]:
+        """One document with candidate last tokens if the choices differ in their last token only, else one a choice."""
+        ids = [self.tokenizer.encode(choice) for choice in question.choices]
+        same_start = len({tuple(i[:-1]) for i in ids}) == 1
+        if same_start and all(ids) and len(ids) <= MAX_CANDIDATES:
+            context = self.encode(question.context)
+            tokens = np.concatenate([context.tokens, np.array(ids[0][:-1], np.int32)])
+            return [(self.from_tokens(tokens, np.zeros(len(tokens)), context), tuple(i[-1] for i in ids))]
+        return [(self.encode(question.context, choice), ()) for choice in question.choices]
+
+    def generate(self, contexts: Sequence[Encoded], max_new_tokens: int, stop: Sequence[str] = ("\n",)) -> list[str]:
+        """Greedy continuations, up to (without) the first of the `stop` strings, the end token or `max_new_tokens`."""
+        documents = list(contexts)
+        made: list[list[int]] = [[] for _ in contexts]
+        active = list(range(len(contexts)))
+        for _ in range(max_new_tokens):
+            active = [i for i in active if not self._finished(made[i], stop)]
+            if not active:
+                break
+            for i, scored in zip(active, self.score([documents[i] for i in active]), strict=True):
+                made[i].append(scored.next_token)
+                tokens = np.append(documents[i].tokens, scored.next_token)
+                if documents[i].media and len(tokens) > self.length:
+                    made[i].append(self.tokenizer.eos_id)  # no room for more
+                else:
+                    documents[i] = self.from_tokens(tokens, np.zeros(len(tokens)), documents[i])
+        return [_cut_at(self._text(ids), stop) for ids in made]
+
+    def _text(self, ids: list[int]) -> str:
+        ids = ids[: ids.index(self.tokenizer.eos_id)] if self.tokenizer.eos_id in ids else ids
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _finished(self, ids: list[int], stop: Sequence[str]) -> bool:
+        text = self._text(ids)
+        return self.tokenizer.eos_id in ids or any(s in text for s in stop)
+
+    def bits(self, text: str) -> list[Encoded]:
+        """Documents of a text to be scored whole, cut to rows; the first token of each is given, not scored."""
+        return split(self.encode_all(text), self.length)
+
+    def encode_all(self, text: str) -> Encoded:
+        """A text whose every token has weight 1."""
+        whole = encode(Example((Text(text, 1.0),), "text"), self.tokenizer, self._limits, self._shape.patch_size)
+        return dataclasses.replace(whole, tokens=whole.tokens[:-1], loss_weights=whole.loss_weights[:-1])
+
+
+def _add(groups: list[Group], document: Encoded) -> tuple[int, int] | None:
+    """Packs into the first row and group with room; (row of the batch, start), or None."""
+    for g, group in enumerate(groups):
+        for row in range(group.shape.rows):
+            start = group.shape.sequence_length - group.room(row)
+            if group.add(document, row):
+                return g * group.shape.rows + row, start
+    return None
+
+
+def _cut_at(text: str, stop: Sequence[str]) -> str:
+    return text[: min((text.find(s) for s in stop if s in text), default=len(text))]
