@@ -24,13 +24,9 @@ CLIPS = {"train": ("bigbuckbunny", "bikes"), "validation": ("carphone_pristine",
 STEPS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 DIRECTIONS = tuple(STEPS)
 DIRECTION_QUESTION = "which way does the digit move?"
-SIZES = (
-    (84, 84),
-    (84, 84),
-    (84, 112),
-    (112, 84),
-    (112, 112),
-)  # h, w; four frames of the last fill a bin of 256 patches
+# h, w of training; four frames of the last one fill a bin of 256 patches, of the first one a bin of 64
+SIZES = ((56, 56), (56, 56), (56, 56), (56, 84), (84, 56), (84, 84), (112, 112))
+EVAL_SIZE = (56, 56)
 COUNTS = (1, 2, 3, 4, 4, 4, 4, 4, 6, 7)  # frames of a training item
 SECONDS = 0.5  # between frames: the released rule samples two a second
 STORED_HEIGHT = 120  # pixels that decoded frames are kept at
@@ -69,7 +65,8 @@ def moving_digit(
     side_h = min(kept.shape[1], int(h * rng.uniform(1.0, kept.shape[1] / max(h, w))))
     side_w = min(kept.shape[2], side_h * w // h)
     top, left = int(rng.integers(0, kept.shape[1] - side_h + 1)), int(rng.integers(0, kept.shape[2] - side_w + 1))
-    tile = draw_digits(glyph[None], int(rng.integers(26, 35)), gap=0, dark_ink=False)
+    smallest = 20 if min(h, w) < 84 else 28
+    tile = draw_digits(glyph[None], smallest + int(rng.integers(0, 7)), gap=0, dark_ink=False)
     position = np.array([rng.integers(h), rng.integers(w)])
     step = int(rng.integers(14, 19)) * np.array(STEPS[direction])
     frames = np.empty((n, h, w, 3), np.uint8)
