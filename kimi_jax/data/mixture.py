@@ -3,23 +3,28 @@
 v   media tokens drawn so far;  n_i  tokens of draw i;  r_i  vision share asked for at draw i
 e = v - sum_i r_i * n_i   what has been drawn above (below, if negative) the share asked for
 
-An example with media is drawn while e < 0, a text-only one otherwise, so |e| never exceeds one example. Inside a
+An example with media is drawn while e < 0, a text-only one otherwise. So |e| stays within one example, unless examples
+come up that have media and yet less than r of them; then more of those with media follow until it does. Inside a
 modality a source gets its weight of the *drawn examples* (tokens would favour sources of short ones), by the same kind
 of deficit. No random numbers: the order follows from the counters alone, which are the whole state. A schedule changes
 r_i and leaves e as it is.
 
-An example with media holds text too. If the vision examples hold less than r of media tokens, no mixture reaches r;
-that raises DataError instead of drifting.
+An example with media holds text too. If the vision examples together hold less than r of media tokens, no mixture
+reaches r; that raises DataError instead of drifting: when a run of vision examples has lost ground by far more than
+their scatter explains, or has gained none for very long.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from kimi_jax.config import SourceConfig
 from kimi_jax.data import DataError
 
-PATIENCE = 64  # vision examples in a row, at least, after which the share must have come nearer
+PATIENCE = 64  # vision examples in a row, at least, before a loss of ground is judged
+SCATTER = 6.0  # standard deviations of such a loss that are still taken for chance
+LONGEST = 64  # times the patience: a run of that length must have gained ground
 
 
 def ratio_at(schedule: Sequence[tuple[float, float]], fraction: float) -> float:
@@ -61,7 +66,7 @@ class Mixture:
         self._excess = 0.0  # e
         self._streak = 0  # vision examples since the last text-only one
         self._streak_excess = 0.0  # e at the first of them
-        self._streak_tokens = [0, 0]  # media tokens and tokens of the streak
+        self._streak_sums = [0.0, 0.0, 0.0]  # of media tokens, tokens, and squared changes of e
 
     @property
     def excess(self) -> float:
@@ -87,29 +92,37 @@ class Mixture:
             self._streak = 0
         elif tokens:
             if self._streak == 0:
-                self._streak_excess, self._streak_tokens = self._excess, [0, 0]
+                self._streak_excess, self._streak_sums = self._excess, [0.0, 0.0, 0.0]
             self._streak += 1
-            self._streak_tokens = [self._streak_tokens[0] + media_tokens, self._streak_tokens[1] + tokens]
+            change = media_tokens - ratio * tokens
+            self._streak_sums = [
+                a + b for a, b in zip(self._streak_sums, (media_tokens, tokens, change**2), strict=True)
+            ]
         self._excess += media_tokens - ratio * tokens
-        if self._streak >= self._patience and self._excess < self._streak_excess:
-            share = self._streak_tokens[0] / self._streak_tokens[1]
+        if self._hopeless():
+            share = self._streak_sums[0] / self._streak_sums[1]
             raise DataError(
                 f"data.vision_ratio = {ratio:g} cannot be reached: media are only {share:.1%} of the tokens of the "
                 f"examples that have any (last {self._streak} of them); ask for at most {share:.3f}, or use larger or "
                 "more pictures an example"
             )
 
+    def _hopeless(self) -> bool:
+        lost = self._streak_excess - self._excess
+        beyond_chance = self._streak >= self._patience and lost > SCATTER * math.sqrt(self._streak_sums[2])
+        return beyond_chance or (self._streak >= LONGEST * self._patience and lost > 0)
+
     def state(self) -> dict:
         """All counters, JSON-able."""
         return {
             "draws": dict(self._draws),
             "excess": self._excess,
-            "streak": [self._streak, self._streak_excess, *self._streak_tokens],
+            "streak": [self._streak, self._streak_excess, *self._streak_sums],
         }
 
     def restore(self, state: dict) -> None:
         """Continues from `state()`."""
         self._draws = dict(state["draws"])
         self._excess = state["excess"]
-        self._streak, self._streak_excess, *tokens = state["streak"]
-        self._streak_tokens = list(tokens)
+        self._streak, self._streak_excess, *sums = state["streak"]
+        self._streak_sums = list(sums)

@@ -142,6 +142,7 @@ class BatchStream:
         self._states = _check_state(state, data, self._shards)
         self._stall_seconds = stall_seconds
         self._closed = False
+        self._workers: list[multiprocessing.process.BaseProcess] = []
         workers = min(data.num_workers, len(self._shards))
         self._has_workers = workers > 0
         parts = [list(map(int, p)) for p in np.array_split(self._shards, max(1, workers))]
@@ -178,16 +179,23 @@ class BatchStream:
             elements = [next(iterator) for iterator in self._iterators]
         finally:
             watch.cancel()
+        self._workers = self._own_workers()
         for element in elements:
             self._states.update(json.loads(element["states"]))
         self._check_bad()
         return _owned(concatenate([element["batch"] for element in elements]), self._has_workers)
 
     def _give_up(self) -> None:
-        workers = [p for p in multiprocessing.active_children() if p not in self._before]
-        log.error("no batch for %.0f s: giving up the data workers %s", self._stall_seconds, [p.pid for p in workers])
-        for process in workers:
+        log.error("no batch for %.0f s from %d data workers", self._stall_seconds, len(self._own_workers()))
+        for process in self._own_workers():
             process.kill()
+
+    def _own_workers(self) -> list[multiprocessing.process.BaseProcess]:
+        """The processes of this stream: Grain's that appeared between its start and its first batch."""
+        if self._workers:
+            return self._workers
+        new = [p for p in multiprocessing.active_children() if p not in self._before]
+        return [p for p in new if p.name.startswith("grain-process-prefetch")] if self._has_workers else []
 
     def _check_bad(self) -> None:
         for name in self._data.sources:

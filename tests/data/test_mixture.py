@@ -107,6 +107,30 @@ def test_a_ratio_just_within_reach_is_no_error():
     assert abs(mixture.excess) <= 100
 
 
+def test_scatter_is_not_taken_for_a_ratio_out_of_reach():
+    """Pictures of 4 to 60 tokens, 22 % of the tokens on average, and 20 % asked for: runs of small ones are chance."""
+    rng = np.random.default_rng(0)
+    mixture = Mixture(SOURCES, ((0.0, 0.2),))
+    tokens = media = 0
+    for _ in range(30_000):
+        vision = SOURCES[mixture.choose()].vision
+        v = int(rng.choice([4, 9, 16, 60], p=[0.4, 0.35, 0.15, 0.1])) if vision else 0
+        n = v + 47 if vision else 150
+        mixture.drew("vqa" if vision else "wiki", n, v, 0.2)
+        tokens, media = tokens + n, media + v
+    assert abs(media / tokens - 0.2) < 0.002
+
+
+def test_slightly_out_of_reach_is_noticed_in_the_end():
+    rng = np.random.default_rng(0)
+    mixture = Mixture(SOURCES, ((0.0, 0.24),))
+    with pytest.raises(DataError, match="cannot be reached: media are only 2"):
+        for _ in range(10_000):
+            vision = SOURCES[mixture.choose()].vision
+            v = int(rng.choice([4, 9, 16, 60], p=[0.4, 0.35, 0.15, 0.1])) if vision else 0
+            mixture.drew("vqa" if vision else "wiki", v + 47 if vision else 150, v, 0.24)
+
+
 def test_a_rare_source_with_large_pictures_is_waited_for():
     sources = {
         "text": SourceConfig(),

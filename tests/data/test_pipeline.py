@@ -244,7 +244,7 @@ class Hangs(Synthetic):
 def test_a_killed_worker_is_an_error_not_a_hang(path):
     with stream(path, num_workers=1, prefetch=1) as s:
         next(s)
-        (worker,) = [p for p in multiprocessing.active_children() if p not in s._before]
+        (worker,) = s._own_workers()
         os.kill(worker.pid, signal.SIGKILL)
         with pytest.raises(RuntimeError, match="terminated unexpectedly"):
             for _ in range(10):
