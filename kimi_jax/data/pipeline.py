@@ -22,6 +22,7 @@ import math
 import multiprocessing
 import multiprocessing.process
 import os
+import signal
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -101,7 +102,11 @@ def _open_sources(data: DataConfig) -> dict[str, Source]:
 
 
 def _leave_with_parent(worker_index: int, worker_count: int) -> None:
-    """Runs at the start of a worker: ends it when its parent is gone, which Grain would not notice."""
+    """Runs at the start of a worker: ends it when its parent is gone, which Grain would not notice.
+
+    Ctrl-C in a terminal reaches the workers too; whether and when to end is for the trainer to say.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_follow, args=(parent,), daemon=True, name="leave-with-parent").start()
