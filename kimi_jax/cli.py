@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import ml_collections
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
 from kimi_jax.config import ConfigError, TrainConfig, freeze, nearest
@@ -36,6 +36,8 @@ def parse(argv: Sequence[str]) -> list[str]:
         config_flags.DEFINE_config_file("config", None, "Settings: a file with get_config().", sys_argv=kept)
         rest = flags.FLAGS(kept)
         _switch_off(flags.FLAGS["config"].value, off)
+        if flags.FLAGS["verbosity"].using_default_value:  # absl's own default lets libraries tell their life
+            logging.set_verbosity(logging.WARNING)
     except (ConfigError, flags.Error, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     return rest

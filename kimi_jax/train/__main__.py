@@ -9,6 +9,7 @@ from absl import app
 
 from kimi_jax import cli
 from kimi_jax.config import ConfigError
+from kimi_jax.data import DataError
 from kimi_jax.sharding import ShardingError
 from kimi_jax.train import loop
 
@@ -17,7 +18,7 @@ def main(_: list[str]) -> int:
     """Settings from the command line; the exit status of the run."""
     try:
         return loop.run(cli.settings())
-    except (ConfigError, ShardingError, loop.Diverged) as error:
+    except (ConfigError, DataError, ShardingError, loop.Diverged) as error:
         sys.exit(f"error: {error}")
 
 

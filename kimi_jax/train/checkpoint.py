@@ -196,6 +196,6 @@ def _mismatch_message(step: int, problems: list[str], saved: TrainConfig, config
     settings += diff(config.optimizer, saved.optimizer, "config.optimizer")
     return "\n  ".join(
         [f"the checkpoint of step {step} does not fit these settings:", *shown]
-        + ["settings that differ (the default shown is the checkpoint's):", *(settings or ["none"])]
+        + ["settings that differ (as default: those of the checkpoint):", *(settings or ["none"])]
         + ["use another --config.workdir, or put the settings back"]
     )

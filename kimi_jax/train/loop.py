@@ -5,7 +5,7 @@ had never stopped.
   config.json               the settings
   checkpoints/N             the run after N steps (kimi_jax.train.checkpoint)
   metrics.jsonl, eval.jsonl one row a log interval, one an evaluation (kimi_jax.train.metrics); tensorboard/ the same
-  results.json              the final evaluation
+  results.json, samples/    the final evaluation
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kimi_jax import cli, sharding
-from kimi_jax.config import PRESETS, TrainConfig, diff, preset
+from kimi_jax.config import PRESETS, ConfigError, TrainConfig, diff, preset
 from kimi_jax.data.pipeline import BatchStream
 from kimi_jax.train import state as state_lib
 from kimi_jax.train.checkpoint import Checkpoints
@@ -51,6 +51,7 @@ def run(config: TrainConfig) -> int:
     with contextlib.ExitStack() as stack:
         say = stack.enter_context(_Reporter(config.steps))
         say(*describe(config))
+        _check(config)
 
         # ------------------------------------------------------------------------------ devices, model, optimizer
         mesh = sharding.make_mesh(config.mesh)
@@ -77,10 +78,11 @@ def run(config: TrainConfig) -> int:
         if step < config.steps:
             if _evaluation_due(config, step) and step not in log.evaluated():  # killed in the middle of it
                 this.evaluate(state, config.eval.limit)
-            stream = stack.enter_context(
-                contextlib.closing(BatchStream(config.data, config.model, config.steps, state=host["data"]))
-            )
-            state, step = _train(this, train_step, stream, state, step)
+            rate = measure_matmul_rate(mesh, config.model.dtype)  # while no data worker competes
+            devices = f"{mesh.size} x {jax.devices()[0].device_kind}"
+            say(f"{devices}: plain {config.model.dtype} matmuls reach {rate / 1e9:,.0f} GFLOP/s (MFU 100 %)")
+            stream = stack.enter_context(BatchStream(config.data, config.model, config.steps, state=host["data"]))
+            state, step = _train(this, train_step, stream, state, step, rate)
             checkpoints.wait()
         if stop.signal:
             say(f"stopped at step {step} of {config.steps}; saved. The same command goes on from there.")
@@ -102,31 +104,29 @@ class _Run:
     stop: _Stop
     say: _Reporter
 
-    def evaluate(self, state: TrainState, limit: int) -> list[dict[str, Any]]:
-        """Runs the tasks of the settings and logs them; rows of `kimi_jax.eval.runner` as dicts."""
-        from kimi_jax.eval import runner  # only runs that evaluate pay for it
+    def evaluate(self, state: TrainState, limit: int, samples: list | None = None) -> list[Any]:
+        """Runs the tasks of the settings, prints and logs the scores; returns the rows of `kimi_jax.eval.runner`."""
+        from kimi_jax.eval.runner import evaluate
 
-        step = int(state.step)
-        self.say(f"evaluating {', '.join(self.config.eval.tasks)} (up to {limit} questions each)")
-        rows = runner.evaluate(state.params, self.config, self.config.eval.tasks, limit)
-        dicts = [dataclasses.asdict(row) for row in rows]
-        self.log.evaluation(step, dicts)
-        for row in dicts:
-            beside = "".join(f"  {k} {row[k]:.3f}" for k in ("control", "chance") if row.get(k) is not None)
-            scored = f"{row['metric']:<16}{row['score']:.3f} +- {row['stderr']:.3f}"
-            self.say(f"  step {step}  {row['task']:<28}{scored}{beside}")
-        return dicts
+        step, before = int(state.step), time.perf_counter()
+        self.say(f"step {step}: evaluating {', '.join(self.config.eval.tasks)}, up to {limit} questions each")
+        rows = evaluate(state.params, self.config, self.config.eval.tasks, limit, samples=samples)
+        self.log.evaluation(step, [dataclasses.asdict(row) for row in rows])
+        for row in rows:
+            scored = f"{row.metric:<16}{row.score:.3f} +- {row.stderr:.3f}"
+            self.say(f"  {row.task:<28}{scored}  {row.control_name} {row.control:.3f}  chance {row.chance:.3f}")
+        self.say(f"  in {time.perf_counter() - before:.0f} s")
+        return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------- steps
 
 
-def _train(this: _Run, train_step: Any, stream: BatchStream, state: TrainState, step: int) -> tuple[TrainState, int]:
+def _train(
+    this: _Run, train_step: Any, stream: BatchStream, state: TrainState, step: int, rate: float
+) -> tuple[TrainState, int]:
     """Steps until the end or a signal; returns the state and its step, both saved."""
     config, meter = this.config, this.meter
-    rate = measure_matmul_rate(this.mesh, config.model.dtype)
-    devices = f"{this.mesh.size} x {jax.devices()[0].device_kind}"
-    this.say(f"{devices}: plain {config.model.dtype} matmuls reach {rate / 1e9:,.0f} GFLOP/s (MFU 100 %)")
     compiled = None
     while step < config.steps and not this.stop.signal:
         before = time.perf_counter()
@@ -138,15 +138,15 @@ def _train(this: _Run, train_step: Any, stream: BatchStream, state: TrainState, 
             meter.restart_clock()
         state, metrics = compiled(state, batch)
         step += 1
-        _record(this, meter.push(step, metrics), stream, rate)
+        _record(this, meter.push(step, metrics, _about_data(stream) if meter.due(step) else {}), rate)
         this.say.advance(step)
 
         interval = config.checkpoint.interval
         if (interval and step % interval == 0) or step == config.steps or this.stop.signal:
-            _record(this, meter.flush(), stream, rate)
+            _record(this, meter.flush(), rate)
             this.checkpoints.save(state, {"data": stream.state(), "meter": meter.state()}, config)
         if _evaluation_due(config, step) and not this.stop.signal:
-            _record(this, meter.flush(), stream, rate)
+            _record(this, meter.flush(), rate)
             this.evaluate(state, config.eval.limit)
             meter.restart_clock()
     return state, step
@@ -159,7 +159,12 @@ def _compile(train_step: Any, state: TrainState, batch: Any, say: _Reporter) -> 
     return compiled
 
 
-def _record(this: _Run, row: dict[str, Any] | None, stream: BatchStream, rate: float) -> None:
+def _about_data(stream: BatchStream) -> dict[str, Any]:
+    report = stream.report()
+    return {"token_fill": report["token_fill"], "vision_ratio": report["ratio"], "data": report}
+
+
+def _record(this: _Run, row: dict[str, Any] | None, rate: float) -> None:
     """Logs a row if there is one. Raises Diverged after too many steps without a finite loss."""
     if this.meter.skipped_now:
         this.say(f"WARNING: loss or gradient of step {this.meter.fetched_step} is not finite; its update is left out")
@@ -170,9 +175,7 @@ def _record(this: _Run, row: dict[str, Any] | None, stream: BatchStream, rate: f
             f"a lower --config.optimizer.peak_lr, or look at the batches with python -m kimi_jax.data inspect"
         )
     if row is not None:
-        report = stream.report()
         row["mfu"] = row["flops_per_s"] / rate
-        row |= {"token_fill": report.get("token_fill"), "vision_ratio": report.get("ratio"), "data": report}
         this.log.train(row)
         this.say.row(row)
 
@@ -186,8 +189,25 @@ def _evaluation_due(config: TrainConfig, step: int) -> bool:
 def _evaluate_at_end(this: _Run, state: TrainState) -> None:
     results = epath.Path(this.config.workdir) / "results.json"
     if this.config.eval.tasks and not (results.exists() and this.config.steps in this.log.evaluated()):
-        rows = this.evaluate(state, this.config.eval.final_limit)
-        write_atomic(results, json.dumps(rows, indent=1))
+        from kimi_jax.eval.__main__ import write_rows, write_samples
+
+        samples: list[Any] = []
+        rows = this.evaluate(state, this.config.eval.final_limit, samples)
+        write_samples(samples, results.parent / "samples")
+        write_rows(rows, results)
+
+
+def _check(config: TrainConfig) -> None:
+    """Raises ConfigError now for what would otherwise fail an hour later."""
+    if config.eval.tasks:
+        from kimi_jax.eval.tasks import resolve
+
+        try:
+            resolve(config.eval.tasks)
+        except KeyError as error:
+            raise ConfigError(f"config.eval.tasks: {error.args[0]}") from error
+    if config.log_interval < 1 or config.checkpoint.interval < 0 or config.checkpoint.keep < 1:
+        raise ConfigError("config.log_interval and checkpoint.keep must be at least 1, checkpoint.interval at least 0")
 
 
 # ------------------------------------------------------------------------------------------------- talking and stopping

@@ -13,7 +13,7 @@ Row (one JSON line of `WORKDIR/metrics.jsonl`):
   the start of the run)
 and from the data stream: token_fill, vision_ratio, data (all that `BatchStream.report()` says)
 
-`WORKDIR/eval.jsonl` has one line an evaluation: step, eval (task -> score), rows (see kimi_jax.eval.runner).
+`WORKDIR/eval.jsonl` has one line an evaluation: step, eval (task/metric -> score), rows (see kimi_jax.eval.runner).
 
 L layers, Lm layers with experts, E experts, 3 modalities
 """
@@ -49,7 +49,7 @@ class Meter:
         state = state or {"sums": {}, "tokens_seen": 0, "time_s": 0.0}
         self._sums = {k: np.asarray(v, np.float64) for k, v in state["sums"].items()}
         self._tokens_seen, self._time_s = state["tokens_seen"], state["time_s"]
-        self._pending: tuple[int, Any] | None = None
+        self._pending: tuple[int, Any, dict[str, Any]] | None = None
         self.fetched_step = self.skipped_in_row = 0  # as of the metrics fetched last
         self.skipped_now = False  # the push or flush just now brought a step without update
         self.restart_clock()
@@ -70,10 +70,18 @@ class Meter:
         """Adds time during which the loop waited for data."""
         self._waited += seconds
 
-    def push(self, step: int, metrics: Any) -> dict[str, Any] | None:
-        """Takes the device metrics of `step`, fetches those of the step before; returns its row if one is due."""
+    def due(self, step: int) -> bool:
+        """Whether a row ends with this step."""
+        return step % self._interval == 0 or step == self._last_step
+
+    def push(self, step: int, metrics: Any, beside: dict[str, Any]) -> dict[str, Any] | None:
+        """Takes the device metrics of `step`, fetches those of the step before; returns its row if one is due.
+
+        `beside` goes into the row of `step`; it must belong to that step, so that a row does not depend on when it is
+        fetched.
+        """
         row = self.flush()
-        self._pending = (step, metrics)
+        self._pending = (step, metrics, beside)
         return row
 
     def flush(self) -> dict[str, Any] | None:
@@ -81,12 +89,10 @@ class Meter:
         self.skipped_now = False
         if self._pending is None:
             return None
-        (step, metrics), self._pending = self._pending, None
+        (step, metrics, beside), self._pending = self._pending, None
         self._add(jax.device_get(metrics))
         self.fetched_step = step
-        if step % self._interval == 0 or step == self._last_step:
-            return self._row(step)
-        return None
+        return self._row(step) | beside if self.due(step) else None
 
     def _add(self, m: dict[str, Any]) -> None:
         finite = bool(m["finite"])
@@ -176,11 +182,11 @@ class Log:
 
     def evaluation(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Appends what the tasks of one evaluation scored."""
-        self._append("eval.jsonl", {"step": step, "eval": {row["task"]: row["score"] for row in rows}, "rows": rows})
+        scores = {f"{row['task']}/{row['metric']}": row["score"] for row in rows}
+        self._append("eval.jsonl", {"step": step, "eval": scores, "rows": rows})
         for row in rows:
             for name in ("score", "control"):
-                if row.get(name) is not None:
-                    self._board.add_scalar(f"eval/{row['task']}/{name}", row[name], step)
+                self._board.add_scalar(f"eval/{row['task']}/{row['metric']}/{name}", row[name], step)
         self._board.flush()
 
     def evaluated(self) -> set[int]:

@@ -1,0 +1,94 @@
+"""Rows of the log: right sums, the same whether or not the run was interrupted, and files that survive a kill."""
+
+import json
+
+import numpy as np
+import pytest
+
+from kimi_jax.train import flops
+from kimi_jax.train.metrics import TIMED, Log, Meter, progress_line, read_rows
+from tests.train.tiny import MODEL
+
+
+def step_metrics(step, finite=True):
+    rng = np.random.default_rng(step)
+    f32 = lambda *shape: rng.uniform(1, 2, shape).astype(np.float32)  # noqa: E731
+    return {
+        "nll_sum": f32(3) * [1, 1, 0] if finite else np.full(3, np.nan), "weight_sum": f32(3) * [1, 1, 0],
+        "balance_loss": f32(), "grad_norm": f32(), "finite": np.asarray(finite), "skipped_in_row": np.int32(not finite),
+        "max_logits": f32(3), "clipped_heads": np.int32(1), "expert_load": f32(2, 4), "dropped": np.int32(0),
+        "lr": np.float32(step), "update_rms_muon": f32(), "update_rms_adamw": f32(),
+        **{k: np.float32(10) for k in flops.COUNTS},
+    }  # fmt: skip
+
+
+def rows_of(meter, steps, bad=()):
+    rows = [meter.push(step, step_metrics(step, step not in bad), {"beside": step}) for step in steps]
+    return [row for row in [*rows, meter.flush()] if row]
+
+
+def untimed(rows):
+    return [{k: v for k, v in row.items() if k not in TIMED} for row in rows]
+
+
+def test_row_is_the_mean_over_its_interval():
+    first, second = rows_of(Meter(MODEL, 4, 7), range(1, 8))
+    assert (first["step"], second["step"]) == (4, 7)  # a row at the end whatever the interval
+    metrics = [step_metrics(step) for step in range(1, 5)]
+    nll, weight = (sum(m[k].astype(np.float64) for m in metrics) for k in ("nll_sum", "weight_sum"))
+    np.testing.assert_allclose(first["loss"], nll.sum() / weight.sum(), rtol=1e-12)
+    np.testing.assert_allclose(first["loss_text"], nll[0] / weight[0], rtol=1e-12)
+    assert first["loss_video"] is None  # no target of that kind
+    assert first["lr"] == 4 and first["tokens"] == 40 and second["tokens"] == 30 and second["tokens_seen"] == 70
+    assert first["clipped_heads"] == 4 and first["beside"] == 4
+    np.testing.assert_allclose(first["max_logit"], np.max([m["max_logits"] for m in metrics], axis=0), rtol=1e-7)
+    load = sum(m["expert_load"].astype(np.float64) for m in metrics)
+    np.testing.assert_allclose(first["load_imbalance"], load.max(-1) / load.mean(-1), rtol=1e-7)
+
+
+@pytest.mark.parametrize("cut", [1, 4, 6])
+def test_rows_do_not_depend_on_where_a_run_was_cut(cut):
+    whole = rows_of(Meter(MODEL, 4, 9), range(1, 10))
+    before = Meter(MODEL, 4, 9)
+    rows = rows_of(before, range(1, cut + 1))
+    state = json.loads(json.dumps(before.state()))  # as it comes back from a checkpoint
+    rows += rows_of(Meter(MODEL, 4, 9, state), range(cut + 1, 10))
+    assert untimed(rows) == untimed(whole)
+
+
+def test_state_with_a_step_still_on_the_device_is_refused():
+    meter = Meter(MODEL, 4, 9)
+    meter.push(1, step_metrics(1), {})
+    with pytest.raises(RuntimeError, match="flush"):
+        meter.state()
+
+
+def test_steps_without_update_are_counted_and_kept_out_of_the_means():
+    (row,) = rows_of(Meter(MODEL, 3, 3), range(1, 4), bad=(2,))
+    assert row["skipped"] == 1 and np.isfinite(row["loss"])
+    (row,) = rows_of(Meter(MODEL, 2, 2), range(1, 3), bad=(1, 2))
+    assert row["skipped"] == 2 and row["loss"] is None
+    assert "SKIPPED 2" in progress_line(row) and json.loads(json.dumps(row, allow_nan=False)) == row
+
+
+def test_log_cuts_what_was_lost_and_half_a_line(tmp_path):
+    rows = rows_of(Meter(MODEL, 2, 8), range(1, 9))
+    log = Log(str(tmp_path), 0)
+    for row in rows:
+        log.train(row)
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [2, 4, 6, 8]
+    log = Log(str(tmp_path), 5)
+    log.train(rows[2])
+    log.close()
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == [json.dumps(row) for row in rows[:3]]
+
+
+def test_progress_line_names_what_matters():
+    (row,) = rows_of(Meter(MODEL, 1, 1), [1])
+    line = progress_line(row | {"mfu": 0.31})
+    for part in ("loss", "text", "image", "tok/s", "patch/s", "MFU 31.0%", "imbalance", "dropped 0", "max logit"):
+        assert part in line
+    assert "video" not in line
