@@ -24,13 +24,16 @@ if TYPE_CHECKING:
         preset,
         thaw,
     )
+    from kimi_jax.data import BadRecord
     from kimi_jax.data.image import process_image
     from kimi_jax.data.tokenizer import load_tokenizer
+    from kimi_jax.data.video import process_video
 
 __version__ = "0.1.0"
 
 _MODULES = ("config", "data", "eval", "kernels", "nn", "optim", "sharding", "train")
 _NAMES = {
+    "BadRecord": "data",
     "ConfigError": "config",
     "DataConfig": "config",
     "ModelConfig": "config",
@@ -46,6 +49,7 @@ _NAMES = {
     "thaw": "config",
     "load_tokenizer": "data.tokenizer",
     "process_image": "data.image",
+    "process_video": "data.video",
 }
 
 __all__ = [*_MODULES, *_NAMES]

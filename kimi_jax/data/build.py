@@ -95,7 +95,7 @@ class _Bytes(Tokenizer):
         self.bos_id, self.eos_id, self.pad_id = 0, 1, 2
         self.media_begin_id, self.media_content_id, self.media_end_id, self.media_pad_id = 6, 7, 8, 9
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, allow_special_tokens: bool = False) -> list[int]:
         return [16 + b for b in text.encode("utf-8", "replace")]
 
 

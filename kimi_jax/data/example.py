@@ -223,7 +223,7 @@ def _spans(
             weight = part.loss_weight
             if not 0 <= weight < float("inf"):
                 raise BadRecord("bad_json", example.key, f"a loss weight is {weight}")
-            spans.append((tokenizer.encode(part.text), weight))
+            spans.append((tokenizer.encode(part.text, allow_special_tokens=False), weight))
             continue
         if isinstance(part, Image):
             stamps, kind = [""], "image"

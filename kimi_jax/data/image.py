@@ -12,6 +12,7 @@ arithmetic.
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import warnings
@@ -27,6 +28,10 @@ from kimi_jax.data import BadRecord
 PATCH_LIMIT = 16384  # in_patch_limit
 SIDE_LIMIT = 512  # patch_limit_on_one_side
 MAX_PIXELS = 2 * 89_478_485  # the size at which PIL itself speaks of a decompression bomb
+# What is opened; PIL's others are rare or, as EPS, are handed to other programs.
+FORMATS = (
+    "PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO", "TGA", "JPEG2000", "AVIF",
+)  # fmt: skip
 
 # (u8 / 255 in float64, then float32) - 0.5, times 2: the released order of operations.
 NORMALISED = ((np.arange(256) / 255.0).astype(np.float32) - np.float32(0.5)) * np.float32(2.0)
@@ -126,7 +131,7 @@ def open_image(data: bytes | str | Path, key: str = "") -> PIL.Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-            return PIL.Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
+            return PIL.Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=_formats())
     except FileNotFoundError as error:
         raise BadRecord("missing_file", key, str(data)) from error
     except PIL.Image.DecompressionBombError as error:
@@ -135,14 +140,24 @@ def open_image(data: bytes | str | Path, key: str = "") -> PIL.Image.Image:
         raise BadRecord("broken_image", key, f"{type(error).__name__}: {error}") from error
 
 
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    PIL.Image.init()
+    return tuple(name for name in FORMATS if name in PIL.Image.OPEN)  # AVIF is not in every build
+
+
 def image_size(image: PIL.Image.Image | np.ndarray, key: str = "") -> tuple[int, int]:
     """(width, height) in pixels, before decoding. Raises BadRecord(broken_image | absurd_size)."""
     if isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise BadRecord("broken_image", key, f"an array must be uint8 [H, W, 3], not {image.dtype} {image.shape}")
         width, height = image.shape[1], image.shape[0]
-    else:
+    elif isinstance(image, PIL.Image.Image):
+        if image.format == "EPS":
+            raise BadRecord("broken_image", key, "EPS is a program, not a picture; it is not run")
         width, height = image.size
+    else:
+        raise BadRecord("broken_image", key, f"a picture is a PIL image or an array, not {type(image).__name__}")
     if width < 1 or height < 1 or width * height > MAX_PIXELS:
         raise BadRecord("absurd_size", key, f"{width}x{height} pixels (1 to {MAX_PIXELS} are read)")
     return width, height
@@ -192,11 +207,14 @@ def normalise(patches: np.ndarray, patch_size: int = 14) -> np.ndarray:
     return NORMALISED[patches].reshape(-1, 3, patch_size, patch_size)
 
 
-def process_image(image: PIL.Image.Image | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def process_image(image: PIL.Image.Image | np.ndarray | bytes | str | Path) -> tuple[np.ndarray, np.ndarray]:
     """The released image processor for one picture, bit for bit.
 
+    image: a PIL image, uint8 [H, W, 3], the bytes of an image file, or its path.
     Returns (pixel_values float32 [N, 3, 14, 14], grid_thw int64 [1, 3]). Raises BadRecord for a picture that cannot be
     decoded. Source: reference.md section 5.
     """
+    if isinstance(image, (bytes, str, Path)):
+        image = open_image(image, "" if isinstance(image, bytes) else str(image))
     patches, grid = image_patches(image)
     return normalise(patches), np.array([grid], np.int64)

@@ -2,17 +2,24 @@
 
 Text that comes from data never turns into a special token, whatever it spells: only the pipeline itself inserts those.
 The words are split by the released pattern, so a tokenizer trained here behaves like the released one at its seams.
+Two backends share the interface `Tokenizer`: the JSON file of `tokenizers` here, the released `tiktoken.model` in
+kimi_tokenizer.py.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
+if TYPE_CHECKING:
+    from kimi_jax.data.chat import Message
 
 # Ids 0, 1, ... of a tokenizer trained here, in this order.
 SPECIAL_TOKENS = (
@@ -37,7 +44,57 @@ SPLIT_PATTERN = "|".join([
 
 
 class Tokenizer:
-    """A `tokenizers` JSON file behind the few things the project asks of it. Picklable.
+    """What the project asks of a tokenizer. Picklable.
+
+    vocab_size: number of ids. bos_id, eos_id, pad_id and the four media ids are those that the pipeline inserts.
+    """
+
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    media_begin_id: int
+    media_content_id: int
+    media_end_id: int
+    media_pad_id: int
+
+    def special_id(self, token: str) -> int:
+        """Id of a special token by name. Raises ValueError if there is none."""
+        raise NotImplementedError
+
+    def encode(self, text: str, allow_special_tokens: bool = False) -> list[int]:
+        """Token ids of a text. allow_special_tokens: what spells a special token becomes it (never for data)."""
+        raise NotImplementedError
+
+    def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = False) -> str:
+        """The text of ids; bytes that are not UTF-8 become U+FFFD."""
+        raise NotImplementedError
+
+    def token_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
+        """UTF-8 bytes that ids stand for: what bits per byte divides by. Special tokens count as none."""
+        raise NotImplementedError
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]] | None = None,
+        thinking: bool = True,
+        preserve_thinking: bool = False,
+        add_generation_prompt: bool | None = None,
+        tokenize: bool = False,
+        allow_special_tokens: bool = True,
+    ) -> str | list[int]:
+        """The prompt of a conversation, as text or (tokenize) as ids: see `chat.apply_chat_template`."""
+        from kimi_jax.data import chat  # it imports this module
+
+        return chat.apply_chat_template(
+            messages, tools, thinking, preserve_thinking, add_generation_prompt, self if tokenize else None,
+            allow_special_tokens,
+        )  # fmt: skip
+
+
+class JsonTokenizer(Tokenizer):
+    """A `tokenizers` JSON file: what `train_tokenizer` writes.
 
     Raises ValueError if the file lacks one of the special tokens that the pipeline inserts.
     """
@@ -51,6 +108,8 @@ class Tokenizer:
         self._backend.encode_special_tokens = True  # "<|media_pad|>" in a text is thirteen characters, not a token
         added = self._backend.get_added_tokens_decoder()
         self._special = frozenset(i for i, token in added.items() if token.special)
+        names = sorted((token.content for token in added.values() if token.special), key=len, reverse=True)
+        self._special_pattern = re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
         self.bos_id = self._id("[BOS]")
         self.eos_id = self._id("[EOS]")
         self.pad_id = self._id("[PAD]")
@@ -58,7 +117,7 @@ class Tokenizer:
         self.media_content_id = self._id("<|media_content|>")
         self.media_end_id = self._id("<|media_end|>")
         self.media_pad_id = self._id("<|media_pad|>")
-        self.vocab_size: int = max(self._backend.get_vocab().values()) + 1
+        self.vocab_size = max(self._backend.get_vocab().values()) + 1
 
     def _id(self, token: str) -> int:
         index = self._backend.token_to_id(token)
@@ -79,8 +138,22 @@ class Tokenizer:
             raise ValueError(f"{token} is not a special token of this tokenizer")
         return index
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text; never a special one. Half surrogate pairs, which have no UTF-8, become U+FFFD."""
+    def encode(self, text: str, allow_special_tokens: bool = False) -> list[int]:
+        """Token ids of a text. Half surrogate pairs, which have no UTF-8, become U+FFFD.
+
+        allow_special_tokens: what spells a special token becomes it; by default none ever does.
+        """
+        if not allow_special_tokens or self._special_pattern is None:
+            return self._encode_plain(text)
+        ids: list[int] = []
+        for i, piece in enumerate(self._special_pattern.split(text)):
+            if i % 2:
+                ids.append(self._id(piece))
+            elif piece:
+                ids += self._encode_plain(piece)
+        return ids
+
+    def _encode_plain(self, text: str) -> list[int]:
         try:
             ids = self._backend.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeEncodeError):
@@ -101,16 +174,24 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of a `tokenizers` JSON file.
+    """The tokenizer of a file, or of a folder that holds one.
 
+    path: a `tokenizers` JSON file, the released `tiktoken.model`, or a folder with the latter (or a `tokenizer.json`).
     Raises FileNotFoundError, and ValueError for a file of another kind or without the special tokens.
     """
     path = Path(path)
+    if path.is_dir():
+        inside = [path / name for name in ("tiktoken.model", "tokenizer.json")]
+        path = next((file for file in inside if file.is_file()), inside[0])
     if not path.is_file():
-        raise FileNotFoundError(f"no tokenizer at {path}; data.tokenizer names a .json file of `tokenizers`")
+        raise FileNotFoundError(f"no tokenizer at {path}; it is a .json file of `tokenizers` or a tiktoken.model")
+    if path.suffix != ".json":
+        from kimi_jax.data.kimi_tokenizer import load_kimi_tokenizer  # it imports this module
+
+        return load_kimi_tokenizer(path)
     try:
         text = path.read_text(encoding="utf-8")
-        return Tokenizer(text)
+        return JsonTokenizer(text)
     except ValueError:
         raise
     except Exception as error:  # `tokenizers` raises bare Exception for a file it cannot parse

@@ -5,26 +5,34 @@ h, w   grid of a frame in patches;  t = 1 .. 4 frames of a chunk
 C      3 * patch_size^2
 
 The released decoder is not public; frames are decoded by PyAV here and may differ from it by a grey level.
+Files are strangers' files: only plain containers are opened (a play list would name further files and addresses), and
+there is an end to the frames that are decoded and to the memory that they take.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import av.container
 import numpy as np
+import PIL.Image
 
 from kimi_jax.data import BadRecord
-from kimi_jax.data.image import MAX_PIXELS, SIDE_LIMIT, Plan, decode, largest, picture_patches, plan_image
+from kimi_jax.data.image import MAX_PIXELS, SIDE_LIMIT, Plan, decode, largest, normalise, picture_patches, plan_image
 
 SAMPLE_FPS = 2.0  # sample_fps
 CHUNK_FRAMES = 4  # temporal_merge_kernel_size
 FRAME_PATCH_LIMIT = 4096  # in_patch_limit_each_frame
+MAX_FRAMES = 200_000  # decoded of one file, almost two hours at 30 a second; the release has no limit
+MAX_BYTES = 4 << 30  # of the frames kept
+CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,apng,mpegts,mpeg,mpegvideo,flv,ogg,asf,ivf"
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,19 @@ class Video:
 
     frames: np.ndarray | Sequence[np.ndarray]
     timestamps: Sequence[float] | np.ndarray
+
+
+class VideoChunk(NamedTuple):
+    """Up to four frames as the vision tower takes them, an item of its own.
+
+    pixel_values: float32 [t*h*w, 3, 14, 14]; grid_thw: int64 [1, 3].
+    timestamp:    HH:MM:SS.mmm of the first frame, as it stands in the prompt; seconds: the same as a number.
+    """
+
+    pixel_values: np.ndarray
+    grid_thw: np.ndarray
+    timestamp: str
+    seconds: float
 
 
 def sample_indices(num_frames: int, fps: float | int, sample_fps: float | int = SAMPLE_FPS) -> np.ndarray:
@@ -120,43 +141,95 @@ def chunk_patches(
     return np.concatenate(frames), (end - start, plan.h, plan.w)
 
 
-def read_video(source: str | Path | io.BufferedIOBase, key: str = "", name: str = "") -> Video:
+def process_video(
+    source: str | Path | bytes | io.BufferedIOBase | Video | np.ndarray | Sequence[np.ndarray | PIL.Image.Image],
+    fps: float | int | None = None,
+) -> list[VideoChunk]:
+    """The released video processor: frames at two a second, in chunks of four, all planned and resized alike.
+
+    source: a file (path, bytes, or open), all frames (uint8 [N, H, W, 3], or arrays or PIL images of one size), or a
+            `Video`, which is already sampled.
+    fps:    rate of frames given as such; None: they are already sampled, at two a second. A file knows its own.
+    Raises BadRecord (broken_video, empty, missing_file, absurd_size, too_long) and ValueError for a bad rate.
+    """
+    if isinstance(source, (str, Path, bytes, io.BufferedIOBase)):
+        video = read_video(source)
+    elif isinstance(source, Video):
+        video = source
+    elif len(source) == 0:
+        raise BadRecord("empty", "video", "a video without frames")
+    else:
+        frames = [np.asarray(decode(f, "video") if isinstance(f, PIL.Image.Image) else f) for f in source]
+        video = sample_video(frames, SAMPLE_FPS if fps is None else fps)
+    plan = plan_frame(*video_size(video, "video"))
+    result = []
+    for chunk in chunks(video):
+        patches, grid = chunk_patches(video, chunk, plan)
+        seconds = float(video.timestamps[chunk[0]])
+        result.append(VideoChunk(normalise(patches), np.array([grid], np.int64), timestamp(seconds), seconds))
+    return result
+
+
+def read_video(
+    source: str | Path | bytes | io.BufferedIOBase,
+    key: str = "",
+    name: str = "",
+    max_frames: int = MAX_FRAMES,
+    max_bytes: int = MAX_BYTES,
+) -> Video:
     """Decodes a file with PyAV and keeps the frames of the released rule; only those are held in memory.
 
-    source: a path, or an open binary file. key, name: of the record and of the file, for messages.
+    source: a path, the bytes of a file, or an open binary file. key, name: of the record and of the file, for messages.
     Two passes over the file, since the number of frames in a header is often missing or wrong.
-    Raises BadRecord(missing_file | broken_video | empty | absurd_size).
+    Raises BadRecord(missing_file | broken_video | empty | absurd_size | too_long).
     """
     name = name or (str(source) if isinstance(source, (str, Path)) else "video")
     key = key or name
+    if isinstance(source, bytes):
+        source = io.BytesIO(source)
+    elif isinstance(source, (str, Path)):
+        if not Path(source).is_file():  # neither an address nor a device, which ffmpeg would open too
+            raise BadRecord("missing_file", key, name)
+        with open(source, "rb") as file:
+            return read_video(file, key, name, max_frames, max_bytes)
     try:
-        with _open(source) as container:
-            stream = container.streams.video[0]
-            width, height, rate = stream.codec_context.width, stream.codec_context.height, _frame_rate(stream)
-            if not 0 < width * height <= MAX_PIXELS:
-                raise BadRecord("absurd_size", key, f"{name}: frames of {width}x{height} pixels")
-            count = sum(1 for _ in container.decode(stream))
-        if count == 0:
-            raise BadRecord("empty", key, f"{name}: a video without frames")
-        indices = sample_indices(count, rate)
-        wanted = set(indices.tolist())
-        with _open(source) as container:
-            decoded = enumerate(container.decode(container.streams.video[0]))
-            frames = {i: frame.to_ndarray(format="rgb24") for i, frame in decoded if i in wanted}
-        return Video([frames[int(i)] for i in indices], tuple(float(i / rate) for i in indices))
+        return _read(source, key, name, max_frames, max_bytes)
     except BadRecord:
         raise
-    except FileNotFoundError as error:
-        raise BadRecord("missing_file", key, name) from error
     except Exception as error:  # ffmpeg's errors, a file without a video stream, a frame that fails to convert
         raise BadRecord("broken_video", key, f"{name}: {type(error).__name__}: {error}") from error
 
 
-def _open(source: str | Path | io.BufferedIOBase) -> av.container.InputContainer:
-    if isinstance(source, (str, Path)):
-        return av.open(str(source), mode="r")
-    source.seek(0)
-    return av.open(source, mode="r")
+def _read(file: io.BufferedIOBase, key: str, name: str, max_frames: int, max_bytes: int) -> Video:
+    with _open(file) as container:
+        stream = container.streams.video[0]
+        width, height, rate = stream.codec_context.width, stream.codec_context.height, _frame_rate(stream)
+        if not 0 < width * height <= MAX_PIXELS:
+            raise BadRecord("absurd_size", key, f"{name}: frames of {width}x{height} pixels")
+        count = sum(1 for _ in itertools.islice(container.decode(stream), max_frames + 1))
+    if count == 0:
+        raise BadRecord("empty", key, f"{name}: a video without frames")
+    if count > max_frames:
+        raise BadRecord("too_long", key, f"{name}: more than {max_frames} frames")
+    indices = sample_indices(count, rate)
+    if len(indices) * width * height * 3 > max_bytes:
+        raise BadRecord("too_long", key, f"{name}: {len(indices)} frames of {width}x{height} exceed {max_bytes} bytes")
+    wanted = set(indices.tolist())
+    frames = {}
+    with _open(file) as container:
+        for i, frame in enumerate(itertools.islice(container.decode(container.streams.video[0]), count)):
+            if (frame.width, frame.height) != (width, height):
+                raise BadRecord(
+                    "broken_video", key, f"{name}: frame {i} is {frame.width}x{frame.height}, not as before"
+                )
+            if i in wanted:
+                frames[i] = frame.to_ndarray(format="rgb24")
+    return Video([frames[int(i)] for i in indices], tuple(float(i / rate) for i in indices))
+
+
+def _open(file: io.BufferedIOBase) -> av.container.InputContainer:
+    file.seek(0)
+    return av.open(file, mode="r", options={"format_whitelist": CONTAINERS})
 
 
 def _frame_rate(stream: av.VideoStream) -> float:

@@ -196,7 +196,7 @@ class Scorer:
 
     def _documents(self, question: Question) -> list[tuple[Encoded, tuple[int, ...]]]:
         """One document with candidate last tokens if the choices differ in their last token only, else one a choice."""
-        ids = [self.tokenizer.encode(choice) for choice in question.choices]
+        ids = [self.tokenizer.encode(choice, allow_special_tokens=False) for choice in question.choices]
         same_start = len({tuple(i[:-1]) for i in ids}) == 1
         if same_start and all(ids) and len(ids) <= MAX_CANDIDATES:
             context = self.encode(question.context)
