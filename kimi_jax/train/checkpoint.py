@@ -167,13 +167,13 @@ def _paths(tree: Any) -> dict[str, Any]:
 
 
 def _flat(state: TrainState) -> dict[str, Any]:
-    return _paths(state.replace(params=None))
+    return _paths(dataclasses.replace(state, params=None))
 
 
 def _unflat(like: TrainState, params: Any, flat: dict[str, Any]) -> TrainState:
-    rest = like.replace(params=None)
+    rest = dataclasses.replace(like, params=None)
     leaves = [flat[path] for path in _paths(rest)]
-    return jax.tree.unflatten(jax.tree.structure(rest), leaves).replace(params=params)
+    return dataclasses.replace(jax.tree.unflatten(jax.tree.structure(rest), leaves), params=params)
 
 
 def _differences(saved: Any, wanted: Any) -> list[str]:

@@ -116,7 +116,7 @@ class Meter:
         updates = s["steps"] - s["skipped"]
         nll, weight = s.get("nll_sum", np.zeros(3)), s.get("weight_sum", np.zeros(3))
         load = s["expert_load"]
-        row = {"step": step, "loss": _ratio(nll.sum(), weight.sum())}
+        row: dict[str, Any] = {"step": step, "loss": _ratio(nll.sum(), weight.sum())}
         row |= {f"loss_{name}": _ratio(n, w) for name, n, w in zip(MODALITIES, nll, weight, strict=True)}
         row |= {k: _ratio(s.get(k, 0.0), updates) for k in ("balance_loss", "grad_norm")}
         row |= {k: float(s[k]) for k in _LAST if k in s}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -37,55 +38,60 @@ def create(model: ModelConfig, tx: optax.GradientTransformation, key: jax.Array)
     return TrainState(step=zero, skipped=zero, skipped_in_row=zero, params=params, opt_state=tx.init(params))
 
 
+@functools.cache
+def _boxed(model: ModelConfig) -> Any:
+    """Shapes of the parameters in their boxes. Kept, because tracing the model is slow and many ask."""
+    return jax.eval_shape(lambda: kimi.init_params(model, jax.random.key(0)))
+
+
 def infos(model: ModelConfig) -> Any:
     """Tree of ParamInfo, in the shape of the parameters; no array is made."""
-    return metadata(jax.eval_shape(lambda: kimi.init_params(model, jax.random.key(0))))
+    return metadata(_boxed(model))
 
 
 def shardings(model: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """A TrainState of NamedSharding: moments are cut like their parameter, counters are on every device."""
-    shapes = jax.eval_shape(lambda: create(model, tx, jax.random.key(0)))
-    params = sharding.param_shardings(infos(model), shapes.params, mesh)
-    whole = sharding.replicated(mesh)
-    opt_state = _moment_shardings(shapes.opt_state, shapes.params, params, whole)
-    return TrainState(step=whole, skipped=whole, skipped_in_row=whole, params=params, opt_state=opt_state)
-
-
-def _moment_shardings(opt_state: Any, shapes: Any, cuts: Any, whole: NamedSharding) -> Any:
-    """Gives each leaf of `opt_state` the sharding of the parameter whose whole path ends its own path.
-
-    `optax.tree_map_params` would do the same, but only for transformations that do not look at the parameters.
-    Raises ShardingError for an array that belongs to no parameter.
-    """
-    known = {
-        path: (leaf.shape, cut)
-        for (path, leaf), cut in zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(cuts), strict=True)
-    }
-
-    def find(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-        if not leaf.shape:
-            return whole
-        for start in range(len(path)):
-            shape, cut = known.get(path[start:], (None, None))
-            if shape == leaf.shape:
-                return cut
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        raise sharding.ShardingError(f"optimizer array {name} {leaf.shape} belongs to no parameter")
-
-    return jax.tree_util.tree_map_with_path(find, opt_state)
+    return jax.tree.map(lambda x: x.sharding, abstract(model, tx, mesh))
 
 
 def abstract(model: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of a state on this mesh: what a checkpoint is restored into."""
-    shapes = jax.eval_shape(lambda: create(model, tx, jax.random.key(0)))
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings(model, tx, mesh)
+    params = abstract_params(model, mesh)
+    whole = sharding.replicated(mesh)
+    opt_state = jax.eval_shape(tx.init, params)
+    cuts = _moment_shardings(opt_state, params, whole)
+    zero = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    return TrainState(
+        step=zero, skipped=zero, skipped_in_row=zero, params=params, opt_state=jax.tree.map(_place, opt_state, cuts)
     )
 
 
 def abstract_params(model: ModelConfig, mesh: Mesh) -> Any:
     """The same of the weights alone."""
-    boxed = jax.eval_shape(lambda: kimi.init_params(model, jax.random.key(0)))
-    shapes = unbox(boxed)
-    cuts = sharding.param_shardings(metadata(boxed), shapes, mesh)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, cuts)
+    shapes = unbox(_boxed(model))
+    return jax.tree.map(_place, shapes, sharding.param_shardings(infos(model), shapes, mesh))
+
+
+def _place(x: Any, cut: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut)
+
+
+def _moment_shardings(opt_state: Any, params: Any, whole: NamedSharding) -> Any:
+    """Gives each array of `opt_state` the sharding of the parameter whose whole path ends its own path.
+
+    `optax.tree_map_params` would do the same, but only for transformations that do not look at the parameters.
+    Raises ShardingError for an array that belongs to no parameter.
+    """
+    known = dict(jax.tree_util.tree_leaves_with_path(params))
+
+    def find(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        if not leaf.shape:
+            return whole
+        for start in range(len(path)):
+            param = known.get(path[start:])
+            if param is not None and param.shape == leaf.shape:
+                return param.sharding
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        raise sharding.ShardingError(f"optimizer array {name} {leaf.shape} belongs to no parameter")
+
+    return jax.tree_util.tree_map_with_path(find, opt_state)

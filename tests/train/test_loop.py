@@ -1,4 +1,4 @@
-"""The loop's own decisions, with batches made up in place of a data stream: giving up, evaluating, saying what is set."""
+"""The loop's own decisions, on made-up batches instead of a data stream: giving up, evaluating, saying what is set."""
 
 import dataclasses
 import json
@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from kimi_jax.config import CheckpointConfig, ConfigError, EvalConfig, MeshConfig, preset
+from kimi_jax.data.pipeline import BatchStream
 from kimi_jax.eval import runner
 from kimi_jax.train import checkpoint, loop
 from tests.train.tiny import CONFIG, make_batch
 
 
-class Stream:
+class Stream(BatchStream):
     """Stands in for BatchStream; batches from `bad_from` on have a weight that is not a number."""
 
     bad_from = 10**9
