@@ -1,0 +1,249 @@
+"""Safetensors directories, read and written a byte range at a time.
+
+The `safetensors` library maps or allocates whole tensors; conversion needs rows of them in a fixed amount of memory, in
+any order, from several threads, and files that can be continued after an interruption. The format is a length, a JSON
+header and raw little-endian bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_HEADER = 1 << 30
+DTYPES = {
+    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16), "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "I16": np.dtype(np.int16), "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_),
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is not what its config.json says, or cannot be read; the message lists everything that is wrong."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where one tensor lies: bytes start..start+nbytes of `file`."""
+
+    file: str
+    dtype: str  # as in the header: BF16, F32, I32, ...
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+class Directory:
+    """A directory of safetensors files opened for reading; only headers are read until `rows` is called.
+
+    tensors: name -> Stored, in the order of the files; metadata: file -> its own metadata.
+    Raises CheckpointError that lists missing, truncated or damaged files.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self.tensors: dict[str, Stored] = {}
+        self.metadata: dict[str, dict[str, str]] = {}
+        self._open: dict[str, int] = {}
+        self._lock = threading.Lock()
+        names, promised = _file_names(self.path)
+        problems: list[str] = []
+        for name in names:
+            problems += self._read_header(name)
+        problems += [f"the index names {name} in {file}, but it is not there" for name, file in promised.items()
+                     if file in self.metadata and name not in self.tensors]  # fmt: skip
+        if problems:
+            raise CheckpointError("\n  ".join([f"cannot read {self.path}:", *problems]))
+
+    def _read_header(self, name: str) -> list[str]:
+        file = self.path / name
+        if not file.is_file():
+            return [f"{name} is missing"]
+        size = file.stat().st_size
+        try:
+            with file.open("rb") as stream:
+                (length,) = struct.unpack("<Q", stream.read(8))
+                if length > min(size, MAX_HEADER):
+                    return [f"{name}: its header says {length} bytes, the file has {size}"]
+                header = json.loads(stream.read(length))
+        except (struct.error, ValueError) as error:
+            return [f"{name}: not a safetensors file ({error})"]
+        self.metadata[name] = header.pop("__metadata__", {})
+        problems = []
+        for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            first, last = entry["data_offsets"]
+            stored = Stored(name, entry["dtype"], tuple(entry["shape"]), 8 + length + first, last - first)
+            if key in self.tensors:
+                problems.append(f"{key} is in {self.tensors[key].file} and in {name}")
+            if stored.start + stored.nbytes > size:
+                problems.append(f"{name} is truncated: {key} ends at byte {stored.start + stored.nbytes} of {size}")
+            elif stored.dtype in DTYPES and stored.nbytes != _nbytes(stored):
+                problems.append(f"{key} in {name}: {stored.nbytes} bytes for {stored.dtype} {stored.shape}")
+            self.tensors[key] = stored
+        return problems
+
+    def rows(self, name: str, first: int = 0, last: int | None = None) -> np.ndarray:
+        """Rows first..last-1 of a tensor seen as a matrix [n, columns] (a vector: [n, 1]); all rows by default."""
+        stored = self.tensors[name]
+        dtype = DTYPES[stored.dtype]
+        count = stored.shape[0] if stored.shape else 1
+        last = count if last is None else last
+        width = stored.nbytes // max(count, 1)
+        buffer = bytearray((last - first) * width)
+        view, at = memoryview(buffer), stored.start + first * width
+        while view:  # a read returns at most 2 GB
+            got = os.preadv(self._descriptor(stored.file), [view], at)
+            if not got:
+                raise CheckpointError(f"{self.path / stored.file} ended early while reading {name}")
+            view, at = view[got:], at + got
+        return np.frombuffer(buffer, dtype).reshape(last - first, -1)
+
+    def whole(self, name: str) -> np.ndarray:
+        """One tensor in its own shape."""
+        return self.rows(name).reshape(self.tensors[name].shape)
+
+    def _descriptor(self, file: str) -> int:
+        with self._lock:
+            if file not in self._open:
+                self._open[file] = os.open(self.path / file, os.O_RDONLY)
+            return self._open[file]
+
+    def close(self) -> None:
+        """Lets go of the files."""
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+
+
+def _nbytes(stored: Stored) -> int:
+    return int(np.prod(stored.shape, dtype=np.int64)) * DTYPES[stored.dtype].itemsize
+
+
+def _file_names(path: Path) -> tuple[list[str], dict[str, str]]:
+    """The files to read, and what the index (if there is one) promises: tensor -> file."""
+    if (path / INDEX).is_file():
+        try:
+            promised = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path / INDEX} is damaged: {error}") from error
+        return sorted(set(promised.values())), promised
+    found = sorted(file.name for file in path.glob("*.safetensors"))
+    if SINGLE in found:
+        return [SINGLE], {}
+    if len(found) == 1:
+        return found, {}
+    raise CheckpointError(
+        f"{path} has neither {SINGLE} nor {INDEX}; it needs one of them"
+        + (f" (there are {len(found)} other safetensors files)" if found else "")
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor to be written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes."""
+        return _nbytes(Stored("", self.dtype, self.shape, 0, 0))
+
+
+class Writer:
+    """Safetensors files with a fixed content plan, filled in any order.
+
+    plan: file name -> entries in order; metadata: file name -> its own metadata. Files are created at their full size
+    (sparse) unless they are there already with this very header, so a later Writer continues an interrupted one.
+    """
+
+    def __init__(self, path: Path, plan: dict[str, list[Entry]], metadata: dict[str, dict[str, str]]):
+        self._files: dict[str, int] = {}
+        self._where: dict[str, tuple[int, int, int]] = {}  # name -> (descriptor, offset, bytes of a row)
+        for name, entries in plan.items():
+            header, offset = {"__metadata__": metadata.get(name) or {"format": "pt"}}, 0
+            for entry in entries:
+                header[entry.name] = {
+                    "dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, offset + entry.nbytes],
+                }  # type: ignore[dict-item]  # fmt: skip
+                offset += entry.nbytes
+            text = json.dumps(header, separators=(",", ":")).encode()
+            text += b" " * (-len(text) % 8)
+            start = struct.pack("<Q", len(text)) + text
+            self._files[name] = _create(path / name, start, len(start) + offset)
+            offset = len(start)
+            for entry in entries:
+                rows = entry.shape[0] if entry.shape else 1
+                self._where[entry.name] = (self._files[name], offset, entry.nbytes // max(rows, 1))
+                offset += entry.nbytes
+
+    def write(self, name: str, rows: np.ndarray, first: int = 0) -> None:
+        """Writes [n, ...] as rows first..first+n-1 of a tensor. Thread-safe."""
+        descriptor, offset, width = self._where[name]
+        view, at = memoryview(np.ascontiguousarray(rows).view(np.uint8).reshape(-1)), offset + first * width
+        while view:
+            done = os.pwritev(descriptor, [view], at)
+            view, at = view[done:], at + done
+
+    def sync(self) -> None:
+        """Returns when everything written so far is on disk."""
+        for descriptor in self._files.values():
+            os.fsync(descriptor)
+
+    def close(self) -> None:
+        """Lets go of the files."""
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+
+def _create(file: Path, start: bytes, size: int) -> int:
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    if os.fstat(descriptor).st_size != size or os.pread(descriptor, len(start), 0) != start:
+        os.ftruncate(descriptor, 0)
+        os.ftruncate(descriptor, size)
+        os.pwrite(descriptor, start, 0)
+    return descriptor
+
+
+def file_plan(entries: Iterable[Entry], max_bytes: int) -> dict[str, list[Entry]]:
+    """Entries in order into files of at most `max_bytes` (a larger tensor has a file of its own), released names."""
+    groups: list[list[Entry]] = [[]]
+    used = 0
+    for entry in entries:
+        if groups[-1] and used + entry.nbytes > max_bytes:
+            groups.append([])
+            used = 0
+        groups[-1].append(entry)
+        used += entry.nbytes
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):06d}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def write_index(path: Path, plan: dict[str, list[Entry]]) -> None:
+    """model.safetensors.index.json, if the plan is not the single file."""
+    if list(plan) == [SINGLE]:
+        return
+    weights = {entry.name: file for file, entries in plan.items() for entry in entries}
+    total = sum(entry.nbytes for entries in plan.values() for entry in entries)
+    index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))}
+    (path / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,299 @@
+"""Released checkpoints opened, checked whole before anything is allocated, then read and written piece by piece.
+
+Source: reference.md section 4; design.md section 9 (streaming conversion into stacked leaves). A piece is some rows of
+one released tensor, which are some columns of a slice of one of our leaves: at most PIECE elements. Everything that
+moves weights (load, save, the two conversions) moves pieces, so memory does not depend on the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from kimi_jax.config import ConfigError, ModelConfig
+from kimi_jax.hf import config as hf_config
+from kimi_jax.hf import fp8, int4
+from kimi_jax.hf.files import DTYPES, NAMES, CheckpointError, Directory, Entry, Writer, file_plan, write_index
+from kimi_jax.hf.names import BUFFERS, Tensor, tensors
+
+PIECE = 1 << 23  # elements: 16 MB in bfloat16, 32 MB while it is float32
+MAX_FILE = 5 << 30  # bytes of one written safetensors file
+PACKED, SCALE, SHAPE, SCALE_INV = "weight_packed", "weight_scale", "weight_shape", "weight_scale_inv"
+FLOATS = ("F32", "F16", "BF16")
+BIAS = "moe_layers.mlp.router.bias"  # always float32: the released code selects experts in float32
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows first..last-1 of a released tensor."""
+
+    tensor: Tensor
+    first: int
+    last: int
+
+
+def pieces(tensor: Tensor, columns: int | None = None) -> Iterator[Piece]:
+    """The tensor in pieces of at most PIECE elements (and at least one position of our first output axis)."""
+    limit = max(PIECE // (columns or tensor.columns) // tensor.step, 1) * tensor.step
+    for first in range(0, tensor.rows, limit):
+        yield Piece(tensor, first, min(first + limit, tensor.rows))
+
+
+class Released:
+    """A released-format directory, opened and checked.
+
+    released: parsed config.json; config: ours; tensors: what it must hold; buffers: names that are kept but not used.
+    Raises FileNotFoundError without config.json, ConfigError, or one CheckpointError that lists every missing,
+    unexpected, mis-shaped or unreadable tensor.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        file = self.path / "config.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing: a released checkpoint is a directory with config.json")
+        try:
+            self.released: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{file} is not JSON: {error}") from error
+        self.config = hf_config.from_released(self.released)
+        self.quantization = hf_config.quantization(self.released)
+        self.model_type: str = self.released["model_type"]
+        self.directory = Directory(self.path)
+        self.tensors = tensors(self.config, self.model_type)
+        self.buffers = [name for name in self.directory.tensors if name.endswith(BUFFERS)]
+        problems = self._problems()
+        if problems:
+            self.directory.close()
+            raise CheckpointError("\n  ".join([f"{self.path} does not hold the model of its config.json:", *problems]))
+
+    def parts(self, tensor: Tensor) -> dict[str, tuple[int, ...]]:
+        """The stored names of one tensor and the shapes they must have."""
+        name, base, have = tensor.name, tensor.name.removesuffix("weight"), self.directory.tensors
+        quantization = self.quantization
+        if quantization and base + PACKED in have:
+            rows, columns = tensor.shape
+            groups = columns // quantization.group_size
+            return {base + PACKED: (rows, columns // 8), base + SCALE: (rows, groups), base + SHAPE: (2,)}
+        if quantization and base + SCALE_INV in have:
+            high, wide = quantization.block
+            return {name: tensor.shape, base + SCALE_INV: (-(-tensor.shape[0] // high), -(-tensor.shape[1] // wide))}
+        return {name: tensor.shape}
+
+    def is_int4(self, tensor: Tensor) -> bool:
+        """Whether this tensor is stored packed."""
+        return tensor.name.removesuffix("weight") + PACKED in self.directory.tensors
+
+    def _problems(self) -> list[str]:
+        have, expected = self.directory.tensors, set(self.buffers)
+        missing, wrong = [], []
+        for tensor in self.tensors:
+            for name, shape in self.parts(tensor).items():
+                expected.add(name)
+                if name not in have:
+                    missing.append(f"missing: {name} {list(shape)}")
+                elif have[name].shape != shape:
+                    wrong.append(f"shape of {name}: {list(have[name].shape)}, must be {list(shape)}")
+                elif have[name].dtype not in self._dtypes(name):
+                    wrong.append(f"dtype of {name}: {have[name].dtype}, must be one of {self._dtypes(name)}")
+                elif name.endswith(SHAPE) and tuple(self.directory.whole(name)) != tensor.shape:
+                    wrong.append(f"{name} says {self.directory.whole(name)}, must be {list(tensor.shape)}")
+        unexpected = [f"unexpected: {name} {list(s.shape)}" for name, s in have.items() if name not in expected]
+        return missing + unexpected + wrong
+
+    def _dtypes(self, name: str) -> tuple[str, ...]:
+        if name.endswith((PACKED, SHAPE)):
+            return ("I32", "I64") if name.endswith(SHAPE) else ("I32",)
+        fp8_scales = name.removesuffix("weight") + SCALE_INV in self.directory.tensors
+        return ("F8_E4M3",) if fp8_scales and name.endswith(".weight") else FLOATS
+
+    def dtype(self, tensor: Tensor) -> str:
+        """Name of the dtype that `read` gives: of the file, of the scales for INT4, BF16 for FP8."""
+        stored = self.directory.tensors
+        if self.is_int4(tensor):
+            return stored[tensor.name.removesuffix("weight") + SCALE].dtype
+        found = stored[tensor.name].dtype
+        return "BF16" if found == "F8_E4M3" else found
+
+    def read(self, piece: Piece) -> np.ndarray:
+        """The piece in our layout, dequantised."""
+        tensor, first, last = piece.tensor, piece.first, piece.last
+        base = tensor.name.removesuffix("weight")
+        if self.is_int4(tensor):
+            words = self.directory.rows(base + PACKED, first, last)
+            rows = int4.dequantise(words, self.directory.rows(base + SCALE, first, last))
+        else:
+            rows = self._rows(tensor, first, last)
+            if rows.dtype == DTYPES["F8_E4M3"]:
+                assert self.quantization  # `parts` accepts FP8 only with its settings
+                scales = self.directory.rows(base + SCALE_INV).astype(np.float32)
+                rows = fp8.dequantise(rows, scales, self.quantization.block, first)
+        return tensor.to_ours(rows)
+
+    def _rows(self, tensor: Tensor, first: int, last: int) -> np.ndarray:
+        return self.directory.rows(tensor.name, first, last).reshape(last - first, -1)
+
+    def close(self) -> None:
+        """Lets go of the files."""
+        self.directory.close()
+
+
+def parallel(work: Callable[[Any], Any], items: Iterable[Any], workers: int | None = None) -> Iterator[Any]:
+    """work(item) for all items in threads, results in order; the first failure stops the rest.
+
+    Never more than a few items a worker are under way, whatever the length of `items`.
+    """
+    workers = workers or os.cpu_count() or 1
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = []
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > 2 * workers:
+                    yield waiting.pop(0).result()
+            while waiting:
+                yield waiting.pop(0).result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+# ------------------------------------------------------------------------------------------------- whole, in the memory
+
+
+def load(path: str | os.PathLike[str], dtype: str | None = None) -> tuple[ModelConfig, dict[str, Any]]:
+    """(config, parameters) of a released directory; every weight in `dtype` (default: as config.json says).
+
+    The router bias is float32 always. Raises what `Released` raises.
+    """
+    checkpoint = Released(path)
+    dtype = dtype or checkpoint.config.param_dtype
+    by_leaf: dict[str, list[Tensor]] = {}
+    for tensor in checkpoint.tensors:
+        by_leaf.setdefault(tensor.leaf, []).append(tensor)
+    params: dict[str, Any] = {}
+    try:
+        for leaf, members in by_leaf.items():
+            last = members[-1]
+            shape = (*(n + 1 for n in last.index), *last.inner)
+            array = np.empty(shape, np.float32 if leaf == BIAS else jnp.dtype(dtype))
+
+            def fill(piece: Piece, array: np.ndarray = array) -> None:
+                array[piece.tensor.place(piece.first, piece.last)] = checkpoint.read(piece)
+
+            for _ in parallel(fill, (piece for tensor in members for piece in pieces(tensor))):
+                pass
+            set_leaf(params, leaf, jnp.asarray(array))
+    finally:
+        checkpoint.close()
+    config = dataclasses.replace(checkpoint.config, dtype=dtype, param_dtype=dtype)
+    return config, params
+
+
+def set_leaf(tree: dict[str, Any], path: str, value: Any) -> None:
+    """tree["a"]["b"] = value for the path "a.b"."""
+    *parents, last = path.split(".")
+    for key in parents:
+        tree = tree.setdefault(key, {})
+    tree[last] = value
+
+
+def get_leaf(tree: dict[str, Any], path: str) -> Any:
+    """tree["a"]["b"] for the path "a.b"."""
+    for key in path.split("."):
+        tree = tree[key]
+    return tree
+
+
+def save(
+    path: str | os.PathLike[str],
+    config: ModelConfig,
+    params: dict[str, Any],
+    model_type: str,
+    dtype: str = "bfloat16",
+    int4_experts: bool = False,
+) -> None:
+    """Parameters as a released directory: config.json and safetensors files of at most 5 GB.
+
+    dtype: of all tensors but the router bias, which stays float32. int4_experts: routed experts packed, with scales of
+    the largest magnitude in each group. Raises ConfigError if the released format cannot say what the model is,
+    FileExistsError if `path` holds a checkpoint already.
+    """
+    target = Path(path)
+    if (target / "config.json").exists():
+        raise FileExistsError(f"{target} holds a checkpoint already; write to another directory")
+    name = NAMES[np.dtype(jnp.dtype(dtype))]
+    released = hf_config.to_released(config, model_type, dtype)
+    wanted = tensors(config, model_type)
+    is_packed = {t.name: int4_experts and ".experts." in t.leaf for t in wanted}
+    entries = [
+        entry for t in wanted for entry in output_entries(t, "F32" if t.leaf == BIAS else name, is_packed[t.name])
+    ]
+    plan = file_plan(entries, MAX_FILE)
+    target.mkdir(parents=True, exist_ok=True)
+    writer = Writer(target, plan, {})
+    dtypes = {entry.name: DTYPES[entry.dtype] for entry in entries}
+
+    def write(piece: Piece) -> None:
+        leaf = get_leaf(params, piece.tensor.leaf)
+        ours = np.asarray(leaf[piece.tensor.place(piece.first, piece.last)])
+        write_piece(writer, piece, ours, dtypes, packed=is_packed[piece.tensor.name], scales=None)
+
+    for _ in parallel(write, (piece for tensor in wanted for piece in pieces(tensor))):
+        pass
+    writer.close()
+    write_index(target, plan)
+    released = hf_config.with_quantization(released, hf_config.int4_section() if int4_experts else None)
+    (target / "config.json").write_text(json.dumps(released, indent=2) + "\n", encoding="utf-8")
+
+
+def output_entries(tensor: Tensor, dtype: str, packed: bool, group: int = 32) -> list[Entry]:
+    """What is written for one tensor: itself, or its words, scales (in `dtype`) and shape.
+
+    Raises ConfigError if a packed tensor's input width is not a multiple of the group.
+    """
+    if not packed:
+        return [Entry(tensor.name, dtype, tensor.shape)]
+    rows, columns = tensor.shape
+    if columns % group:
+        raise ConfigError(f"{tensor.name}: {columns} inputs cannot be INT4 in groups of {group}")
+    base = tensor.name.removesuffix("weight")
+    return [
+        Entry(base + PACKED, "I32", (rows, columns // 8)),
+        Entry(base + SCALE, dtype, (rows, columns // group)),
+        Entry(base + SHAPE, "I32", (2,)),
+    ]
+
+
+def write_piece(
+    writer: Writer,
+    piece: Piece,
+    ours: np.ndarray,
+    dtypes: dict[str, np.dtype],
+    *,
+    packed: bool,
+    scales: np.ndarray | None,
+    group: int = 32,
+) -> None:
+    """One piece of ours into the files; packed with these scales [n, columns/group], or with new ones if None."""
+    tensor = piece.tensor
+    rows = tensor.to_released(ours)
+    if not packed:
+        writer.write(tensor.name, rows.astype(dtypes[tensor.name], copy=False), piece.first)
+        return
+    base = tensor.name.removesuffix("weight")
+    if scales is None:
+        scales = int4.minmax_scales(rows, group, dtypes[base + SCALE])
+    writer.write(base + PACKED, int4.quantise(rows, scales), piece.first)
+    writer.write(base + SCALE, scales, piece.first)
+    if piece.first == 0:
+        writer.write(base + SHAPE, np.asarray(tensor.shape, dtypes[base + SHAPE]))

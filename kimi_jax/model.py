@@ -1,0 +1,219 @@
+"""A model that is loaded to be asked: `kimi.load(DIR)` and what it can do.
+
+Source: design.md section 4 (the public surface). Requests of any size are padded to a few shapes, so that each shape is
+compiled once: four lengths an octave (at most a quarter is padding), pictures in bins of their own by rounded size.
+
+B rows   S tokens   V vocabulary   D width   N patches   P patches of a bin   p patch size   F features
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kimi_jax.config import ConfigError, ModelConfig
+from kimi_jax.data.patches import Grid, item_layout, num_features
+from kimi_jax.hf import stream
+from kimi_jax.nn.kimi import KimiK25
+
+DTYPES = ("float32", "bfloat16", "float16")
+MIN_TOKENS, MIN_PATCHES = 16, 64
+
+
+def load(path: str | os.PathLike[str], dtype: str = "float32") -> Model:
+    """A released-format directory (config.json and safetensors: bf16, fp16, fp32, INT4 or FP8), or a workdir of ours
+    (trained, or made by `python -m kimi_jax.convert from-hf`; its newest checkpoint).
+
+    dtype: of the weights and the activations. Raises FileNotFoundError if `path` is neither, ConfigError for a model
+    that is not supported or an unknown dtype, hf.files.CheckpointError that lists every tensor that does not fit.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        return Model(*stream.load(folder, dtype))
+    if (folder / "checkpoints").is_dir():
+        from kimi_jax.train import checkpoint  # here: a released directory needs neither Orbax nor the trainer
+
+        config, params = checkpoint.load(str(folder))
+        model = dataclasses.replace(config.model, dtype=dtype, param_dtype=dtype, remat=False)
+        return Model(model, _cast(params, dtype))
+    raise FileNotFoundError(
+        f"{folder} is no model: it has neither config.json (a released checkpoint) nor checkpoints/ (a workdir)"
+    )
+
+
+class Model:
+    """Configuration and weights, with the questions one asks most. `params` is the plain tree of `nn.kimi`."""
+
+    def __init__(self, config: ModelConfig, params: dict[str, Any]):
+        self.config = config
+        self.params = params
+
+    def logits(
+        self, input_ids: Any, pixel_values: Any = None, grid_thws: Any = None, *, router_picks: Any = None
+    ) -> np.ndarray:
+        """Next-token logits, float32 [B, S, V].
+
+        input_ids: ints [B, S], each picture or video chunk as as many media pads as it has features; pixel_values:
+        [N, 3, p, p] floats in [-1, 1], all items one after the other in order of appearance, patches in raster order;
+        grid_thws: [items, 3]. router_picks [MoE layers, B, S, k] pins the experts, for comparisons across dtypes.
+        Raises ValueError for shapes, ids or counts that do not fit together.
+        """
+        tokens = self._check_tokens(input_ids)
+        rows, length = tokens.shape
+        padded = (_bucket(rows, 1), _bucket(length, MIN_TOKENS))
+        batch = {
+            "tokens": _pad(tokens, padded, self.config.pad_token_id),
+            "positions": np.broadcast_to(np.arange(padded[1], dtype=np.int32), padded),
+            "segment_ids": _pad(np.ones_like(tokens), padded, 0),
+            "vision": (),
+        }
+        items = self._check_media(pixel_values, grid_thws)
+        pads = tokens == self.config.media_placeholder_token_id if self.config.vision else np.zeros_like(tokens, bool)
+        wanted = sum(num_features(grid) for _, grid in items)
+        if pads.sum() != wanted:
+            raise ValueError(
+                f"{pads.sum()} media pads (id {self.config.media_placeholder_token_id}) in input_ids, but the items "
+                f"have {wanted} features: each needs h*w/4 pads"
+            )
+        if items:
+            batch["vision"], places = _bins(items, 3 * self._patch_size() ** 2)
+            index = np.full(tokens.shape, -1, np.int32)
+            index[pads] = places
+            batch["feature_index"] = _pad(index, padded, -1)
+            # One group: features of any row may come from any bin.
+        if router_picks is not None:
+            batch["router_picks"] = self._check_picks(router_picks, tokens.shape, padded)
+        return np.asarray(self._logits(self.params, batch)[:rows, :length])
+
+    def vision_features(self, pixel_values: Any, grid_thws: Any) -> np.ndarray:
+        """What the language model sees of pictures and video chunks, float32 [sum(h*w/4), D], item after item.
+
+        Arguments as in `logits`. Raises ValueError for shapes that do not fit together or a text-only model.
+        """
+        items = self._check_media(pixel_values, grid_thws)
+        if not items:
+            return np.zeros((0, self.config.hidden_size), np.float32)
+        bins, places = _bins(items, 3 * self._patch_size() ** 2)
+        features = self._features(self.params, bins)[0]
+        return np.asarray(features.astype(jnp.float32))[places]
+
+    @functools.cached_property
+    def _logits(self) -> Callable:
+        module = KimiK25(self.config)
+        return jax.jit(lambda params, batch: module.apply({"params": params}, batch)[0])
+
+    @functools.cached_property
+    def _features(self) -> Callable:
+        module = KimiK25(self.config)
+        return jax.jit(lambda params, bins: module.apply({"params": params}, bins, method="vision_features"))
+
+    def _patch_size(self) -> int:
+        return self.config.vision.patch_size if self.config.vision else 0
+
+    def _check_tokens(self, input_ids: Any) -> np.ndarray:
+        tokens = np.asarray(input_ids)
+        if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
+            raise ValueError(
+                f"input_ids must be ints [B, S] with at least one token, not {tokens.dtype} {tokens.shape}"
+            )
+        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
+            raise ValueError(
+                f"input_ids holds {tokens.min()}..{tokens.max()}, the vocabulary has 0..{self.config.vocab_size - 1}"
+            )
+        return tokens.astype(np.int32)
+
+    def _check_media(self, pixel_values: Any, grid_thws: Any) -> list[tuple[np.ndarray, Grid]]:
+        """(patches [t*h*w, 3*p*p] in raster order, grid) of each item."""
+        if (pixel_values is None) != (grid_thws is None):
+            raise ValueError("pixel_values and grid_thws belong together; one of them is missing")
+        if pixel_values is None:
+            return []
+        if self.config.vision is None:
+            raise ValueError("this model is text-only; it cannot take pixel_values")
+        pixels, grids, size = np.asarray(pixel_values), np.asarray(grid_thws), self._patch_size()
+        if grids.ndim != 2 or grids.shape[1] != 3 or not np.issubdtype(grids.dtype, np.integer):
+            raise ValueError(f"grid_thws must be ints [items, 3], not {grids.dtype} {grids.shape}")
+        if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size):
+            raise ValueError(f"pixel_values must be [N, 3, {size}, {size}], not {pixels.shape}")
+        frames = self.config.vision.init_pos_emb_time
+        if (grids[:, 0] > frames).any():
+            raise ValueError(f"a video chunk has at most {frames} frames; grid_thws has {grids[:, 0].max()}")
+        counts = grids.prod(axis=1)
+        if counts.sum() != len(pixels):
+            raise ValueError(f"grid_thws asks for {counts.sum()} patches, pixel_values has {len(pixels)}")
+        flat = np.split(pixels.astype(np.float32).reshape(len(pixels), 3 * size * size), np.cumsum(counts)[:-1])
+        return [(patches, tuple(map(int, grid))) for patches, grid in zip(flat, grids, strict=True)]  # type: ignore[misc]
+
+    def _check_picks(self, picks: Any, shape: tuple[int, ...], padded: tuple[int, int]) -> np.ndarray:
+        moe = self.config.moe
+        picks = np.asarray(picks, np.int32)
+        want = (self.config.num_moe_layers, *shape, moe.num_experts_per_tok if moe else 0)
+        if picks.shape != want:
+            raise ValueError(f"router_picks must be {want} (MoE layers, B, S, k), not {picks.shape}")
+        return np.stack([_pad(layer, (*padded, want[-1]), 0) for layer in picks])
+
+
+def _cast(params: Any, dtype: str) -> Any:
+    """Every weight in `dtype` but the router bias."""
+
+    def one(path: tuple, leaf: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        return leaf.astype(jnp.float32 if name == stream.BIAS else dtype)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _bucket(n: int, least: int) -> int:
+    """n rounded up to `least`, or to one of four sizes between powers of two."""
+    if n <= least:
+        return least
+    step = 1 << max((n - 1).bit_length() - 3, 0)
+    return -(-n // step) * step
+
+
+def _pad(array: np.ndarray, shape: Sequence[int], value: int) -> np.ndarray:
+    """The array in the corner of a larger one."""
+    return np.pad(array, [(0, to - size) for size, to in zip(array.shape, shape, strict=True)], constant_values=value)
+
+
+def _bins(items: list[tuple[np.ndarray, Grid]], channels: int) -> tuple[tuple[dict[str, np.ndarray], ...], np.ndarray]:
+    """The items as bins (one item each, classes by rounded size), and where each feature stands among them all.
+
+    Returns the batch's `vision` and int32 [F]: index into the group's features, item after item.
+    """
+    sizes = [_bucket(math.prod(grid), MIN_PATCHES) for _, grid in items]
+    sizes = [size + -size % 4 for size in sizes]
+    classes, starts, offset = [], [0] * len(items), 0
+    for size in sorted(set(sizes)):
+        members = [i for i, each in enumerate(sizes) if each == size]
+        count, windows = _bucket(len(members), 1), size // 4
+        bins = {
+            "patches": np.zeros((count, size, channels), np.float32),
+            "segment_ids": np.zeros((count, size), np.int32),
+            "coords": np.zeros((count, size, 3), np.int32),
+            "grids": np.tile(np.array([1, 2, 2], np.int32), (count, size, 1)),
+            "feature_slots": np.full((count, windows), windows, np.int32),
+        }
+        for v, i in enumerate(members):
+            patches, grid = items[i]
+            order, coords, slots = item_layout(grid)
+            n = len(order)
+            bins["patches"][v, :n], bins["coords"][v, :n] = patches[order], coords
+            bins["segment_ids"][v, :n], bins["grids"][v, :n] = 1, grid
+            bins["feature_slots"][v, : n // 4] = slots
+            starts[i] = offset + v * windows
+        classes.append(bins)
+        offset += count * windows
+    places = [start + np.arange(num_features(grid)) for start, (_, grid) in zip(starts, items, strict=True)]
+    return tuple(classes), np.concatenate(places).astype(np.int32)
