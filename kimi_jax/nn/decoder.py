@@ -56,19 +56,26 @@ class DecoderLayer(nn.Module):
         self.mlp = MoE(c) if self.routed else SwiGLU(c, c.intermediate_size)
 
     def __call__(
-        self, x: Float[Array, "B S D"], positions: Int[Array, "B S"], segment_ids: Int[Array, "B S"]
+        self,
+        x: Float[Array, "B S D"],
+        positions: Int[Array, "B S"],
+        segment_ids: Int[Array, "B S"],
+        picks: Int[Array, "B S k"] | None = None,
     ) -> tuple[Float[Array, "B S D"], tuple[Float[Array, " H"], MoEAux | None]]:
-        """The new x and (max logits of each head, the MoE's report or None)."""
+        """The new x and (max logits of each head, the MoE's report or None). `picks` pins this layer's experts."""
         attended, max_logits = self.attention(self.input_norm(x), positions, segment_ids)
         x = x + attended
         normed = self.post_attention_norm(x)
-        y, report = self.mlp(normed, segment_ids) if self.routed else (self.mlp(normed), None)
+        y, report = self.mlp(normed, segment_ids, picks) if self.routed else (self.mlp(normed), None)
         return x + y, (max_logits, report)
 
 
-def stacked(layer: type[nn.Module], length: int, inputs: int, *, scan: bool, remat: bool) -> type[nn.Module]:
+def stacked(
+    layer: type[nn.Module], length: int, inputs: int, *, scan: bool, remat: bool, per_layer: int = 0
+) -> type[nn.Module]:
     """`length` copies of a layer `(x, *inputs) -> (x, aux)` over weights stacked on axis 0.
 
+    inputs: how many arguments every layer sees whole; per_layer: how many more are cut along axis 0 (or None).
     scan=False unrolls the loop over the same stacked weights; remat recomputes each layer in the backward pass.
     """
     if remat:
@@ -77,7 +84,7 @@ def stacked(layer: type[nn.Module], length: int, inputs: int, *, scan: bool, rem
         layer,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=(nn.broadcast,) * inputs,
+        in_axes=(nn.broadcast,) * inputs + (0,) * per_layer,
         length=length,
         unroll=1 if scan else length,
         metadata_params={},
@@ -85,9 +92,12 @@ def stacked(layer: type[nn.Module], length: int, inputs: int, *, scan: bool, rem
 
 
 def layer_stack(config: ModelConfig, *, routed: bool) -> nn.Module:
-    """The dense or the MoE layers as one module `(x, positions, segment_ids) -> (x, stacked aux)`."""
+    """The dense or the MoE layers as one module `(x, positions, segment_ids, picks) -> (x, stacked aux)`.
+
+    picks [L, B, S, k] pins the experts of the MoE layers; None lets the router choose.
+    """
     length = config.num_moe_layers if routed else config.num_dense_layers
-    cls = stacked(DecoderLayer, length, 2, scan=config.scan_layers, remat=config.remat)
+    cls = stacked(DecoderLayer, length, 2, scan=config.scan_layers, remat=config.remat, per_layer=1)
     return cls(config, routed=routed)
 
 

@@ -100,7 +100,8 @@ class KimiK25(nn.Module):
     def hidden(self, batch: Batch, num_groups: int = 1) -> tuple[Float[Array, "B S D"], Aux]:
         """Final-normed hidden states of a packed batch.
 
-        Reads tokens, positions, segment_ids, and, if `vision` is not empty, feature_index and vision.
+        Reads tokens, positions, segment_ids, and, if `vision` is not empty, feature_index and vision. If there is
+        `router_picks` [Lmoe, B, S, k], it pins the experts of every token; the router chooses otherwise.
         """
         tokens, positions, segment_ids = (jnp.asarray(batch[k]) for k in ("tokens", "positions", "segment_ids"))
         x = self.embed(tokens)
@@ -109,9 +110,9 @@ class KimiK25(nn.Module):
             x = place_features(x, features, jnp.asarray(batch["feature_index"]))
         dense = routed = None
         if self.config.num_dense_layers:
-            x, dense = self.dense_layers(x, positions, segment_ids)
+            x, dense = self.dense_layers(x, positions, segment_ids, None)
         if self.config.num_moe_layers:
-            x, routed = self.moe_layers(x, positions, segment_ids)
+            x, routed = self.moe_layers(x, positions, segment_ids, batch.get("router_picks"))
         return self.final_norm(x), gather_aux(dense, routed)
 
     def __call__(self, batch: Batch, num_groups: int = 1) -> tuple[Float[Array, "B S V"], Aux]:

@@ -40,11 +40,20 @@ class Routing(NamedTuple):
     scores: Float[Array, "*b E"]  # float32 sigmoid scores of all
 
 
-def route(x: Float[Array, "*b D"], kernel: Float[Array, "D E"], bias: Float[Array, " E"], moe: MoEConfig) -> Routing:
-    """Choose k experts a token, all in float32."""
+def route(
+    x: Float[Array, "*b D"],
+    kernel: Float[Array, "D E"],
+    bias: Float[Array, " E"],
+    moe: MoEConfig,
+    picks: Int[Array, "*b k"] | None = None,
+) -> Routing:
+    """Choose k experts a token, all in float32. `picks` pins the choice; the gates still come from these scores."""
     logits = jnp.matmul(x.astype(jnp.float32), kernel.astype(jnp.float32), precision=lax.Precision.HIGHEST)
     scores = jax.nn.sigmoid(logits)
-    _, experts = lax.top_k(lax.stop_gradient(scores + bias.astype(jnp.float32)), moe.num_experts_per_tok)
+    if picks is None:
+        _, experts = lax.top_k(lax.stop_gradient(scores + bias.astype(jnp.float32)), moe.num_experts_per_tok)
+    else:
+        experts = picks.astype(jnp.int32)
     gates = jnp.take_along_axis(scores, experts, axis=-1)
     if moe.norm_topk_prob and moe.num_experts_per_tok > 1:
         gates = gates / (gates.sum(axis=-1, keepdims=True) + 1e-20)
@@ -75,14 +84,14 @@ class Router(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*b D"]) -> Routing:
+    def __call__(self, x: Float[Array, "*b D"], picks: Int[Array, "*b k"] | None = None) -> Routing:
         """See `route`."""
         c, experts = self.config, self.config.moe.n_routed_experts
         normal = nn.initializers.normal(c.initializer_range)
         kernel_init = declare(normal, ("embed", "router"), Muon())
         kernel = self.param("kernel", kernel_init, (c.hidden_size, experts), c.param_dtype)
         bias = self.param("bias", declare(nn.initializers.zeros, ("router",), RouterBias()), (experts,), "float32")
-        return route(x, kernel, bias, c.moe)
+        return route(x, kernel, bias, c.moe, picks)
 
 
 class Experts(nn.Module):
@@ -125,11 +134,11 @@ class MoE(nn.Module):
             self.shared = SwiGLU(self.config, moe.moe_intermediate_size * moe.n_shared_experts)
 
     def __call__(
-        self, x: Float[Array, "B S D"], segment_ids: Int[Array, "B S"]
+        self, x: Float[Array, "B S D"], segment_ids: Int[Array, "B S"], picks: Int[Array, "B S k"] | None = None
     ) -> tuple[Float[Array, "B S D"], MoEAux]:
-        """Same shape, in the activations' dtype. Padding (segment 0) is routed nowhere."""
+        """Same shape, in the activations' dtype. Padding (segment 0) is routed nowhere. `picks` pins the experts."""
         moe = self.config.moe
-        routing = self.router(x)
+        routing = self.router(x, picks)
         real = segment_ids > 0
         chosen = jnp.where(real[..., None], routing.experts, moe.n_routed_experts)
         flat = (a.reshape(-1, a.shape[-1]) for a in (x, chosen, routing.gates))
