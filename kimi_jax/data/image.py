@@ -152,12 +152,10 @@ def image_size(image: PIL.Image.Image | np.ndarray, key: str = "") -> tuple[int,
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise BadRecord("broken_image", key, f"an array must be uint8 [H, W, 3], not {image.dtype} {image.shape}")
         width, height = image.shape[1], image.shape[0]
-    elif isinstance(image, PIL.Image.Image):
+    else:
         if image.format == "EPS":
             raise BadRecord("broken_image", key, "EPS is a program, not a picture; it is not run")
         width, height = image.size
-    else:
-        raise BadRecord("broken_image", key, f"a picture is a PIL image or an array, not {type(image).__name__}")
     if width < 1 or height < 1 or width * height > MAX_PIXELS:
         raise BadRecord("absurd_size", key, f"{width}x{height} pixels (1 to {MAX_PIXELS} are read)")
     return width, height
@@ -216,5 +214,7 @@ def process_image(image: PIL.Image.Image | np.ndarray | bytes | str | Path) -> t
     """
     if isinstance(image, (bytes, str, Path)):
         image = open_image(image, "" if isinstance(image, bytes) else str(image))
+    if not isinstance(image, (PIL.Image.Image, np.ndarray)):
+        raise BadRecord("broken_image", "", f"a picture is a PIL image, an array or a file, not {type(image).__name__}")
     patches, grid = image_patches(image)
     return normalise(patches), np.array([grid], np.int64)

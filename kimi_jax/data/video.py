@@ -156,6 +156,8 @@ def process_video(
         video = read_video(source)
     elif isinstance(source, Video):
         video = source
+    elif not isinstance(source, (np.ndarray, Sequence)):
+        raise BadRecord("broken_video", "video", f"a video is a file or frames, not {type(source).__name__}")
     elif len(source) == 0:
         raise BadRecord("empty", "video", "a video without frames")
     else:

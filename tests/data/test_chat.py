@@ -1,0 +1,280 @@
+"""Chat: the golden prompts, prompts that strangers' text cannot break out of, replies of every shape taken apart."""
+
+import json
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+import kimi_jax as kimi
+from kimi_jax.data.chat import apply_chat_template, encode_pieces, render, with_released_ids
+from kimi_jax.data.kimi_tokenizer import SPECIALS, KimiTokenizer
+from kimi_jax.data.reply import Delta, Reply, ReplyParser, ToolCall, parse_reply
+from tests.fixtures import shared
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> KimiTokenizer:
+    return kimi.load_tokenizer(shared("kimi_tokenizer"))
+
+
+# ------------------------------------------------------------------------------------------------------------- template
+
+
+def test_golden_prompts(tokenizer):
+    goldens = json.loads(shared("fixtures/template_golden.json").read_text())["chats"]
+    assert len(goldens) >= 10
+    for name, golden in goldens.items():
+        args = {key: value for key, value in golden["args"].items() if key != "tools_ts_str"}
+        assert tokenizer.apply_chat_template(**args) == golden["text"], name
+        assert tokenizer.apply_chat_template(**args, tokenize=True) == golden["ids"], name
+        assert tokenizer.apply_chat_template(**args, tokenize=True, allow_special_tokens=False) == golden["ids"], name
+
+
+def test_generation_prompt_follows_unless_the_answer_is_there():
+    asked = [{"role": "user", "content": "q"}]
+    answered = [*asked, {"role": "assistant", "content": "a"}]
+    header = "<|im_assistant|>assistant<|im_middle|><think>"
+    assert apply_chat_template(asked).endswith(header)
+    assert not apply_chat_template(asked, add_generation_prompt=False).endswith(header)
+    assert not apply_chat_template(answered).endswith(header)
+    assert apply_chat_template(answered, add_generation_prompt=True).endswith(header)
+    assert apply_chat_template(asked, thinking=False).endswith(header + "</think>")
+
+
+def test_names_stand_in_headers_and_other_roles_speak_as_the_system():
+    text = apply_chat_template([
+        {"role": "developer", "content": "d"},
+        {"role": "user", "name": "Ann", "content": None},
+        {"role": "tool", "tool_call_id": "x", "content": [{"type": "text", "text": "t"}]},
+    ], add_generation_prompt=False)  # fmt: skip
+    assert text == (
+        "<|im_system|>developer<|im_middle|>d<|im_end|><|im_user|>Ann<|im_middle|><|im_end|>"
+        "<|im_system|>tool<|im_middle|>## Return of x\nt<|im_end|>"
+    )
+
+
+def call(name: str, arguments: object = "{}", **more: object) -> dict:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}, **more}
+
+
+def test_calls_without_an_id_are_numbered_over_the_conversation():
+    messages = [
+        {"role": "assistant", "content": "", "tool_calls": [call("f"), call("g", None)]},
+        {"role": "assistant", "content": "", "tool_calls": [call("f", {"ü": 1})]},
+    ]
+    text = apply_chat_template(messages)
+    assert "<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{}<|tool_call_end|>" in text
+    assert "<|tool_call_begin|>functions.g:1<|tool_call_argument_begin|>{}<|tool_call_end|>" in text
+    assert '<|tool_call_begin|>functions.f:2<|tool_call_argument_begin|>{"ü": 1}<|tool_call_end|>' in text
+
+
+def test_ids_that_another_program_made_up_are_renumbered():
+    messages = [
+        {"role": "assistant", "content": "", "tool_calls": [call("f", id="call_a"), call("g", id="call_b")]},
+        {"role": "tool", "tool_call_id": "call_b", "content": "B"},
+        {"role": "tool", "tool_call_id": "lost", "content": "?"},
+        {"role": "assistant", "content": "", "tool_calls": [call("g", id="call_a")]},
+        {"role": "tool", "tool_call_id": "call_a", "content": "again"},
+    ]
+    new = with_released_ids(messages)
+    assert [c["id"] for m in new for c in m.get("tool_calls", ())] == [
+        "functions.f:0",
+        "functions.g:1",
+        "functions.g:2",
+    ]
+    assert [m["tool_call_id"] for m in new if m["role"] == "tool"] == ["functions.g:1", "lost", "functions.g:2"]
+    assert messages[0]["tool_calls"][0]["id"] == "call_a"  # the caller's messages are untouched
+    assert with_released_ids(new) == new
+
+
+@pytest.mark.parametrize(
+    ("messages", "match"),
+    [
+        ([{"content": "x"}], r"messages\[0\] is no message"),
+        ([{"role": "user", "content": [{"type": "audio"}]}], r"messages\[0\].content\[0\] is neither a text"),
+        ([{"role": "user", "content": ["x"]}], r"messages\[0\].content\[0\]"),
+        ([{"role": "user", "content": 5}], r"messages\[0\].content\[0\]"),
+        ([{"role": "assistant", "tool_calls": [{"id": "x"}]}], r"tool_calls\[0\] needs a function"),
+        ([{"role": "assistant", "tool_calls": ["x"]}], r"tool_calls\[0\] needs a function"),
+    ],
+)
+def test_messages_of_another_form_are_named(messages, match):
+    with pytest.raises(ValueError, match=match):
+        apply_chat_template(messages)
+
+
+NAMES = [name for name, _ in SPECIALS.values()]
+hostile = st.lists(st.sampled_from([*NAMES, "a", " ", "\n", "漢", "<|im_"]), max_size=8)
+
+
+@given(hostile.map("".join), hostile.map("".join))
+def test_text_of_strangers_stays_text_when_asked(tokenizer, user, result):
+    """The safe ids hold exactly the template's own special tokens, and spell the same prompt."""
+    messages = [
+        {"role": "user", "name": user or None, "content": user},
+        {"role": "assistant", "content": "", "reasoning_content": result, "tool_calls": [call("f", result)]},
+        {"role": "tool", "tool_call_id": user, "content": [{"type": "text", "text": result}]},
+    ]
+    pieces = render(messages)
+    ids = encode_pieces(pieces, tokenizer, allow_special_tokens=False)
+    assert tokenizer.decode(ids) == "".join(pieces)
+    benign = [
+        {"role": "user", "content": ""},
+        {"role": "assistant", "content": "", "tool_calls": [call("f")]},
+        {"role": "tool", "content": ""},
+    ]
+    special = [i for i in ids if i >= tokenizer.base_size]
+    assert special == [i for i in encode_pieces(render(benign), tokenizer) if i >= tokenizer.base_size]
+
+
+@given(st.text(max_size=30), st.text(max_size=30))
+def test_both_ways_to_ids_agree_on_harmless_text(tokenizer, user, result):
+    messages = [{"role": "user", "content": user}, {"role": "tool", "tool_call_id": "x", "content": result}]
+    pieces = render(messages)
+    assume(not any(name in user or name in result for name in NAMES))
+    assert encode_pieces(pieces, tokenizer, True) == encode_pieces(pieces, tokenizer, False)
+
+
+# ---------------------------------------------------------------------------------------------------------------- reply
+
+CALLS, CALLS_END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
+
+
+def one(call_id: str, arguments: str) -> str:
+    return f"<|tool_call_begin|>{call_id}<|tool_call_argument_begin|>{arguments}<|tool_call_end|>"
+
+
+def test_reasoning_answer_and_calls():
+    calls = one("functions.get_weather:0", '{"city": "Paris"}') + one("functions.a.b-c:12", "")
+    reply = parse_reply(f"why</think>so {CALLS}{calls}{CALLS_END}<|im_end|>ignored")
+    assert reply == Reply("why", "so ", (
+        ToolCall("functions.get_weather:0", "get_weather", '{"city": "Paris"}'),
+        ToolCall("functions.a.b-c:12", "a.b-c", ""),
+    ), (), True)  # fmt: skip
+    assert [c.parsed for c in reply.tool_calls] == [{"city": "Paris"}, {}]
+
+
+def test_a_call_that_leaks_out_of_an_unclosed_think_is_a_call():
+    """The users' most frequent complaint (reference.md section 8, item 5)."""
+    reply = parse_reply(f"I will look.{CALLS}{one('functions.f:0', '{}')}{CALLS_END}<|im_end|>")
+    assert (reply.reasoning, reply.content) == ("I will look.", "")
+    assert [c.name for c in reply.tool_calls] == ["f"]
+    assert reply.problems == ("a tool call before </think>",)
+    # without the section's mark, and with a late </think>
+    reply = parse_reply(f"I will look.{one('functions.f:0', '{}')}</think>Done")
+    assert (reply.reasoning, reply.content, len(reply.tool_calls)) == ("I will look.", "Done", 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "thinking", "reasoning", "content"),
+    [
+        ("a</think>b", True, "a", "b"),
+        ("a</think>b", False, "", "a</think>b"),  # nothing is open: the model speaks of the mark
+        ("</think>b", False, "", "b"),
+        ("b", False, "", "b"),
+        ("<think>a</think>b", True, "a", "b"),
+        ("<think>a</think>b", False, "a", "b"),
+        ("a <think> b</think>c <think>", True, "a <think> b", "c <think>"),
+        ("never closed", True, "never closed", ""),
+        ("a</think>b</think>c", True, "a", "b</think>c"),
+        ("", True, "", ""),
+        ("a</thi", True, "a</thi", ""),
+        ("a</think>b<|im_end|>c</think>", True, "a", "b"),
+    ],
+)
+def test_where_reasoning_ends(text, thinking, reasoning, content):
+    reply = parse_reply(text, thinking)
+    assert (reply.reasoning, reply.content) == (reasoning, content)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ('{"a": 1', "not JSON"),
+        ("[1]", "a JSON list"),
+        ("null", "a JSON NoneType"),
+        ('{"a": NaN}', "NaN is not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ('{"a": ' + "9" * 5000 + "}", "not JSON"),
+        ("{'a': 1}", "not JSON"),
+    ],
+)
+def test_malformed_arguments_are_reported_not_raised(arguments, error):
+    (found,) = parse_reply(f"{CALLS}{one('functions.f:0', arguments)}{CALLS_END}", False).tool_calls
+    assert error in found.error and found.parsed is None and found.arguments == arguments
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "error"),
+    [
+        ("<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{", "{", "cut off"),
+        ("<|tool_call_begin|>functions.f:0", "", "cut off"),
+        ("<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{}<|im_end|>", "{}", ""),
+        (f"<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{{{CALLS_END}", "{", CALLS_END),
+        ("<|tool_call_begin|>functions.f:0<|tool_call_end|>", "", ""),
+        ("<|tool_call_begin|><|tool_call_argument_begin|>{}<|tool_call_end|>", "{}", "without a name"),
+        (one("f", "{}"), "{}", ""),
+        (one(" functions.f:0\n", "{}"), "{}", ""),
+    ],
+)
+def test_calls_that_are_cut_off_or_misnamed(text, arguments, error):
+    reply = parse_reply(CALLS + text, False)
+    (found,) = reply.tool_calls
+    assert found.arguments == arguments and (error in found.error if error else not found.error)
+    assert found.name == "f" or error == "without a name"
+
+
+@given(st.lists(st.sampled_from([
+    "</think>", "<think>", CALLS, CALLS_END, "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>",
+    "<|im_end|>", "functions.f:0", "{}", "{", " ", "a", "<", "<|", "</", "<|tool_call", "漢",
+]), max_size=25), st.booleans(), st.data())  # fmt: skip
+def test_a_stream_cut_anywhere_gives_the_same_reply(words, thinking, data):
+    text = "".join(words)
+    whole = parse_reply(text, thinking)
+    parser, deltas = ReplyParser(thinking), []
+    while text:
+        size = data.draw(st.integers(1, 12))
+        deltas += parser.feed(text[:size])
+        text = text[size:]
+    deltas += parser.close()
+    assert parser.reply == whole
+    assert "".join(d.reasoning for d in deltas) == whole.reasoning
+    assert "".join(d.content for d in deltas) == whole.content
+    for i, found in enumerate(whole.tool_calls):
+        mine = [d for d in deltas if d.call == i]
+        assert (mine[0].id, mine[0].name) == (found.id, found.name) and not any(d.id for d in mine[1:])
+        assert "".join(d.arguments for d in mine) == found.arguments
+    assert max((d.call for d in deltas), default=-1) == len(whole.tool_calls) - 1
+
+
+def test_a_stream_gives_text_as_soon_as_it_is_certain():
+    parser = ReplyParser()
+    assert parser.feed("Let me <") == [Delta(reasoning="Let me ")]
+    assert parser.feed("b> see</th") == [Delta(reasoning="<b> see")]
+    assert parser.feed("ink>Yes") == [Delta(content="Yes")]
+    assert parser.feed(f"{CALLS}<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>") == [
+        Delta(call=0, id="functions.f:0", name="f")
+    ]
+    assert parser.feed('{"a"') == [Delta(call=0, arguments='{"a"')]
+    assert parser.reply.tool_calls == ()
+    assert parser.feed(": 1}<|tool_call_end|>") == [Delta(call=0, arguments=": 1}")]
+    assert parser.reply.tool_calls[0].parsed == {"a": 1}
+    assert parser.close() == []
+
+
+words = st.text(alphabet=st.characters(exclude_characters="<|", exclude_categories=["Cs"]), max_size=20)
+
+
+@given(words, words, st.lists(st.tuples(st.from_regex(r"[a-z_.]{1,8}", fullmatch=True), st.dictionaries(words, words)),
+                              max_size=3))  # fmt: skip
+def test_what_the_template_writes_is_read_back(reasoning, content, calls):
+    message = {"role": "assistant", "content": content, "reasoning_content": reasoning,
+               "tool_calls": [call(name, json.dumps(args)) for name, args in calls]}  # fmt: skip
+    text = apply_chat_template([message], preserve_thinking=True)
+    start = "<|im_assistant|>assistant<|im_middle|><think>"
+    reply = parse_reply(text.removeprefix(start))
+    assert (reply.reasoning, reply.content, reply.problems, reply.finished) == (reasoning, content, (), True)
+    assert [(c.name, c.parsed) for c in reply.tool_calls] == calls
+    assert [c.id for c in reply.tool_calls] == [f"functions.{name}:{i}" for i, (name, _) in enumerate(calls)]
+    assert apply_chat_template([reply.message()], preserve_thinking=True) == text
