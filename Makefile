@@ -35,9 +35,10 @@ $(VENV)/.ready-demo-test: setup.py constraints/py311.txt constraints/py312.txt
 .venv-tfds/.ready-demo-test-tfds-seqio: setup.py constraints/py311-tfds.txt
 	@.ci/venv .venv-tfds "3.11" demo,test,tfds,seqio constraints/py311-tfds.txt
 
-# torch first: the plain requirement of lm-eval would bring the CUDA build
-.venv-lm-eval/.ready-demo-test-lm_eval: setup.py constraints/py311-lm-eval.txt
-	@.ci/venv .venv-lm-eval "3.11" demo,test,lm_eval constraints/py311-lm-eval.txt torch==2.13.0
+# torch first: the plain requirement of lm-eval would bring the CUDA build. The extra is `lm_eval`; pip 23 finds it only
+# by its normalised name
+.venv-lm-eval/.ready-demo-test-lm-eval: setup.py constraints/py311-lm-eval.txt
+	@.ci/venv .venv-lm-eval "3.11" demo,test,lm-eval constraints/py311-lm-eval.txt torch==2.13.0
 
 # -------------------------------------------------------------------------------------------------------------- demo
 
@@ -79,7 +80,7 @@ test-py312:
 run-tfds: .venv-tfds/.ready-demo-test-tfds-seqio
 	KIMI_SLOW=tfds .venv-tfds/bin/python -m pytest -m "tfds or seqio"
 
-run-lm-eval: .venv-lm-eval/.ready-demo-test-lm_eval
+run-lm-eval: .venv-lm-eval/.ready-demo-test-lm-eval
 	KIMI_SLOW=lm_eval .venv-lm-eval/bin/python -m pytest -m lm_eval
 
 run-py312: .venv312/.ready-demo-test
