@@ -20,7 +20,7 @@ from kimi_jax.nn.rope import rotate_to_halves, softmax_scale, text_rotary
 
 
 class MLA(nn.Module):
-    """Queries from a low-rank latent (directly if `q_lora_rank` is None), keys and values from another, one rotary key."""
+    """Low-rank queries (direct if `q_lora_rank` is None); keys and values from one latent; one rotary key."""
 
     config: ModelConfig
 

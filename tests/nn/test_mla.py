@@ -1,4 +1,4 @@
-"""QK-clip's change of the weights multiplies the logits of exactly the right head, exactly; in a stack, of one layer only."""
+"""QK-clip's change of the weights multiplies the logits of exactly the right head; in a stack, of one layer only."""
 
 import jax
 import jax.numpy as jnp

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kimi_jax.config import ModelConfig, MoEConfig, VisionConfig, YarnConfig
-from kimi_jax.nn.kimi import KimiK25, init_params
+from kimi_jax.nn.kimi import KimiK25, abstract_params
 from kimi_jax.nn.param import unbox
 from tests.nn.packed import Grid, pack, pixels
 
@@ -25,6 +26,7 @@ CONFIG = ModelConfig(
     media_placeholder_token_id=9, bos_token_id=0, eos_token_id=1, pad_token_id=2, dtype="float32",
 )  # fmt: skip
 BIN = 64  # patches a bin
+QUICK = {"xla_backend_optimization_level": 0}  # compiles in half the time; the programs are tiny
 # images, non-square ones, chunks of 1 to 4 frames, the table's own size (6, 6), one that fills a bin
 GRIDS: list[Grid] = [
     (1, 8, 8), (1, 2, 4), (4, 2, 2), (1, 6, 6), (2, 4, 2), (3, 2, 4), (1, 2, 10), (1, 4, 2), (1, 2, 2), (4, 2, 6),
@@ -37,16 +39,17 @@ def replace(**changes: Any) -> ModelConfig:
 
 
 def params(config: ModelConfig = CONFIG, seed: int = 0) -> dict[str, Any]:
-    """Plain parameters; norms, biases and router biases moved away from 0 and 1, so that every one of them matters."""
-    tree = unbox(jax.jit(lambda key: init_params(config, key))(jax.random.key(seed)))
-    leaves, treedef = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    moved = [a + 0.05 * jax.random.normal(k, a.shape, a.dtype) for a, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(treedef, moved)
+    """Plain random parameters, drawn by NumPy (nothing to compile); scales near 1, biases not 0, so that all matter."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        return jnp.asarray(rng.normal(path[-1].key == "scale", 0.1, leaf.shape), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, unbox(abstract_params(config)))
 
 
 def documents(seed: int = 0) -> list[list[list[Any]]]:
-    """rows[b] = documents = spans: 2 rows, 4 documents, all GRIDS, several images in a document, text-only ones too."""
+    """rows[b] = documents = spans: 2 rows, 8 documents, all GRIDS, several images in a document, text-only ones too."""
     rng = np.random.default_rng(seed)
 
     def text(n: int) -> np.ndarray:
@@ -56,8 +59,9 @@ def documents(seed: int = 0) -> list[list[list[Any]]]:
         return pixels(rng, GRIDS[number], CONFIG), GRIDS[number]
 
     return [
-        [[text(3), media(0), text(2), media(1), text(3)], [text(9)], [text(1), media(2), media(3), text(4)]],
-        [[text(2), media(4), text(1), media(5), text(2), media(6), text(2)], [media(7), text(3), media(8), media(9), text(5)]],
+        [[text(3), media(0), text(2), media(1), text(3)], [text(9)], [text(1), media(2), media(3), text(4)], [text(2)]],
+        [[text(2), media(4), text(1), media(5), text(2)], [media(6), text(2)], [text(5)],
+         [media(7), text(3), media(8), media(9), text(5)]],
     ]  # fmt: skip
 
 
@@ -66,14 +70,24 @@ def batch(rows: list | None = None, length: int = 64, bins: int = 4, groups: int
     return jax.tree.map(jnp.asarray, pack(CONFIG, rows or documents(), length, BIN, bins, groups))
 
 
-def loss(config: ModelConfig, groups: int = 1) -> Any:
-    """A function (params, batch) -> (sum of weighted nll + balance loss, aux)."""
-
-    def run(params: dict, batch: dict) -> Any:
+def _loss(config: ModelConfig, groups: int) -> Any:
+    def run(params: dict, batch: dict, balance: float = 0.1) -> Any:
         nll, aux = KimiK25(config).apply({"params": params}, batch, groups, method="token_nll")
-        return (nll * batch["loss_weights"]).sum() + 0.1 * aux.balance_loss, aux
+        return (nll * batch["loss_weights"]).sum() + balance * aux.balance_loss, (nll, aux)
 
     return run
+
+
+@functools.cache
+def loss(config: ModelConfig = CONFIG, groups: int = 1) -> Any:
+    """Compiled (params, batch, balance weight) -> (sum of weighted nll + weight * balance loss, (nll, aux))."""
+    return jax.jit(_loss(config, groups), compiler_options=QUICK)
+
+
+@functools.cache
+def loss_and_grads(config: ModelConfig = CONFIG, groups: int = 1) -> Any:
+    """The same with gradients of the parameters: ((loss, (nll, aux)), grads)."""
+    return jax.jit(jax.value_and_grad(_loss(config, groups), has_aux=True), compiler_options=QUICK)
 
 
 def assert_trees_close(got: Any, want: Any, tolerance: float) -> None:

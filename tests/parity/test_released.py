@@ -1,8 +1,8 @@
 """The model equals the published torch implementation on its tiny random checkpoint, in float32.
 
-Every comparison is max |ours - theirs| / max |theirs| over the whole tensor, at most 1e-5: both are float32, sums run in
-another order, and three layers amplify the rounding a little (measured: at most 1e-6). `layerN` in the fixture is the
-OUTPUT of layer N. The multimodal prompt is already expanded, one media pad for each feature.
+Every comparison is max |ours - theirs| / max |theirs| over the whole tensor, at most 1e-5: both are float32, sums
+run in another order, and three layers amplify the rounding a little (measured: at most 1e-6). `layerN` in the fixture
+is the OUTPUT of layer N. The multimodal prompt is already expanded, one media pad for each feature.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from kimi_jax.nn.mla import MLA
 from kimi_jax.nn.moe import route
 from kimi_jax.nn.moonvit import MoonViT3D, VisionBlock
 from kimi_jax.nn.param import unbox
+from kimi_jax.nn.projector import Projector
 from kimi_jax.nn.rope import vision_rotary
 from tests.fixtures import shared
 from tests.nn.packed import fill_bins
+from tests.nn.tiny import QUICK
 from tests.parity.weights import model_config, to_params
 
 TOLERANCE = 1e-5
@@ -93,15 +95,24 @@ def test_the_tree_has_the_models_shapes(released):
 
 def test_text_logits(released):
     config, params, io = released
-    logits, aux = jax.jit(KimiK25(config).apply)({"params": params}, text_batch(io["text.input_ids"]))
+    logits, aux = jax.jit(KimiK25(config).apply, compiler_options=QUICK)(
+        {"params": params}, text_batch(io["text.input_ids"])
+    )
     assert_close(logits, io["text.logits"])
     assert aux.dropped == 0
 
 
 def test_multimodal_logits(released, vision_bin):
     config, params, io = released
-    logits, _ = jax.jit(KimiK25(config).apply)({"params": params}, multimodal_batch(config, io, vision_bin))
+    logits, _ = jax.jit(KimiK25(config).apply, compiler_options=QUICK)(
+        {"params": params}, multimodal_batch(config, io, vision_bin)
+    )
     assert_close(logits, io["mm.logits"])
+
+
+def by_expert(experts, gates):
+    order = np.argsort(np.asarray(experts), axis=-1)
+    return (np.take_along_axis(np.asarray(a), order, axis=-1) for a in (experts, gates))
 
 
 def _layer_params(params, config, number):
@@ -116,34 +127,36 @@ def test_every_decoder_layer_and_its_router(released, vision_bin, prefix):
     config, params, io = released
     if prefix == "mm":
         batch = multimodal_batch(config, io, vision_bin)
-        features = KimiK25(config).apply({"params": params}, batch["vision"], method="vision_features")[0]
-        index = np.asarray(batch["feature_index"][0])
         x = params["embed"]["embedding"][batch["tokens"]]
-        x = jnp.where((index >= 0)[None, :, None], features[np.maximum(index, 0)][None], x)
+        pads = batch["tokens"][0] == config.media_placeholder_token_id
+        x = x.at[0, pads].set(io["vision.features"])
     else:
         batch = text_batch(io["text.input_ids"])
         x = params["embed"]["embedding"][batch["tokens"]]
     where = batch["positions"], batch["segment_ids"]
+    attend = jax.jit(lambda p, x: MLA(config).apply({"params": p}, x, *where)[0], compiler_options=QUICK)
+
+    def layer_output(p, x, routed):
+        return DecoderLayer(config, routed).apply({"params": p}, x, *where)[0]
+
+    step = jax.jit(layer_output, static_argnums=2, compiler_options=QUICK)
     for number in range(config.num_hidden_layers):
         routed, layer = _layer_params(params, config, number)
         if routed:
             normed = rms_norm(x, layer["input_norm"]["scale"], config.rms_norm_eps)
-            attended, _ = MLA(config).apply({"params": layer["attention"]}, normed, *where)
-            normed = rms_norm(x + attended, layer["post_attention_norm"]["scale"], config.rms_norm_eps)
+            normed = rms_norm(
+                x + attend(layer["attention"], normed), layer["post_attention_norm"]["scale"], config.rms_norm_eps
+            )
             router = layer["mlp"]["router"]
             routing = route(normed, router["kernel"], router["bias"], config.moe)
             name = f"{prefix}.text.layer{number}"
             # torch returns the chosen experts in no particular order
-            for ours, theirs, check in (
-                (routing.experts[0], io[name + ".topk_indices"], np.testing.assert_array_equal),
-                (routing.gates[0], io[name + ".topk_weights"], assert_close),
-            ):
-                order, their_order = (np.argsort(np.asarray(e), axis=-1) for e in (
-                    routing.experts[0], io[name + ".topk_indices"]))  # fmt: skip
-                check(np.take_along_axis(np.asarray(ours), order, -1), np.take_along_axis(theirs, their_order, -1))
-        y, _ = DecoderLayer(config, routed=routed).apply({"params": layer}, x, *where)
+            experts, gates = by_expert(routing.experts[0], routing.gates[0])
+            their_experts, their_gates = by_expert(io[name + ".topk_indices"], io[name + ".topk_weights"])
+            np.testing.assert_array_equal(experts, their_experts)
+            assert_close(gates, their_gates)
         theirs = io[f"{prefix}.text.layer{number}"]
-        assert_close(y, theirs)
+        assert_close(step(layer, x, routed), theirs)
         x = jnp.asarray(theirs)
 
 
@@ -161,9 +174,10 @@ def test_vision_tower_step_by_step(released, vision_bin):
     x = MoonViT3D(config).apply({"params": tower}, bins, method=first_steps)
     assert_close(in_raster_order(x[0], grids), io["vision_only.vision.patch_embed"])
     cos, sin = vision_rotary(bins["coords"], v.hidden_size // v.num_attention_heads, v.rope_theta)
+    step = jax.jit(VisionBlock(config).apply, compiler_options=QUICK)
     for number in range(v.num_hidden_layers):
         block = jax.tree.map(lambda a, n=number: a[n], tower["blocks"])
-        x, _ = VisionBlock(config).apply({"params": block}, x, cos, sin, bins["segment_ids"])
+        x, _ = step({"params": block}, x, cos, sin, bins["segment_ids"])
         assert_close(in_raster_order(x[0], grids), io[f"vision_only.vision.layer{number}"])
     x = MoonViT3D(config).apply({"params": tower}, x, method=lambda module, x: module.final_norm(x))
     assert_close(in_raster_order(x[0], grids), io["vision_only.vision.final"])
@@ -172,7 +186,7 @@ def test_vision_tower_step_by_step(released, vision_bin):
 def test_pooled_windows_and_features(released, vision_bin):
     config, params, io = released
     bins, grids, first = vision_bin
-    pooled = MoonViT3D(config).apply({"params": params["vision"]}, **bins)
+    pooled = jax.jit(MoonViT3D(config).apply, compiler_options=QUICK)({"params": params["vision"]}, **bins)
     assert_close(of_items(pooled[0], grids, first), io["vision.pooled"])
-    features = KimiK25(config).apply({"params": params}, (bins,), method="vision_features")
+    features = jax.vmap(Projector(config).bind({"params": params["projector"]}))(pooled)
     assert_close(of_items(features[0], grids, first), io["vision.features"])
