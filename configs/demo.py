@@ -32,7 +32,7 @@ def get_config() -> ml_collections.ConfigDict:
                 sequence_length=512,
                 rows_per_group=1,
                 num_groups=8,
-                # media are 0.12 of the tokens, documents with media half of them: more would fill the bins before the rows
+                # media 0.12 of the tokens, documents with media half of them: more would fill the bins before the rows
                 vision_bins=((64, 2), (256, 1)),
                 vision_ratio=((0.0, 0.12),),
             ),

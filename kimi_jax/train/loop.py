@@ -67,7 +67,8 @@ def run(config: TrainConfig) -> int:
         host = restored.host if restored else {"data": None, "meter": None}
         if restored:
             say(f"going on from the checkpoint of step {step}")
-            say(*(f"  changed since then: {line}" for line in diff(config, restored.config)))
+            changes = [line.replace("(default ", "(was ") for line in diff(config, restored.config)]
+            say(*(f"  changed since then: {line}" for line in changes))
         log = stack.enter_context(contextlib.closing(Log(config.workdir, step)))
         write_atomic(epath.Path(config.workdir) / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
         meter = Meter(config.model, config.log_interval, config.steps, host["meter"])
