@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import hashlib
 import json
 import re
@@ -82,9 +83,12 @@ class KimiTokenizer(Tokenizer):
         if len(self._ids) != NUM_SPECIAL:
             raise ValueError("two special tokens have one name")
         self._skipped = frozenset(i for i, (_, skipped) in special.items() if skipped)
-        self._allowed = frozenset(self._ids)
+        self._first = {name[:1] for name in self._ids}
         self._encoding = tiktoken.Encoding(
             "kimi", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=self._ids
+        )
+        self._encode_special = functools.partial(
+            self._encoding.encode, allowed_special=frozenset(self._ids), disallowed_special=()
         )
         self.base_size = n
         self.vocab_size = n + NUM_SPECIAL
@@ -110,12 +114,14 @@ class KimiTokenizer(Tokenizer):
         allow_special_tokens: what spells a special token becomes it, the released default. Never for text that comes
         from data or from strangers.
         """
+        encode = self._encoding.encode_ordinary
+        if allow_special_tokens and any(first in text for first in self._first):
+            encode = self._encode_special  # handing tiktoken the 256 names takes as long as encoding a page
+        if len(text) <= LONGEST_RUN:
+            return encode(text)
         ids: list[int] = []
-        for piece in [text] if len(text) <= LONGEST_RUN else pieces(text):
-            if allow_special_tokens:
-                ids += self._encoding.encode(piece, allowed_special=self._allowed, disallowed_special=())
-            else:
-                ids += self._encoding.encode_ordinary(piece)
+        for piece in pieces(text):
+            ids += encode(piece)
         return ids
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = False) -> str:

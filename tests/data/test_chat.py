@@ -10,6 +10,7 @@ import kimi_jax as kimi
 from kimi_jax.data.chat import apply_chat_template, encode_pieces, render, with_released_ids
 from kimi_jax.data.kimi_tokenizer import SPECIALS, KimiTokenizer
 from kimi_jax.data.reply import Delta, Reply, ReplyParser, ToolCall, parse_reply
+from kimi_jax.data.tokenizer import train_tokenizer
 from tests.fixtures import shared
 
 
@@ -134,6 +135,19 @@ def test_both_ways_to_ids_agree_on_harmless_text(tokenizer, user, result):
     pieces = render(messages)
     assume(not any(name in user or name in result for name in NAMES))
     assert encode_pieces(pieces, tokenizer, True) == encode_pieces(pieces, tokenizer, False)
+
+
+def test_a_vocabulary_trained_here_takes_the_template_too(tmp_path):
+    """It has the special tokens of chats but not those of tools, which stay text."""
+    trained = train_tokenizer(["What is the colour? user assistant"] * 9, 300, tmp_path / "tokenizer.json")
+    messages = [{"role": "user", "content": "What? [EOS]"}]
+    text = apply_chat_template(messages)
+    for safe, specials in ((False, 7), (True, 6)):  # user, middle, (EOS,) end, assistant, middle, think
+        ids = trained.apply_chat_template(messages, tokenize=True, allow_special_tokens=not safe)
+        assert trained.decode(ids) == text and sum(i < 16 for i in ids) == specials
+    messages.append({"role": "assistant", "tool_calls": [call("f")]})
+    ids = trained.apply_chat_template(messages, tokenize=True, allow_special_tokens=False)
+    assert trained.decode(ids) == apply_chat_template(messages)
 
 
 # ---------------------------------------------------------------------------------------------------------------- reply
