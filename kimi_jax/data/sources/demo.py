@@ -6,7 +6,7 @@
 | factbook   | World Factbook sections, fact sheets, capitals       | 10 % of the countries      | public domain       |
 | python     | this interpreter's standard library                  | 6 % of the files           | PSF                 |
 | arithmetic | sums and differences up to 30                        | 20 % of the operand pairs  | generated           |
-| easyvqa    | easy-VQA's scenes at many sizes, 2 to 4 questions    | its own test set           | MIT                 |
+| easyvqa    | easy-VQA's scenes at many sizes, 2 or 3 questions    | its own test set           | MIT                 |
 | digits     | scanned handwritten digits: naming, strings, larger  | 20 % of the digits         | BSD (UCI, CC BY)    |
 | video      | a handwritten digit moving over frames of real clips | a clip; 20 % of the digits | BSD; CC BY          |
 """

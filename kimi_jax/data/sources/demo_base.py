@@ -17,7 +17,11 @@ from kimi_jax.data.example import Text
 
 SEED = 20260127
 SPLITS = ("train", "validation")
-QUESTION_WEIGHT = 0.1  # loss weight of a question with an image or video; its answer has 1
+# Loss weights of documents with an image or video. Only the words of an answer need the picture, and they are one token
+# in forty: at weight 1 they would be a few per cent of the loss, and the demo too short to learn to look.
+QUESTION_WEIGHT = 0.1
+ANSWER_WEIGHT = 4.0
+END_WEIGHT = 0.5  # the new line behind an answer
 
 
 class MissingDemoPackage(ImportError):
@@ -67,6 +71,7 @@ def reply(answer: str) -> str:
     return f" {answer}\n"
 
 
-def question_parts(question: str, answer: str, weight: float = QUESTION_WEIGHT) -> tuple[Text, Text]:
-    """One question and its answer as parts of an Example; the answer has loss weight 1."""
-    return Text(prompt(question), weight), Text(reply(answer), 1.0)
+def question_parts(question: str, answer: str) -> tuple[Text, Text, Text]:
+    """One question and its answer, about an image or video, as parts of an Example."""
+    words, end = reply(answer)[:-1], reply(answer)[-1:]
+    return Text(prompt(question), QUESTION_WEIGHT), Text(words, ANSWER_WEIGHT), Text(end, END_WEIGHT)

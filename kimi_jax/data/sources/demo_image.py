@@ -120,7 +120,7 @@ def augment(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _choose_questions(record: VQARecord, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Two to four questions whose earlier answers give away as little as possible of the later ones."""
+    """Two or three questions whose earlier answers give away as little as possible of the later ones."""
     order = [record.questions[k] for k in rng.permutation(len(record.questions))]
     shapes = [q for q in order if q[1] in VQA_SHAPES]
     colours = [q for q in order if q[1] in VQA_COLOURS]
@@ -128,7 +128,7 @@ def _choose_questions(record: VQARecord, rng: np.random.Generator) -> list[tuple
     # "what is the red shape?" tells the colour, "what color is the circle?" the shape: such a question stands second
     pairs = [pair for s in shapes for c in colours for pair in ((s, c), (c, s)) if pair[1][1] not in pair[0][0]]
     open_questions = list(pairs[rng.integers(len(pairs))]) if pairs else (shapes + colours)[:1]
-    closed = closed[: max(1, int(rng.integers(2, 5)) - len(open_questions))]
+    closed = closed[: int(rng.integers(2, 4)) - len(open_questions)]
     return open_questions + closed if rng.random() < 0.65 else closed + open_questions
 
 
