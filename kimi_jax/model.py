@@ -91,7 +91,6 @@ class Model:
             index = np.full(tokens.shape, -1, np.int32)
             index[pads] = places
             batch["feature_index"] = _pad(index, padded, -1)
-            # One group: features of any row may come from any bin.
         if router_picks is not None:
             batch["router_picks"] = self._check_picks(router_picks, tokens.shape, padded)
         return np.asarray(self._logits(self.params, batch)[:rows, :length])
@@ -146,6 +145,8 @@ class Model:
             raise ValueError(f"grid_thws must be ints [items, 3], not {grids.dtype} {grids.shape}")
         if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size):
             raise ValueError(f"pixel_values must be [N, 3, {size}, {size}], not {pixels.shape}")
+        if (grids < (1, 2, 2)).any() or (grids[:, 1:] % 2).any():
+            raise ValueError(f"every grid needs t >= 1 and even h, w >= 2, not {grids.tolist()}")
         frames = self.config.vision.init_pos_emb_time
         if (grids[:, 0] > frames).any():
             raise ValueError(f"a video chunk has at most {frames} frames; grid_thws has {grids[:, 0].max()}")

@@ -46,7 +46,7 @@ def quantise(weights: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """Weights [r, c] and scales [r, g] -> int32 [r, c/8]: nearest code, ties to even, clipped to -8..7.
 
     With the scales that weights were dequantised with this gives back every word: rounding to bfloat16 moves
-    weight / scale by at most 8 * 2^-9, far less than half a code. A scale of 0 gives code 0 (`lost` finds the
+    weight / scale by at most 8 * 2^-8, far less than half a code. A scale of 0 gives code 0 (`lost` finds the
     released groups for which that is not what the file had).
     """
     grouped = weights.astype(np.float32).reshape(*scales.shape, -1)

@@ -11,6 +11,8 @@ D width   H heads   F inner width   E experts   P patch size
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -177,6 +179,11 @@ def family(model_type: str) -> Family:
 
 def leaf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every leaf of our tree by its path, `moe_layers.mlp.experts.gate`. Allocates nothing."""
+    return _leaf_shapes(dataclasses.replace(config, dtype="float32", param_dtype="float32", remat=False))
+
+
+@functools.lru_cache(maxsize=16)  # tracing the model takes a second
+def _leaf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree_util.tree_leaves_with_path(unbox(abstract_params(config)))
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in leaves}
 

@@ -1,0 +1,248 @@
+"""Conversion there and back gives the same bytes, whatever interrupts it, and what it writes trains and evaluates."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from absl import flags
+from safetensors.numpy import load_file, save_file
+
+from kimi_jax import convert as command_line
+from kimi_jax.hf import convert, stream
+from kimi_jax.hf.convert import ConvertError, from_hf, to_hf
+from kimi_jax.hf.files import INDEX, CheckpointError, Directory
+from kimi_jax.hf.names import FAMILIES
+from kimi_jax.train import checkpoint
+from tests.fixtures import REPO, shared
+from tests.hf import tiny
+
+
+def tensors_of(path):
+    """name -> (dtype, shape, bytes)."""
+    directory = Directory(path)
+    return {n: (s.dtype, s.shape, directory.whole(n).tobytes()) for n, s in directory.tensors.items()}
+
+
+def released(tmp_path, model_type="kimi_k25", name="src", **save):
+    model = tiny.config(model_type)
+    stream.save(tmp_path / name, model, tiny.params(model), model_type, **save)
+    return tmp_path / name
+
+
+@pytest.mark.parametrize("name", ["tiny_fp32", "tiny_int4"])
+def test_fixtures_come_back_as_the_same_file(name, tmp_path):
+    source = shared(f"fixtures/{name}")
+    assert from_hf(source, tmp_path / "ours") == []
+    to_hf(tmp_path / "ours", tmp_path / "back", int4_experts=name == "tiny_int4")
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "back" / file).read_bytes() == (source / file).read_bytes(), file
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_int4_can_come_back_as_bfloat16(tmp_path):
+    """The dequantised weights, in a config.json that no longer speaks of quantisation."""
+    from_hf(shared("fixtures/tiny_int4"), tmp_path / "ours")
+    to_hf(tmp_path / "ours", tmp_path / "back")
+    got = load_file(tmp_path / "back" / "model.safetensors")
+    for name, weight in load_file(shared("fixtures/int4_dequant_bf16.safetensors")).items():
+        np.testing.assert_array_equal(got[name.removeprefix("dequant.")], weight)
+    tiny.assert_same(stream.load(tmp_path / "back")[1], stream.load(shared("fixtures/tiny_int4"))[1])
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_family_sharded_with_side_files(model_type, tmp_path, monkeypatch):
+    """Several files, pieces that cut tensors, mixed dtypes, tokenizer files and buffers: all come back."""
+    monkeypatch.setattr(stream, "PIECE", 100)
+    monkeypatch.setattr(stream, "MAX_FILE", 20_000)
+    source = released(tmp_path, model_type)
+    index = json.loads((source / INDEX).read_text())["weight_map"]
+    bias = next(n for n in index if n.endswith("e_score_correction_bias"))
+    file = source / index[bias]
+    tensors = load_file(file)
+    tensors[bias] = tensors[bias].astype(ml_dtypes.bfloat16)  # as Moonlight stores it
+    buffer = bias.replace("mlp.gate.e_score_correction_bias", "self_attn.rotary_emb.inv_freq")
+    tensors[buffer] = np.ones(2, np.float32)
+    save_file(tensors, file, {"format": "pt", "made": "by a test"})
+    index[buffer] = file.name
+    (source / INDEX).write_text(json.dumps({"weight_map": index}))
+    (source / "tokenizer_config.json").write_text("{}")
+    from_hf(source, tmp_path / "ours")
+    to_hf(tmp_path / "ours", tmp_path / "back")
+    assert tensors_of(tmp_path / "back") == tensors_of(source)
+    assert json.loads((tmp_path / "back" / INDEX).read_text())["weight_map"] == index
+    assert Directory(tmp_path / "back").metadata == Directory(source).metadata
+    for name in ("config.json", "tokenizer_config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_training_reads_what_from_hf_writes(tmp_path):
+    """Over all devices, and the newest step of a trained workdir goes back."""
+    source = released(tmp_path)
+    from_hf(source, tmp_path / "ours")
+    config, params = checkpoint.load(str(tmp_path / "ours"))
+    want_config, want = stream.load(source)
+    assert config.model == want_config
+    tiny.assert_same(jax.device_get(params), jax.device_get(want))
+
+
+def test_a_trained_workdir_is_exported(tmp_path):
+    """As Orbax saves it: one database, compressed, whole leaves as chunks; no trace of a released checkpoint."""
+    import orbax.checkpoint as ocp
+
+    from_hf(released(tmp_path), tmp_path / "ours")
+    config, params = checkpoint.load(str(tmp_path / "ours"))
+    step = tmp_path / "run" / "checkpoints" / "7"
+    with ocp.StandardCheckpointer() as saver:
+        saver.save(step / "params", jax.tree.map(lambda a: a * 2, params))
+    shutil.copytree(tmp_path / "ours" / "checkpoints" / "0" / "config", step / "config")
+    to_hf(tmp_path / "run", tmp_path / "back")
+    _, got = stream.load(tmp_path / "back", "bfloat16")
+    tiny.assert_same(jax.device_get(got), jax.tree.map(lambda a: np.asarray(a * 2), params))
+    to_hf(tmp_path / "run", tmp_path / "packed", int4_experts=True)
+    assert "weight_packed" in " ".join(Directory(tmp_path / "packed").tensors)
+
+
+CHILD = """
+import sys
+from kimi_jax import convert as command_line
+from kimi_jax.hf import convert, stream
+stream.PIECE = 500
+command, source, target = sys.argv[1:]
+tick = lambda done, total: print(f"{done} {total}", flush=True)
+if command == "from":
+    convert.from_hf(source, target, tick)
+else:
+    convert.to_hf(source, target, int4_experts=True, progress=tick)
+"""
+
+
+def start(*arguments):
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, *map(str, arguments)], stdout=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def kill_half_way(*arguments):
+    """Runs until half of the bytes are done, kill -9; returns the bytes that were done."""
+    child = start(*arguments)
+    for line in child.stdout:
+        done, total = map(int, line.split())
+        if done >= total / 2:
+            child.send_signal(signal.SIGKILL)
+            break
+    child.stdout.close()
+    assert child.wait() == -signal.SIGKILL
+    return done
+
+
+def finish(*arguments):
+    """Runs to the end; returns the bytes that were done when it began."""
+    child = start(*arguments)
+    output = child.communicate(timeout=120)[0]
+    assert child.returncode == 0
+    return int(output.split()[0])
+
+
+def test_killed_half_way_both_ways_and_run_again(tmp_path):
+    """kill -9 in both directions; the second run does not begin anew, and the result is the same to the byte."""
+    source, ours, back = released(tmp_path, int4_experts=True), tmp_path / "ours", tmp_path / "back"
+    for command, origin, target in (("from", source, ours), ("to", ours, back)):
+        done = kill_half_way(command, origin, target)
+        assert not target.exists()
+        assert finish(command, origin, target) >= done
+        assert not target.with_name(target.name + ".partial").exists()
+    assert tensors_of(back) == tensors_of(source)
+
+
+def test_an_interrupted_run_of_another_source_is_not_continued(tmp_path, monkeypatch):
+    source = released(tmp_path)
+
+    def fail(done, total):
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        from_hf(source, tmp_path / "ours", fail)
+    other = released(tmp_path, name="other")
+    with pytest.raises(ConvertError, match="another source"):
+        from_hf(other, tmp_path / "ours")
+    from_hf(source, tmp_path / "ours")
+
+
+def test_reasons_not_to_start(tmp_path, monkeypatch):
+    source = released(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "x").touch()
+    with pytest.raises(ConvertError, match="there already"):
+        from_hf(source, tmp_path / "taken")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: usage._replace(free=10))
+    with pytest.raises(ConvertError, match="are free"):
+        from_hf(source, tmp_path / "ours")
+    assert not list(tmp_path.glob("ours*"))
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        to_hf(source, tmp_path / "back")
+    with pytest.raises(ConvertError, match="local or mounted"):
+        from_hf(source, "gs://bucket/x")
+
+
+def test_lost_codes_are_reported(tmp_path):
+    source = released(tmp_path, int4_experts=True)
+    tensors = load_file(source / "model.safetensors")
+    name = next(n for n in tensors if n.endswith("weight_scale"))
+    tensors[name] = tensors[name].copy()
+    tensors[name][0, 0] = 0
+    save_file(tensors, source / "model.safetensors")
+    notes = from_hf(source, tmp_path / "ours")
+    assert len(notes) == 1
+    assert name.removesuffix("_scale") in notes[0]
+
+
+def test_half_packed_stacks_are_refused(tmp_path):
+    """Our leaf holds all experts; some of them INT4 and some not has no way back."""
+    source, plain = released(tmp_path, int4_experts=True), released(tmp_path, name="plain")
+    tensors, whole = load_file(source / "model.safetensors"), load_file(plain / "model.safetensors")
+    base = "language_model.model.layers.1.mlp.experts.0.up_proj.weight"
+    for part in ("_packed", "_scale", "_shape"):
+        del tensors[base + part]
+    tensors[base] = whole[base]
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"experts\.0\.up_proj"):
+        from_hf(source, tmp_path / "ours")
+
+
+def test_the_command(tmp_path):
+    """As a process, with its help."""
+    source = released(tmp_path, int4_experts=True)
+    command = [sys.executable, "-m", "kimi_jax.convert", "from-hf", str(source), str(tmp_path / "ours")]
+    made = subprocess.run(command, capture_output=True, text=True, cwd=REPO, timeout=120)
+    assert made.returncode == 0, made.stderr
+    assert "ours is ready" in made.stdout
+    assert "from-hf SOURCE TARGET" in command_line.__doc__
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["from_hf", "a", "b"], "did you mean 'from-hf'"),
+        ([], "say from-hf SOURCE TARGET"),
+        (["from-hf", "nowhere", "b"], "config.json is missing"),
+        (["to-hf", "nowhere", "b"], "no checkpoint in"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_line(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["convert"])
+    with pytest.raises(SystemExit, match=message):
+        command_line.main(["convert", *arguments])
