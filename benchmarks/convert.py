@@ -3,8 +3,9 @@
     python benchmarks/convert.py --dir=FOLDER [--gigabytes=6.5] [--dtype=bf16|int4]
 
 Generates a released-format checkpoint (random weights, Kimi-K2's layout with fewer and smaller layers) in FOLDER, then
-runs, each as a process of its own: cp -r, from-hf, to-hf; and compares every tensor. Prints peak resident memory
-(ru_maxrss of the process; never less than this one's own, some 300 MB) and MB/s of the source's bytes. Needs four times the checkpoint's size on the disk of FOLDER.
+runs, each as a process of its own: cp -r, from-hf, to-hf; and compares every tensor. Prints MB/s of the source's bytes
+and peak resident memory (ru_maxrss of the process; never less than this one's own, some 300 MB). Needs three times the
+checkpoint's size on the disk of FOLDER.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kimi_jax import config, data, eval, kernels, nn, optim, sharding, train
+    from kimi_jax import config, data, eval, hf, kernels, nn, optim, sharding, train
     from kimi_jax.config import (
         ConfigError,
         DataConfig,
@@ -28,10 +28,11 @@ if TYPE_CHECKING:
     from kimi_jax.data.image import process_image
     from kimi_jax.data.tokenizer import load_tokenizer
     from kimi_jax.data.video import process_video
+    from kimi_jax.model import Model, load
 
 __version__ = "0.1.0"
 
-_MODULES = ("config", "data", "eval", "kernels", "nn", "optim", "sharding", "train")
+_MODULES = ("config", "data", "eval", "hf", "kernels", "nn", "optim", "sharding", "train")
 _NAMES = {
     "BadRecord": "data",
     "ConfigError": "config",
@@ -47,6 +48,8 @@ _NAMES = {
     "freeze": "config",
     "preset": "config",
     "thaw": "config",
+    "Model": "model",
+    "load": "model",
     "load_tokenizer": "data.tokenizer",
     "process_image": "data.image",
     "process_video": "data.video",

@@ -69,7 +69,8 @@ def from_released(released: dict[str, Any]) -> ModelConfig:
     text = released.get("text_config") if names.projector else released
     if text is None:
         raise ConfigError("config.json has no text_config")
-    fields = _take(text, TEXT_FIELDS, "config.json", optional=("q_lora_rank",))
+    fields: dict[str, Any] = _take(text, TEXT_FIELDS, "config.json", optional=("q_lora_rank",))
+    fields |= {key: float(fields[key]) for key in ("rms_norm_eps", "rope_theta")}
     _check_fixed(text, {**FIXED_TEXT, "num_key_value_heads": fields["num_attention_heads"]}, "config.json")
     _check_fixed(released, {"tie_word_embeddings": False}, "config.json")
     dtype = _dtype(released)
@@ -77,7 +78,7 @@ def from_released(released: dict[str, Any]) -> ModelConfig:
     eos = _token(text, released, "eos_token_id", 163585)
     pad = PAD_OF_RELEASED_VOCABULARY[1] if vocab == PAD_OF_RELEASED_VOCABULARY[0] else eos
     return ModelConfig(
-        **{key: float(value) if key in ("rms_norm_eps", "rope_theta") else value for key, value in fields.items()},
+        **fields,
         rope_scaling=_yarn(text.get("rope_scaling")),
         moe=_moe(text, fields["num_hidden_layers"]),
         vision=_vision(released, fields["hidden_size"]) if names.projector else None,
@@ -153,7 +154,7 @@ def quantization(released: dict[str, Any]) -> Quantization | None:
 def int4_section(group_size: int = 32) -> dict[str, Any]:
     """The released quantization_config of INT4 routed experts, with the vision entries that loaders of transformers
     5 need and the released file lacks (reference.md section 7)."""
-    weights = {
+    weights: dict[str, Any] = {
         "actorder": None, "block_structure": None, "dynamic": False, "group_size": group_size, "num_bits": 4,
         "observer": "minmax", "observer_kwargs": {}, "strategy": "group", "symmetric": True, "type": "int",
     }  # fmt: skip
@@ -249,7 +250,8 @@ def _yarn(section: dict[str, Any] | None) -> YarnConfig | None:
     del fields["factor"]
     given = _take(section, ("factor",), "rope_scaling")
     values = given | {key: default if section.get(key) is None else section[key] for key, default in fields.items()}
-    return YarnConfig(**{k: int(v) if k.startswith("original") else float(v) for k, v in values.items()})
+    numbers: dict[str, Any] = {k: int(v) if k.startswith("original") else float(v) for k, v in values.items()}
+    return YarnConfig(**numbers)
 
 
 def _moe(text: dict[str, Any], layers: int) -> MoEConfig | None:

@@ -180,7 +180,10 @@ def from_hf(
                 base = tensor.name.removesuffix("weight")
                 given = checkpoint.directory.rows(base + SCALE, piece.first, piece.last)
                 scales.write(tensor.leaf, (*tensor.index, slice(piece.first, piece.last)), given)
-                lost = int4.lost(checkpoint.directory.rows(base + PACKED, piece.first, piece.last), given)
+                unsure = int4.unusable(given).any()
+                lost = (
+                    int4.lost(checkpoint.directory.rows(base + PACKED, piece.first, piece.last), given) if unsure else 0
+                )
                 if lost:
                     notes.append(f"{tensor.name}: the codes of {lost} groups are lost, their scale says nothing")
 
@@ -260,7 +263,12 @@ def _write_config(step: Path, checkpoint: Released, plan: _Stacks) -> None:
         "config": f"{package}.json_checkpoint_handler.JsonCheckpointHandler",
         "params": f"{package}.standard_checkpoint_handler.StandardCheckpointHandler",
     }
-    marker = {"item_handlers": handlers, "metrics": {}, "performance_metrics": {}, "custom_metadata": {}}
+    marker: dict[str, Any] = {
+        "item_handlers": handlers,
+        "metrics": {},
+        "performance_metrics": {},
+        "custom_metadata": {},
+    }
     marker |= {"init_timestamp_nsecs": 0, "commit_timestamp_nsecs": 0}
     (step / "_CHECKPOINT_METADATA").write_text(json.dumps(marker), encoding="utf-8")
 

@@ -179,11 +179,12 @@ class Writer:
         self._files: dict[str, int] = {}
         self._where: dict[str, tuple[int, int, int]] = {}  # name -> (descriptor, offset, bytes of a row)
         for name, entries in plan.items():
-            header, offset = {"__metadata__": metadata.get(name) or {"format": "pt"}}, 0
+            header: dict[str, Any] = {"__metadata__": metadata.get(name) or {"format": "pt"}}
+            offset = 0
             for entry in entries:
                 header[entry.name] = {
                     "dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, offset + entry.nbytes],
-                }  # type: ignore[dict-item]  # fmt: skip
+                }  # fmt: skip
                 offset += entry.nbytes
             text = json.dumps(header, separators=(",", ":")).encode()
             text += b" " * (-len(text) % 8)
@@ -198,7 +199,8 @@ class Writer:
     def write(self, name: str, rows: np.ndarray, first: int = 0) -> None:
         """Writes [n, ...] as rows first..first+n-1 of a tensor. Thread-safe."""
         descriptor, offset, width = self._where[name]
-        view, at = memoryview(np.ascontiguousarray(rows).view(np.uint8).reshape(-1)), offset + first * width
+        view: memoryview = np.ascontiguousarray(rows).view(np.uint8).reshape(-1).data
+        at = offset + first * width
         while view:
             done = os.pwritev(descriptor, [view], at)
             view, at = view[done:], at + done

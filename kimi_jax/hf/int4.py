@@ -62,13 +62,14 @@ def minmax_scales(weights: np.ndarray, group: int, dtype: np.dtype) -> np.ndarra
     return np.where(scales == 0, np.asarray(1, dtype), scales)
 
 
-def lost(words: np.ndarray, scales: np.ndarray) -> int:
-    """How many groups cannot be written back as they are: a scale that is 0, not finite or near overflow, with codes
-    other than 0."""
+def unusable(scales: np.ndarray) -> np.ndarray:
+    """Which scales cannot give back their codes: 0, not finite, or so large that -8 times them overflows."""
     wide = scales.astype(np.float32)
-    with np.errstate(over="ignore"):
-        bad = (wide == 0) | ~np.isfinite((wide * _LOW).astype(scales.dtype).astype(np.float32))
-    if not bad.any():
-        return 0
+    with np.errstate(over="ignore", invalid="ignore"):
+        return (wide == 0) | ~np.isfinite((wide * _LOW).astype(scales.dtype).astype(np.float32))
+
+
+def lost(words: np.ndarray, scales: np.ndarray) -> int:
+    """How many groups cannot be written back as they are: an unusable scale, and codes other than 0."""
     codes = unpack(words).reshape(*scales.shape, -1)
-    return int((bad & (codes != 0).any(axis=-1)).sum())
+    return int((unusable(scales) & (codes != 0).any(axis=-1)).sum())

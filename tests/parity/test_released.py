@@ -7,7 +7,6 @@ is the OUTPUT of layer N. The multimodal prompt is already expanded, one media p
 
 from __future__ import annotations
 
-import json
 import math
 
 import jax
@@ -17,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from kimi_jax.data.patches import item_layout, num_features
+from kimi_jax.hf import stream
 from kimi_jax.nn.decoder import DecoderLayer
 from kimi_jax.nn.kimi import KimiK25, abstract_params
 from kimi_jax.nn.layers import rms_norm
@@ -29,7 +29,6 @@ from kimi_jax.nn.rope import vision_rotary
 from tests.fixtures import shared
 from tests.nn.packed import fill_bins
 from tests.nn.tiny import QUICK
-from tests.parity.weights import model_config, to_params
 
 TOLERANCE = 1e-5
 
@@ -42,9 +41,8 @@ def assert_close(ours, theirs):
 @pytest.fixture(scope="module")
 def released():
     """(config, params, inputs and outputs of the torch implementation)."""
-    config = model_config(json.loads(shared("fixtures/tiny_fp32/config.json").read_text()))
-    params = to_params(load_file(shared("fixtures/tiny_fp32/model.safetensors")), config)
-    return config, jax.tree.map(jnp.asarray, params), load_file(shared("fixtures/io.safetensors"))
+    config, params = stream.load(shared("fixtures/tiny_fp32"), "float32")
+    return config, params, load_file(shared("fixtures/io.safetensors"))
 
 
 @pytest.fixture(scope="module")
