@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kimi_jax.config import ModelConfig, MoEConfig
-from kimi_jax.kernels.grouped_matmul import combine, dispatch, grouped_matmul, plan_blocks
+from kimi_jax.kernels.grouped_matmul import combine, dispatch, grouped_swiglu, plan_blocks
 from kimi_jax.nn.layers import SwiGLU
 from kimi_jax.nn.param import Muon, RouterBias, declare
 
@@ -115,9 +115,9 @@ class Experts(nn.Module):
 
         plan = plan_blocks(experts, num)
         rows = dispatch(x.astype(c.dtype), plan)
-        inside = jax.nn.silu(grouped_matmul(rows, gate, plan)) * grouped_matmul(rows, up, plan)
+        rows = grouped_swiglu(rows, gate, up, down, plan)
         computed = (plan.source < experts.size).sum(dtype=jnp.int32)
-        return combine(grouped_matmul(inside, down, plan), gates, plan), plan.counts, computed
+        return combine(rows, gates, plan), plan.counts, computed
 
 
 class MoE(nn.Module):

@@ -1,6 +1,6 @@
-"""Blocked grouped matmul, dispatch and combine equal the naive statement, in value and gradient, for any routing.
+"""Dispatch, blocked experts and combine equal the naive statement, in value and gradient, for any routing.
 
-Tolerance 1e-5 absolute on values of size about 1 to 10: float32 sums of at most a few hundred terms in another order.
+Tolerance 3e-5 absolute on values of size about 1 to 10: float32 sums of at most a few hundred terms in another order.
 """
 
 import jax
@@ -15,25 +15,24 @@ from kimi_jax.kernels import grouped_matmul as gm
 E, D, F, K = 4, 5, 6, 2
 
 
-def _naive(x, weights, gates, experts):
+def _naive(x, gate, up, down, gates, experts):
     """Every expert for every token, then pick."""
-    every = jnp.einsum("nd,edf->nef", x, weights)
+    inside = jax.nn.silu(jnp.einsum("nd,edf->nef", x, gate)) * jnp.einsum("nd,edf->nef", x, up)
+    every = jnp.einsum("nef,efd->ned", inside, down)
     every = jnp.concatenate([every, jnp.zeros_like(every[:, :1])], axis=1)  # expert E is nowhere
     picked = jnp.take_along_axis(every, experts[:, :, None], axis=1)
     return (gates[:, :, None] * picked).sum(axis=1)
 
 
-def _blocked(x, weights, gates, experts, block):
+def _blocked(x, gate, up, down, gates, experts, block):
     plan = gm.plan_blocks(experts, E, block)
-    return gm.combine(gm.grouped_matmul(gm.dispatch(x, plan), weights, plan), gates, plan)
+    return gm.combine(gm.grouped_swiglu(gm.dispatch(x, plan), gate, up, down, plan), gates, plan)
 
 
 def _inputs(experts):
     rng = np.random.default_rng(0)
-    n = experts.shape[0]
-    x = rng.normal(size=(n, D))
-    weights, gates = rng.normal(size=(E, D, F)), rng.normal(size=experts.shape)
-    return tuple(jnp.asarray(a, jnp.float32) for a in (x, weights, gates))
+    shapes = (experts.shape[0], D), (E, D, F), (E, D, F), (E, F, D), experts.shape
+    return tuple(jnp.asarray(rng.normal(size=shape) * 0.7, jnp.float32) for shape in shapes)
 
 
 PLAN = jax.jit(gm.plan_blocks, static_argnums=(1, 2))
@@ -52,13 +51,12 @@ def test_equals_naive_in_value_and_gradient(name, block):
     experts = jnp.asarray(ROUTINGS[name](23), jnp.int32)
     args = _inputs(experts)
 
-    def loss(fn):
-        return lambda *a: jnp.sin(fn(*a)).sum()
+    def run(fn):
+        return jax.value_and_grad(lambda *a: jnp.sin(fn(*a)).sum(), range(5))
 
-    naive, got = (jax.value_and_grad(loss(f), (0, 1, 2)) for f in (
-        lambda *a: _naive(*a, experts), lambda *a: _blocked(*a, experts, block)))  # fmt: skip
+    naive, got = run(lambda *a: _naive(*a, experts)), run(lambda *a: _blocked(*a, experts, block))
     for a, b in zip(jax.tree.leaves(naive(*args)), jax.tree.leaves(jax.jit(got)(*args)), strict=True):
-        np.testing.assert_allclose(b, a, atol=1e-5)
+        np.testing.assert_allclose(b, a, atol=3e-5)
 
 
 @settings(max_examples=30, deadline=None)
@@ -78,16 +76,17 @@ def test_every_assignment_has_exactly_one_row(ids, block):
 def test_accelerator_form_equals_the_blocked_form():
     """The `ragged_dot` branch is what other platforms run; here it runs on CPU, slowly but the same."""
     experts = jnp.asarray(ROUTINGS["some nowhere"](17), jnp.int32)
-    x, weights, _ = _inputs(experts)
+    x, *weights, _ = _inputs(experts)
     plan = gm.plan_blocks(experts, E, 4)
     rows = gm.dispatch(x, plan)
-    live = (np.asarray(plan.source) < experts.size)[:, None]
-    ragged, blocked = (jnp.where(live, f(rows, weights, plan), 0) for f in (gm._ragged, gm._blocked))
+    live = (plan.source < experts.size)[:, None]  # other rows are unspecified
+    ragged, blocked = (jnp.where(live, f(rows, *weights, plan), 0) for f in (gm._ragged, gm._blocked))
     np.testing.assert_allclose(ragged, blocked, atol=1e-5)
     grad = jnp.where(live, jnp.cos(blocked), 0)
-    (dx, dw), (dx_blocked, dw_blocked) = (f(rows, weights, plan, grad) for f in (gm._ragged_grads, gm._blocked_grads))
-    np.testing.assert_allclose(jnp.where(live, dx, 0), jnp.where(live, dx_blocked, 0), atol=1e-5)
-    np.testing.assert_allclose(dw, dw_blocked, atol=1e-5)
+    got, want = (f(rows, *weights, plan, grad) for f in (gm._ragged_grads, gm._blocked_grads))
+    np.testing.assert_allclose(jnp.where(live, got[0], 0), jnp.where(live, want[0], 0), atol=1e-5)
+    for a, b in zip(got[1:], want[1:], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_block_size_follows_the_rows_an_expert():
