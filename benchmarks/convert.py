@@ -1,6 +1,6 @@
 """Peak memory and speed of `python -m kimi_jax.convert`, beside a plain `cp` of the same files.
 
-    python benchmarks/convert.py --dir=FOLDER [--gigabytes=6.5] [--dtype=bf16|int4]
+    python -m benchmarks.convert --dir=FOLDER [--gigabytes=6.5] [--dtype=bf16|int4]
 
 Generates a released-format checkpoint (random weights, Kimi-K2's layout with fewer and smaller layers) in FOLDER, then
 runs, each as a process of its own: cp -r, from-hf, to-hf; and compares every tensor. Prints MB/s of the source's bytes

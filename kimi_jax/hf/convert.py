@@ -33,7 +33,7 @@ import numpy as np
 
 from kimi_jax.config import ConfigError, TrainConfig, freeze
 from kimi_jax.hf import config as hf_config
-from kimi_jax.hf import int4
+from kimi_jax.hf import int4, stream
 from kimi_jax.hf.files import (
     DTYPES,
     INDEX,
@@ -62,6 +62,7 @@ from kimi_jax.hf.stream import (
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 STEP = Path("checkpoints") / "0"
+SYNC_BYTES = 1 << 28  # how much may have to be written again after an interruption
 
 
 class ConvertError(RuntimeError):
@@ -107,22 +108,38 @@ class Journal:
         self._file.close()
 
 
-def _run(journal: Journal, work: Callable[[Piece], None], every: Iterable[Piece], progress: Progress) -> None:
-    """work(piece) for all pieces that the journal does not know yet."""
+def _run(
+    journal: Journal,
+    work: Callable[[Piece], None],
+    every: Iterable[Piece],
+    progress: Progress,
+    sync: Callable[[], None] = lambda: None,
+) -> None:
+    """work(piece) for all pieces that the journal does not know yet; they enter it after a `sync`."""
     every = list(every)
     sizes = [(piece.last - piece.first) * piece.tensor.columns * 2 for piece in every]
     total = sum(sizes)
     done = sum(size for number, size in enumerate(sizes) if number in journal.done)
     progress(done, total)
+    written: list[int] = []
 
     def one(number: int) -> int:
         work(every[number])
         return number
 
+    def commit() -> None:
+        sync()
+        for number in written:
+            journal.add(number)
+        written.clear()
+
     for number in parallel(one, [n for n in range(len(every)) if n not in journal.done]):
-        journal.add(number)
+        written.append(number)
+        if sum(sizes[n] for n in written) >= SYNC_BYTES:
+            commit()
         done += sizes[number]
         progress(done, total)
+    commit()
 
 
 def _begin(source: Path, target: Path, needed: int) -> Path:
@@ -168,7 +185,7 @@ def from_hf(
     try:
         plan = _Stacks(checkpoint)
         work = _begin(source, target, plan.nbytes)
-        journal = Journal(work / "journal", {"from": _identity(source), "piece": [p.last for p in plan.pieces[:64]]})
+        journal = Journal(work / "journal", {"from": _identity(source), "piece": stream.PIECE})
         params, scales = Leaves(work / STEP / "params"), Leaves(work / "released" / "scales")
         plan.create(params, scales)
         notes: list[str] = []
@@ -180,12 +197,10 @@ def from_hf(
                 base = tensor.name.removesuffix("weight")
                 given = checkpoint.directory.rows(base + SCALE, piece.first, piece.last)
                 scales.write(tensor.leaf, (*tensor.index, slice(piece.first, piece.last)), given)
-                unsure = int4.unusable(given).any()
-                lost = (
-                    int4.lost(checkpoint.directory.rows(base + PACKED, piece.first, piece.last), given) if unsure else 0
-                )
-                if lost:
-                    notes.append(f"{tensor.name}: the codes of {lost} groups are lost, their scale says nothing")
+                if int4.unusable(given).any():
+                    lost = int4.lost(checkpoint.directory.rows(base + PACKED, piece.first, piece.last), given)
+                    if lost:
+                        notes.append(f"{tensor.name}: the codes of {lost} groups are lost, their scale is unusable")
 
         _run(journal, convert, plan.pieces, progress)
         params.finish()
@@ -318,7 +333,7 @@ def to_hf(
         total = sum(entry.nbytes for entries in made.plan.values() for entry in entries)
         work = _begin(source, target, total)
         identity = {"to": str(made.step), "time": made.step.stat().st_mtime_ns, "int4": int4_experts, "dtype": dtype}
-        journal = Journal(work / "journal", identity | {"type": made.model_type})
+        journal = Journal(work / "journal", identity | {"type": made.model_type, "piece": stream.PIECE})
         writer = Writer(work, made.plan, made.metadata)
         dtypes = {entry.name: DTYPES[entry.dtype] for entries in made.plan.values() for entry in entries}
 
@@ -328,7 +343,7 @@ def to_hf(
             scales = made.scales_of(piece)
             write_piece(writer, piece, ours, dtypes, packed=tensor.name in made.packed, scales=scales, group=made.group)
 
-        _run(journal, convert, [piece for tensor in made.tensors for piece in pieces(tensor)], progress)
+        _run(journal, convert, [piece for tensor in made.tensors for piece in pieces(tensor)], progress, writer.sync)
         made.write_buffers(writer)
         writer.sync()
         writer.close()

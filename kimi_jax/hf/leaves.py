@@ -57,10 +57,8 @@ class Leaves:
         spec = {"driver": driver, "kvstore": kvstore}
         store = ts.open(spec, open=True, read=True, context=_context(0)).result()
         # Training saves a chunk for each shard, which holds many slices: keep one decoded, and read leaf by leaf.
-        chunk = (
-            math.prod(size or 1 for size in store.chunk_layout.read_chunk.shape or ())
-            * store.dtype.numpy_dtype.itemsize
-        )
+        sizes = store.chunk_layout.read_chunk.shape or ()
+        chunk = math.prod(size or 1 for size in sizes) * store.dtype.numpy_dtype.itemsize
         if chunk <= _SMALL_CHUNK:
             return store
         return ts.open(spec, open=True, read=True, context=_context(int(1.1 * chunk)), recheck_cached=False).result()

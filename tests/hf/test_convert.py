@@ -115,7 +115,7 @@ CHILD = """
 import sys
 from kimi_jax import convert as command_line
 from kimi_jax.hf import convert, stream
-stream.PIECE = 500
+stream.PIECE, convert.SYNC_BYTES = 500, 1
 command, source, target = sys.argv[1:]
 tick = lambda done, total: print(f"{done} {total}", flush=True)
 if command == "from":
