@@ -198,5 +198,5 @@ def _ragged(rows: Array, gate: Array, up: Array, down: Array, plan: Plan) -> Arr
 
 
 def _ragged_grads(rows: Array, gate: Array, up: Array, down: Array, plan: Plan, grad: Array) -> tuple[Array, ...]:
-    _, pullback = jax.vjp(lambda *args: _ragged(*args, plan), rows, gate, up, down)
+    _, pullback = jax.vjp(lambda x, g, u, d: _ragged(x, g, u, d, plan), rows, gate, up, down)
     return pullback(grad)
