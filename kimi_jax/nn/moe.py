@@ -86,12 +86,15 @@ class Router(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*b D"], picks: Int[Array, "*b k"] | None = None) -> Routing:
         """See `route`."""
-        c, experts = self.config, self.config.moe.n_routed_experts
+        c, moe = self.config, self.config.moe
+        if moe is None:
+            raise ValueError("a router needs config.moe; this model is dense")
+        experts = moe.n_routed_experts
         normal = nn.initializers.normal(c.initializer_range)
         kernel_init = declare(normal, ("embed", "router"), Muon())
         kernel = self.param("kernel", kernel_init, (c.hidden_size, experts), c.param_dtype)
         bias = self.param("bias", declare(nn.initializers.zeros, ("router",), RouterBias()), (experts,), "float32")
-        return route(x, kernel, bias, c.moe, picks)
+        return route(x, kernel, bias, moe, picks)
 
 
 class Experts(nn.Module):
