@@ -12,9 +12,9 @@ import ml_collections
 
 from kimi_jax import config as c
 
-TEXT = {"wiki": 3.0, "factbook": 1.5, "python": 1.5, "arithmetic": 1.0}  # share of the text-only examples drawn
-VISION = {"easyvqa": 3.0, "digits": 2.0, "video": 2.0}  # share of the examples with images or video
-STEPS = 1200
+TEXT = {"wiki": 6.0, "factbook": 1.0, "python": 1.0, "arithmetic": 0.6}  # share of the text-only examples drawn
+VISION = {"easyvqa": 2.4, "easyvqa_large": 0.6, "digits": 1.0, "video": 1.6}  # share of those with images or video
+STEPS = 550
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -29,14 +29,16 @@ def get_config() -> ml_collections.ConfigDict:
             data=c.DataConfig(
                 sources=sources,
                 tokenizer="runs/demo/tokenizer.json",
-                sequence_length=512,
-                rows_per_group=1,
-                num_groups=8,
-                # media 0.12 of the tokens, documents with media half of them: more would fill the bins before the rows
-                vision_bins=((64, 2), (256, 1)),
-                vision_ratio=((0.0, 0.12),),
+                sequence_length=256,
+                # one group: every batch then holds some of every source, so images of many shapes, one that fills a bin
+                # of 256 patches, and chunks of one to four frames
+                num_groups=1,
+                rows_per_group=16,
+                vision_bins=((64, 40), (256, 5)),
+                vision_ratio=((0.0, 0.10),),
+                lookahead=32,
             ),
-            optimizer=c.OptimizerConfig(peak_lr=2e-3, final_lr=2e-4, warmup_steps=50, decay_fraction=0.4),
+            optimizer=c.OptimizerConfig(peak_lr=8e-3, final_lr=3e-4, warmup_steps=25, decay_fraction=0.6),
             checkpoint=c.CheckpointConfig(interval=100, keep=2),
             eval=c.EvalConfig(tasks=("all",), final_limit=400),
         )

@@ -249,6 +249,7 @@ def _small() -> ModelConfig:
 def _demo() -> ModelConfig:
     return ModelConfig(
         vocab_size=2048, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        initializer_range=0.08,
         q_lora_rank=64, kv_lora_rank=48, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
         rope_scaling=YarnConfig(factor=4.0, original_max_position_embeddings=128), max_position_embeddings=512,
         moe=MoEConfig(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=96, routed_scaling_factor=1.5),

@@ -7,12 +7,14 @@
 | python     | this interpreter's standard library                  | 6 % of the files           | PSF                 |
 | arithmetic | sums and differences up to 30                        | 20 % of the operand pairs  | generated           |
 | easyvqa    | easy-VQA's scenes at many sizes, 2 or 3 questions    | its own test set           | MIT                 |
+| easyvqa_large | the same, drawn at the limit of 256 patches       | its own test set           | MIT                 |
 | digits     | scanned handwritten digits: naming, strings, larger  | 20 % of the digits         | BSD (UCI, CC BY)    |
 | video      | a handwritten digit moving over frames of real clips | a clip; 20 % of the digits | BSD; CC BY          |
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +28,7 @@ OPENERS: dict[str, Callable[[str], Any]] = {
     "python": demo_text.Python,
     "arithmetic": demo_text.Arithmetic,
     "easyvqa": demo_image.EasyVQA,
+    "easyvqa_large": functools.partial(demo_image.EasyVQA, large=True),
     "digits": demo_image.Digits,
     "video": demo_video.MovingDigit,
 }

@@ -2,7 +2,7 @@
 
 All easy-VQA images are 64 x 64, and the released preprocessing never enlarges (reference.md section 5): one size would
 never exercise native resolution. Training therefore crops, pads and scales them in ways that keep every answer true;
-evaluation uses them as they are. About one image in twenty fills the largest vision bin of the demo (256 patches).
+evaluation uses them as they are. A source of its own draws the scenes that fill the demo's largest bin (256 patches).
 
 h, w  pixels;  one patch is 14 x 14, one token 28 x 28
 """
@@ -21,9 +21,8 @@ from kimi_jax.data.example import Example, Image, Text
 from kimi_jax.data.sources.demo_base import generator, held_out, package_file, question_parts
 
 TOKEN = 28  # pixels a side of one token
-MAX_TOKENS = 25  # of an ordinary image
+MAX_TOKENS = 16  # of an ordinary image: 64 patches
 LIMIT_SHAPES = ((224, 224), (112, 448), (448, 112))  # h, w of exactly 256 patches
-LIMIT_SHARE = 0.05
 DRAWS = 8  # times that each image appears in one pass, each time drawn differently
 
 # ------------------------------------------------------------------------------------------------------------- easy-VQA
@@ -99,14 +98,10 @@ def _pad(pixels: np.ndarray, colour: np.ndarray, h: int, w: int, rng: np.random.
 
 
 def augment(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A scene at a random size, crop and canvas: uint8 [h, w, 3], 1 to MAX_TOKENS tokens or exactly 256 patches."""
-    if rng.random() < 0.35:
+    """A scene as it is or at a random size, crop and canvas: uint8 [h, w, 3], 1 to MAX_TOKENS tokens."""
+    if rng.random() < 0.5:
         return pixels
     colour = _background(pixels)
-    if rng.random() < LIMIT_SHARE / 0.65:
-        h, w = LIMIT_SHAPES[rng.integers(len(LIMIT_SHAPES))]
-        side = int(min(h, w) * rng.uniform(0.75, 1.0))
-        return _pad(resize(pixels, side, side), colour, h, w, rng)
     if rng.random() < 0.5:
         pixels = _crop(pixels, colour, rng)
     if rng.random() < 0.5:
@@ -117,6 +112,13 @@ def augment(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     while tokens_of(h, w) > MAX_TOKENS:
         h, w = int(h * 0.9), int(w * 0.9)
     return resize(pixels, h, w)
+
+
+def fill_largest(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A scene on a canvas of exactly 256 patches, square, wide or tall: uint8 [h, w, 3]."""
+    h, w = LIMIT_SHAPES[rng.integers(len(LIMIT_SHAPES))]
+    side = int(min(h, w) * rng.uniform(0.75, 1.0))
+    return _pad(resize(pixels, side, side), _background(pixels), h, w, rng)
 
 
 def _choose_questions(record: VQARecord, rng: np.random.Generator) -> list[tuple[str, str]]:
@@ -134,9 +136,10 @@ def _choose_questions(record: VQARecord, rng: np.random.Generator) -> list[tuple
 
 @dataclass(frozen=True)
 class EasyVQA:
-    """Documents of one image and its questions."""
+    """Documents of one image and its questions; `large` draws every training image at the limit of 256 patches."""
 
     split: str
+    large: bool = False
 
     def __len__(self) -> int:
         return len(vqa_records(self.split)) * (DRAWS if self.split == "train" else 1)
@@ -145,7 +148,8 @@ class EasyVQA:
         record = self.record(i)
         pixels = vqa_image(self.split, self._vqa(i).image)
         if self.split == "train":
-            pixels = augment(pixels, generator("easyvqa/pixels", self.split, i))
+            draw = fill_largest if self.large else augment
+            pixels = draw(pixels, generator("easyvqa/pixels", self.split, i))
         return Example((Image(pixels), *record.parts), record.key)
 
     def record(self, i: int) -> Example:
@@ -209,12 +213,8 @@ class Digits:
 
     def _picture(self, glyphs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         dark_ink = bool(rng.random() < 0.5)
-        if rng.random() < LIMIT_SHARE:
-            strip = draw_digits(glyphs, 448 // max(4, len(glyphs)), 0, dark_ink)
-            h, w = LIMIT_SHAPES[1]
-        else:
-            strip = draw_digits(glyphs, int(rng.integers(28, 43)), int(rng.integers(0, 9)), dark_ink)
-            h, w = (side + int(rng.integers(0, 15)) for side in strip.shape[:2])
+        strip = draw_digits(glyphs, int(rng.integers(28, 43)), int(rng.integers(0, 9)), dark_ink)
+        h, w = (side + int(rng.integers(0, 15)) for side in strip.shape[:2])
         return _pad(strip, np.array([255 if dark_ink else 0] * 3), h, w, rng)
 
     def _asked(self, i: int) -> list[tuple[np.ndarray, list[tuple[str, str]]]]:

@@ -1,9 +1,9 @@
 """Video of the demo: a handwritten digit moves over frames of a real clip; which way does it go?
 
-The path wraps round (what leaves on one side comes in on the other) and starts anywhere: the position in any one
-frame says nothing about the direction: one frame, or frames in another order, can only be guessed at.
+The first frame shows the digit anywhere, whatever the direction, so one frame can only be guessed at; from there the
+digit goes its way and may leave the picture. The set of places still tells the axis, only their order the direction.
 
-n      frames (1 to 8: chunks of one to four frames)
+n      frames (2 to 7: chunks of one to four frames)
 h, w   pixels of a frame
 """
 
@@ -24,11 +24,11 @@ CLIPS = {"train": ("bigbuckbunny", "bikes"), "validation": ("carphone_pristine",
 STEPS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 DIRECTIONS = tuple(STEPS)
 DIRECTION_QUESTION = "which way does the digit move?"
-# h, w of training; four frames of the last one fill a bin of 256 patches, of the first one a bin of 64
-SIZES = ((56, 56), (56, 56), (56, 56), (56, 84), (84, 56), (84, 84), (112, 112))
+# h, w of training; four frames of the first one fill a bin of 64 patches
+SIZES = ((56, 56),) * 10 + ((56, 84), (84, 56))
 EVAL_SIZE = (56, 56)
-COUNTS = (1, 2, 3, 4, 4, 4, 4, 4, 6, 7)  # frames of a training item
-SECONDS = 0.5  # between frames: the released rule samples two a second
+COUNTS = ((2, 6), (3, 7), (4,))  # frames of the three clips of a training item: chunks of 2, 3 and 4 frames in each
+SECONDS = 0.04  # between frames: neighbouring frames of the clips, 25 a second
 STORED_HEIGHT = 120  # pixels that decoded frames are kept at
 
 
@@ -44,38 +44,44 @@ def clip(name: str) -> np.ndarray:
     return np.stack(frames)
 
 
-def paste_wrapped(frame: np.ndarray, tile: np.ndarray, top: int, left: int) -> None:
-    """Writes `tile` into `frame` in place; what passes an edge comes in at the opposite one."""
-    rows = (top + np.arange(tile.shape[0])) % frame.shape[0]
-    columns = (left + np.arange(tile.shape[1])) % frame.shape[1]
-    frame[rows[:, None], columns] = tile
+def paste(frame: np.ndarray, tile: np.ndarray, top: int, left: int) -> None:
+    """Writes the part of `tile` that lies inside `frame`, in place."""
+    h, w = frame.shape[:2]
+    rows, columns = slice(max(top, 0), min(top + tile.shape[0], h)), slice(max(left, 0), min(left + tile.shape[1], w))
+    if rows.start < rows.stop and columns.start < columns.stop:
+        inside = tile[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
+        frame[rows, columns] = inside
 
 
 def moving_digit(
     background: np.ndarray, glyph: np.ndarray, direction: str, n: int, size: tuple[int, int], rng: np.random.Generator
 ) -> np.ndarray:
-    """Frames uint8 [n, h, w, 3]: `glyph` [8, 8] moves 14 to 18 pixels a frame over `background` [frames, H, W, 3].
+    """Frames uint8 [n, h, w, 3]: `glyph` [8, 8] moves 9 to 14 pixels a frame over `background` [frames, H, W, 3].
 
-    The start is uniform over the whole frame and independent of `direction`.
+    The start is uniform over all places where the whole digit is seen, whatever the direction.
     """
     h, w = size
-    stride = max(1, round(SECONDS * 25))
+    frames = _background_frames(background, n, size, rng)
+    tile = draw_digits(glyph[None], (20 if min(h, w) < 84 else 28) + int(rng.integers(0, 7)), gap=0, dark_ink=False)
+    start = np.array([rng.integers(h - len(tile) + 1), rng.integers(w - len(tile) + 1)])
+    step = int(rng.integers(9, 15)) * np.array(STEPS[direction])
+    for k in range(n):
+        top, left = (start + k * step).tolist()
+        paste(frames[k], tile, top, left)
+    return frames
+
+
+def _background_frames(background: np.ndarray, n: int, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """n frames SECONDS apart from a random moment, one random window of them all: uint8 [n, h, w, 3]."""
+    h, w = size
+    stride = round(SECONDS * 25)
     first = int(rng.integers(0, max(1, len(background) - stride * (n - 1))))
     kept = background[(first + stride * np.arange(n)) % len(background)]
     side_h = min(kept.shape[1], int(h * rng.uniform(1.0, kept.shape[1] / max(h, w))))
     side_w = min(kept.shape[2], side_h * w // h)
     top, left = int(rng.integers(0, kept.shape[1] - side_h + 1)), int(rng.integers(0, kept.shape[2] - side_w + 1))
-    smallest = 20 if min(h, w) < 84 else 28
-    tile = draw_digits(glyph[None], smallest + int(rng.integers(0, 7)), gap=0, dark_ink=False)
-    position = np.array([rng.integers(h), rng.integers(w)])
-    step = int(rng.integers(14, 19)) * np.array(STEPS[direction])
-    frames = np.empty((n, h, w, 3), np.uint8)
-    for k in range(n):
-        view = Picture.fromarray(kept[k, top : top + side_h, left : left + side_w])
-        frames[k] = np.asarray(view.resize((w, h), Picture.Resampling.BICUBIC))
-        top_left = position + k * step
-        paste_wrapped(frames[k], tile, int(top_left[0]), int(top_left[1]))
-    return frames
+    views = (Picture.fromarray(view) for view in kept[:, top : top + side_h, left : left + side_w])
+    return np.stack([np.asarray(view.resize((w, h), Picture.Resampling.BICUBIC)) for view in views])
 
 
 def timestamps(n: int) -> list[float]:
@@ -85,7 +91,7 @@ def timestamps(n: int) -> list[float]:
 
 @dataclass(frozen=True)
 class MovingDigit:
-    """Documents of one video, the direction (from two frames on) and the digit's name."""
+    """Documents of three videos, each with its direction, sometimes with the digit's name."""
 
     split: str
 
@@ -93,28 +99,29 @@ class MovingDigit:
         return 16384 if self.split == "train" else 1024
 
     def __getitem__(self, i: int) -> Example:
-        number, direction, n, _ = self._drawn(i)
         rng = generator("video/pixels", self.split, i)
-        names = CLIPS[self.split]
-        background = clip(names[rng.integers(len(names))])
-        size = SIZES[rng.integers(len(SIZES))]
-        frames = moving_digit(background, digits(self.split)[0][number], direction, n, size, rng)
-        record = self.record(i)
-        return Example((Video(list(frames), timestamps(n)), *record.parts), record.key)
+        parts: list[Text | Video] = []
+        for number, direction, n, questions in self._asked(i):
+            background = clip(CLIPS[self.split][rng.integers(len(CLIPS[self.split]))])
+            size = SIZES[rng.integers(len(SIZES))]
+            frames = moving_digit(background, digits(self.split)[0][number], direction, n, size, rng)
+            parts += [Video(list(frames), timestamps(n)), *questions]
+        return Example(tuple(parts), f"video/{self.split}/{i}")
 
     def record(self, i: int) -> Example:
         """The text of item i."""
-        number, direction, n, named = self._drawn(i)
-        parts: list[Text] = [Text("\n", 0.0)]
-        if n > 1:
-            parts += question_parts(DIRECTION_QUESTION, direction)
-        if named:
-            parts += question_parts(NAME_QUESTION, str(digits(self.split)[1][number]))
-        return Example(tuple(parts), f"video/{self.split}/{i}")
+        parts = tuple(part for *_, questions in self._asked(i) for part in questions)
+        return Example(parts, f"video/{self.split}/{i}")
 
-    def _drawn(self, i: int) -> tuple[int, str, int, bool]:
-        """Number of the digit, direction, frames, and whether the digit's name is asked for."""
+    def _asked(self, i: int) -> list[tuple[int, str, int, list[Text]]]:
+        """For each clip of item i: number of the digit, direction, frames, and the questions as parts."""
         rng = generator("video", self.split, i)
-        n = COUNTS[rng.integers(len(COUNTS))]
-        direction = DIRECTIONS[rng.integers(len(DIRECTIONS))]
-        return int(rng.integers(len(digits(self.split)[1]))), direction, n, bool(n == 1 or rng.random() < 0.3)
+        labels = digits(self.split)[1]
+        clips = []
+        for counts in COUNTS:
+            number, direction = int(rng.integers(len(labels))), DIRECTIONS[rng.integers(len(DIRECTIONS))]
+            questions = [Text("\n", 0.0), *question_parts(DIRECTION_QUESTION, direction)]
+            if rng.random() < 0.2:
+                questions += question_parts(NAME_QUESTION, str(labels[number]))
+            clips.append((number, direction, int(counts[rng.integers(len(counts))]), questions))
+        return clips
