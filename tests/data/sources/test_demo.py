@@ -1,5 +1,6 @@
 """The demo's sources: deterministic, disjoint splits, true answers, many sizes, no answer told by a single frame."""
 
+import itertools
 import pickle
 from collections import Counter
 
@@ -215,7 +216,7 @@ def test_the_digit_moves_the_way_the_answer_says(direction):
         frames = demo_video.moving_digit(BLACK, GLYPH, direction, 4, (84, 112), np.random.default_rng(seed))
         bright = frames[..., 0] > 128
         ends = [[(np.flatnonzero(f.any(axis=1 - axis))[[0, -1]]) for axis in (0, 1)] for f in bright if f.any()]
-        for before, after in zip(ends, ends[1:], strict=False):
+        for before, after in itertools.pairwise(ends):
             if all(a[1] - a[0] == b[1] - b[0] for a, b in zip(before, after, strict=True)):  # not yet cut by an edge
                 moves.append([after[axis][0] - before[axis][0] for axis in (0, 1)])
     moves = np.array(moves)
