@@ -248,7 +248,7 @@ def _small() -> ModelConfig:
 
 def _demo() -> ModelConfig:
     return ModelConfig(
-        vocab_size=2048, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        vocab_size=2048, hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
         initializer_range=0.08,
         q_lora_rank=64, kv_lora_rank=48, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
         rope_scaling=YarnConfig(factor=4.0, original_max_position_embeddings=128), max_position_embeddings=512,

@@ -173,7 +173,7 @@ def _directions(limit: int) -> list[Question]:
     for i in range(limit):
         rng = generator("video_direction", "validation", i)
         direction = videos.DIRECTIONS[i % 4]
-        frames = videos.moving_digit(background, glyphs[rng.integers(len(labels))], direction, 4, videos.EVAL_SIZE, rng)
+        frames = videos.moving_digit(background, glyphs[rng.integers(len(labels))], direction, 4, videos.SIZE, rng)
         media = Video(list(np.asarray(frames)), videos.timestamps(4))
         questions.append(ask(media, videos.DIRECTION_QUESTION, direction, videos.DIRECTIONS, f"video {i}"))
     return questions
@@ -187,8 +187,8 @@ register(
         kind="choice",
         metrics=("accuracy",),
         doc="A held-out handwritten digit moves left, right, up or down over four frames of a held-out real clip; its "
-        "path wraps round, so no single frame tells the direction. Likelihood of the four answers. Controls: the first "
-        "frame only; the four frames in an order with three of six pairs reversed.",
+        "first frame shows it anywhere, whatever the direction. Likelihood of the four answers. Controls: the first "
+        "frame only; the four frames in an order with three of six pairs reversed, which still tells the axis.",
         build=_directions,
         chance=lambda questions, metric: 0.25,
         controls=(Control("single frame", change=single_frame), Control("shuffled frames", change=shuffled_frames)),

@@ -1,15 +1,16 @@
 """The demo's sources: kind "demo", `path` names the sub-set (issue 2, point 7; docs/data.md).
 
-| path       | holds                                                | validation split           | licence of the data |
-|------------|------------------------------------------------------|----------------------------|---------------------|
-| wiki       | Wikipedia leads: title and extract                   | 5 % of the articles        | CC BY-SA            |
-| factbook   | World Factbook sections, fact sheets, capitals       | 10 % of the countries      | public domain       |
-| python     | this interpreter's standard library                  | 6 % of the files           | PSF                 |
-| arithmetic | sums and differences up to 30                        | 20 % of the operand pairs  | generated           |
-| easyvqa    | easy-VQA's scenes at many sizes, 2 or 3 questions    | its own test set           | MIT                 |
+| path          | holds                                             | validation split           | licence of the data |
+| ------------- | ------------------------------------------------- | -------------------------- | ------------------- |
+| wiki          | Wikipedia leads: title and extract                | 5 % of the articles        | CC BY-SA            |
+| factbook      | World Factbook sections, fact sheets, capitals    | 10 % of the countries      | public domain       |
+| python        | this interpreter's standard library               | 6 % of the files           | PSF                 |
+| arithmetic    | sums and differences up to 30                     | 20 % of the operand pairs  | generated           |
+| easyvqa       | easy-VQA's scenes at many sizes, 2 or 3 questions | its own test set           | MIT                 |
 | easyvqa_large | the same, drawn at the limit of 256 patches       | its own test set           | MIT                 |
-| digits     | scanned handwritten digits: naming, strings, larger  | 20 % of the digits         | BSD (UCI, CC BY)    |
-| video      | a handwritten digit moving over frames of real clips | a clip; 20 % of the digits | BSD; CC BY          |
+| digits        | scanned digits: naming, strings, larger           | 20 % of the digits         | BSD (UCI, CC BY)    |
+| video         | a digit moving over four frames of real clips     | a clip; 20 % of the digits | BSD; CC BY          |
+| video_mixed   | three such clips of 1 to 7 frames, other shapes   | as video                   | BSD; CC BY          |
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ OPENERS: dict[str, Callable[[str], Any]] = {
     "easyvqa_large": functools.partial(demo_image.EasyVQA, large=True),
     "digits": demo_image.Digits,
     "video": demo_video.MovingDigit,
+    "video_mixed": functools.partial(demo_video.MovingDigit, mixed=True),
 }
 
 

@@ -20,7 +20,7 @@ SPLITS = ("train", "validation")
 # Loss weights of documents with an image or video. Only the words of an answer need the picture, and they are one token
 # in forty: at weight 1 they would be a few per cent of the loss, and the demo too short to learn to look.
 QUESTION_WEIGHT = 0.1
-ANSWER_WEIGHT = 10.0
+ANSWER_WEIGHT = 8.0
 END_WEIGHT = 0.5  # the new line behind an answer
 
 

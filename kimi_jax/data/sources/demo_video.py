@@ -3,7 +3,7 @@
 The first frame shows the digit anywhere, whatever the direction, so one frame can only be guessed at; from there the
 digit goes its way and may leave the picture. The set of places still tells the axis, only their order the direction.
 
-n      frames (2 to 7: chunks of one to four frames)
+n      frames (1 to 7: chunks of one to four frames)
 h, w   pixels of a frame
 """
 
@@ -24,10 +24,9 @@ CLIPS = {"train": ("bigbuckbunny", "bikes"), "validation": ("carphone_pristine",
 STEPS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 DIRECTIONS = tuple(STEPS)
 DIRECTION_QUESTION = "which way does the digit move?"
-# h, w of training; four frames of the first one fill a bin of 64 patches
-SIZES = ((56, 56),) * 10 + ((56, 84), (84, 56))
-EVAL_SIZE = (56, 56)
-COUNTS = ((2, 6), (3, 7), (4,))  # frames of the three clips of a training item: chunks of 2, 3 and 4 frames in each
+SIZE = (56, 56)  # h, w: four frames fill a bin of 64 patches
+OTHER_SIZES = ((56, 56), (56, 84), (84, 56))
+OTHER_COUNTS = ((2, 6), (3, 7), (1, 5))  # frames of the three clips of a document: chunks of all lengths in each
 SECONDS = 0.04  # between frames: neighbouring frames of the clips, 25 a second
 STORED_HEIGHT = 120  # pixels that decoded frames are kept at
 
@@ -91,9 +90,13 @@ def timestamps(n: int) -> list[float]:
 
 @dataclass(frozen=True)
 class MovingDigit:
-    """Documents of three videos, each with its direction, sometimes with the digit's name."""
+    """Documents of one video of four frames, its direction, sometimes the digit's name.
+
+    `mixed` documents hold three videos instead, of other lengths and shapes.
+    """
 
     split: str
+    mixed: bool = False
 
     def __len__(self) -> int:
         return 16384 if self.split == "train" else 1024
@@ -103,7 +106,7 @@ class MovingDigit:
         parts: list[Text | Video] = []
         for number, direction, n, questions in self._asked(i):
             background = clip(CLIPS[self.split][rng.integers(len(CLIPS[self.split]))])
-            size = SIZES[rng.integers(len(SIZES))]
+            size = OTHER_SIZES[rng.integers(len(OTHER_SIZES))] if self.mixed else SIZE
             frames = moving_digit(background, digits(self.split)[0][number], direction, n, size, rng)
             parts += [Video(list(frames), timestamps(n)), *questions]
         return Example(tuple(parts), f"video/{self.split}/{i}")
@@ -118,10 +121,13 @@ class MovingDigit:
         rng = generator("video", self.split, i)
         labels = digits(self.split)[1]
         clips = []
-        for counts in COUNTS:
+        for counts in OTHER_COUNTS if self.mixed else ((4,),):
             number, direction = int(rng.integers(len(labels))), DIRECTIONS[rng.integers(len(DIRECTIONS))]
-            questions = [Text("\n", 0.0), *question_parts(DIRECTION_QUESTION, direction)]
-            if rng.random() < 0.2:
+            n = int(counts[rng.integers(len(counts))])
+            questions = [Text("\n", 0.0)]
+            if n > 1:
+                questions += question_parts(DIRECTION_QUESTION, direction)
+            if n == 1 or rng.random() < 0.2:
                 questions += question_parts(NAME_QUESTION, str(labels[number]))
-            clips.append((number, direction, int(counts[rng.integers(len(counts))]), questions))
+            clips.append((number, direction, n, questions))
         return clips
