@@ -14,7 +14,7 @@ from kimi_jax import config as c
 
 TEXT = {"wiki": 9.0, "factbook": 1.0, "python": 1.0, "arithmetic": 0.6}  # share of the text-only examples drawn
 # share of the examples with images or video
-VISION = {"easyvqa": 2.4, "easyvqa_large": 0.5, "digits": 0.9, "video": 1.6, "video_mixed": 0.5}
+VISION = {"easyvqa": 2.4, "easyvqa_large": 0.5, "digits": 1.0, "video": 1.4, "video_mixed": 0.5}
 STEPS = 550
 
 
@@ -35,8 +35,8 @@ def get_config() -> ml_collections.ConfigDict:
                 # of 256 patches, and chunks of one to four frames
                 num_groups=1,
                 rows_per_group=16,
-                vision_bins=((64, 40), (256, 6)),
-                vision_ratio=((0.0, 0.12), (0.35, 0.07)),  # more to look at early, more to read later
+                vision_bins=((144, 20), (256, 5)),
+                vision_ratio=((0.0, 0.12), (0.3, 0.06)),  # it learns to look first, then mostly reads
                 lookahead=32,
             ),
             optimizer=c.OptimizerConfig(peak_lr=8e-3, final_lr=3e-4, warmup_steps=25, decay_fraction=0.6),

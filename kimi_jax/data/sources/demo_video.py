@@ -1,4 +1,4 @@
-"""Video of the demo: a handwritten digit moves over frames of a real clip; which way does it go?
+"""Video of the demo: a handwritten digit on a white card moves over frames of a real clip; which way does it go?
 
 The first frame shows the digit anywhere, whatever the direction, so one frame can only be guessed at; from there the
 digit goes its way and may leave the picture. The set of places still tells the axis, only their order the direction.
@@ -27,6 +27,7 @@ DIRECTION_QUESTION = "which way does the digit move?"
 SIZE = (56, 56)  # h, w: four frames fill a bin of 64 patches
 OTHER_SIZES = ((56, 56), (56, 84), (84, 56))
 OTHER_COUNTS = ((2, 6), (3, 7), (1, 5))  # frames of the three clips of a document: chunks of all lengths in each
+DIMMED = 0.4  # brightness of the clip behind the card: at full brightness the demo is too short to find the card
 SECONDS = 0.04  # between frames: neighbouring frames of the clips, 25 a second
 STORED_HEIGHT = 120  # pixels that decoded frames are kept at
 
@@ -61,7 +62,7 @@ def moving_digit(
     """
     h, w = size
     frames = _background_frames(background, n, size, rng)
-    tile = draw_digits(glyph[None], (20 if min(h, w) < 84 else 28) + int(rng.integers(0, 7)), gap=0, dark_ink=False)
+    tile = draw_digits(glyph[None], (20 if min(h, w) < 84 else 28) + int(rng.integers(0, 7)), gap=0, dark_ink=True)
     start = np.array([rng.integers(h - len(tile) + 1), rng.integers(w - len(tile) + 1)])
     step = int(rng.integers(9, 15)) * np.array(STEPS[direction])
     for k in range(n):
@@ -71,7 +72,7 @@ def moving_digit(
 
 
 def _background_frames(background: np.ndarray, n: int, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """n frames SECONDS apart from a random moment, one random window of them all: uint8 [n, h, w, 3]."""
+    """n frames SECONDS apart from a random moment, one random window of them all, dimmed: uint8 [n, h, w, 3]."""
     h, w = size
     stride = round(SECONDS * 25)
     first = int(rng.integers(0, max(1, len(background) - stride * (n - 1))))
@@ -80,7 +81,8 @@ def _background_frames(background: np.ndarray, n: int, size: tuple[int, int], rn
     side_w = min(kept.shape[2], side_h * w // h)
     top, left = int(rng.integers(0, kept.shape[1] - side_h + 1)), int(rng.integers(0, kept.shape[2] - side_w + 1))
     views = (Picture.fromarray(view) for view in kept[:, top : top + side_h, left : left + side_w])
-    return np.stack([np.asarray(view.resize((w, h), Picture.Resampling.BICUBIC)) for view in views])
+    bright = np.stack([np.asarray(view.resize((w, h), Picture.Resampling.BICUBIC)) for view in views])
+    return (bright * DIMMED).astype(np.uint8)
 
 
 def timestamps(n: int) -> list[float]:

@@ -203,7 +203,7 @@ def test_a_drawn_digit_is_the_scan_enlarged():
 # --------------------------------------------------------------------------------------------------------------- video
 
 
-GLYPH = np.full((8, 8), 255, np.uint8)
+GLYPH = np.zeros((8, 8), np.uint8)  # no ink: a white card
 BLACK = np.zeros((40, 120, 160, 3), np.uint8)
 
 
