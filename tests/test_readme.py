@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import pytest
 
 from kimi_jax.config import PRESETS, ConfigError, TrainConfig, freeze, thaw
-from tests.fixtures import REPO
+from tests.fixtures import REPO, shared
 
 TEXT = (REPO / "README.md").read_text(encoding="utf-8")
 BLOCKS = [(kind, re.sub(r"(?m)^ {0,3}", "", body) if indent else body) for indent, kind, body in
@@ -94,9 +94,15 @@ def test_json_lines_are_examples(line):
 
 @pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.split("\n")[0])
 def test_code_runs(code):
+    """As it stands in README; where it opens a released model, a tiny one and the released vocabulary stand in."""
+    if "DIR" in code:
+        code = code.replace('load("DIR"', f'load("{shared("fixtures/tiny_fp32")}"')
+        code = code.replace('load_tokenizer("DIR"', f'load_tokenizer("{shared("kimi_tokenizer")}"')
     scope: dict = {}
     exec(compile(code, "<README>", "exec"), scope)
-    if "get_config" in scope:
+    if "model" in scope:
+        assert scope["logits"].shape == (1, 3, scope["model"].config.vocab_size) and len(scope["ids"]) > 5
+    elif "get_config" in scope:
         config = freeze(scope["get_config"]())
         assert config.workdir == "runs/mine"
     else:

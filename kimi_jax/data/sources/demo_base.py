@@ -71,7 +71,7 @@ def reply(answer: str) -> str:
     return f" {answer}\n"
 
 
-def question_parts(question: str, answer: str, weight: float = ANSWER_WEIGHT) -> tuple[Text, Text, Text]:
+def question_parts(question: str, answer: str) -> tuple[Text, Text, Text]:
     """One question and its answer, about an image or video, as parts of an Example."""
     words, end = reply(answer)[:-1], reply(answer)[-1:]
-    return Text(prompt(question), QUESTION_WEIGHT), Text(words, weight), Text(end, END_WEIGHT)
+    return Text(prompt(question), QUESTION_WEIGHT), Text(words, ANSWER_WEIGHT), Text(end, END_WEIGHT)

@@ -28,7 +28,6 @@ SIZE = (56, 56)  # h, w: four frames fill a bin of 64 patches
 OTHER_SIZES = ((56, 56), (56, 84), (84, 56))
 OTHER_COUNTS = ((2, 6), (3, 7), (1, 5))  # frames of the three clips of a document: chunks of all lengths in each
 DIMMED = 0.4  # brightness of the clip behind the card: at full brightness the demo is too short to find the card
-DIRECTION_WEIGHT = 30.0  # loss weight of the answer: asked less often than colours and harder to find out
 SECONDS = 0.04  # between frames: neighbouring frames of the clips, 25 a second
 STORED_HEIGHT = 120  # pixels that decoded frames are kept at
 
@@ -129,7 +128,7 @@ class MovingDigit:
             n = int(counts[rng.integers(len(counts))])
             questions = [Text("\n", 0.0)]
             if n > 1:
-                questions += question_parts(DIRECTION_QUESTION, direction, DIRECTION_WEIGHT)
+                questions += question_parts(DIRECTION_QUESTION, direction)
             if n == 1 or rng.random() < 0.2:
                 questions += question_parts(NAME_QUESTION, str(labels[number]))
             clips.append((number, direction, n, questions))
