@@ -75,6 +75,8 @@ def test_uneven_groups_are_refused(mesh):
 
 
 def test_weights_do_not_depend_on_the_mesh():
+    """To a unit in the last place: on jax 0.12 the compiled normal sampler rounds a few per cent of the elements
+    otherwise where the shard has another length (1.9e-7 relative seen). Another draw would differ by its own size."""
     from kimi_jax.nn.kimi import init_params
     from kimi_jax.nn.param import unbox
 
@@ -84,4 +86,4 @@ def test_weights_do_not_depend_on_the_mesh():
         return jax.jit(lambda: unbox(init_params(MODEL, jax.random.key(3))), out_shardings=cuts)()
 
     for a, b in zip(jax.tree.leaves(make(1)), jax.tree.leaves(make(8)), strict=True):
-        np.testing.assert_array_equal(a, b)
+        np.testing.assert_allclose(a, b, rtol=5e-7, atol=0)
