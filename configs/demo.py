@@ -4,8 +4,8 @@ Run:     make demo
       or python -m kimi_jax.data tokenizer --config=configs/demo.py
          python -m kimi_jax.train --config=configs/demo.py
 Needs:   pip install -e '.[demo]'; no network, no accelerator.
-Expect:  vision accuracy well above the blank-image control, video direction above the single-frame control, held-out
-         text below 2.0 bits a byte. The table is printed at the end and kept in runs/demo/results.json.
+Expect:  one run (seed 0): easy-VQA's open questions 0.66 against 0.25 with a blank image, held-out Wikipedia 2.04 bits a
+         byte; digits and the direction of motion stay at their controls. The table is kept in runs/demo/results.json.
 """
 
 import ml_collections
