@@ -1,11 +1,11 @@
-"""The demo: the whole of Kimi K2.5 in small (2.4 M parameters) on real text, images and video, on two CPU cores.
+"""The demo: the whole of Kimi K2.5 in small (2 M parameters) on real text, images and video, on two CPU cores.
 
 Run:     make demo
       or python -m kimi_jax.data tokenizer --config=configs/demo.py
          python -m kimi_jax.train --config=configs/demo.py
 Needs:   pip install -e '.[demo]'; no network, no accelerator.
-Expect:  one run (seed 0): easy-VQA's open questions 0.66 against 0.25 with a blank image, held-out Wikipedia 2.04 bits a
-         byte; digits and the direction of motion stay at their controls. The table is kept in runs/demo/results.json.
+Expect:  one run (seed 0): easy-VQA's open questions 0.66 against 0.25 with a blank image; held-out Wikipedia 2.04 bits
+         a byte; digits and the direction of motion stay at their controls. The table is in runs/demo/results.json.
 """
 
 import ml_collections
