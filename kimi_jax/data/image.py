@@ -6,8 +6,7 @@ N      h*w patches;  p = patch_size;  C = 3*p*p
 
 Never upscaled; padding is at the right and the bottom and black, so -1 after normalisation. EXIF orientation is
 ignored, alpha and palettes go through `convert("RGB")`, an animation counts as its first frame: all as released.
-The pipeline carries uint8 patches; the float form is one look-up in a table of 256 entries, bit for bit the released
-arithmetic.
+The pipeline carries uint8 patches; the float form is made from them at the end, bit for bit the released arithmetic.
 """
 
 from __future__ import annotations
@@ -33,9 +32,7 @@ FORMATS = (
     "PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO", "TGA", "JPEG2000", "AVIF",
 )  # fmt: skip
 
-# (u8 / 255 in float64, then float32) - 0.5, times 2: the released order of operations.
-NORMALISED = ((np.arange(256) / 255.0).astype(np.float32) - np.float32(0.5)) * np.float32(2.0)
-NORMALISED.setflags(write=False)
+BLOCK = 1 << 16  # pixels normalised at a time: their float32 form stays in cache between the two operations
 
 
 @dataclass(frozen=True)
@@ -169,7 +166,8 @@ def decode(image: PIL.Image.Image | np.ndarray, key: str = "") -> PIL.Image.Imag
     try:
         if getattr(image, "is_animated", False) and image.tell() != 0:
             image.seek(0)
-        return image.convert("RGB")
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # truncated data, broken chunks, unknown modes: each decoder has its own exceptions
         raise BadRecord("broken_image", key, f"{type(error).__name__}: {error}") from error
 
@@ -179,10 +177,14 @@ def picture_patches(rgb: PIL.Image.Image, plan: Plan, patch_size: int = 14) -> n
     if rgb.size != (plan.width, plan.height):
         rgb = rgb.resize((plan.width, plan.height), PIL.Image.Resampling.BICUBIC)
     p = patch_size
-    canvas = np.zeros((plan.h * p, plan.w * p, 3), np.uint8)
-    canvas[: plan.height, : plan.width] = np.asarray(rgb)
-    cut = canvas.reshape(plan.h, p, plan.w, p, 3).transpose(0, 2, 4, 1, 3)
-    return cut.reshape(plan.patches, 3 * p * p)
+    rows = np.dtype((np.void, p))  # a patch's row of one channel, moved as one item: three times as fast as by pixels
+    patches = np.empty((plan.h, plan.w, 3, p), rows)
+    for c, channel in enumerate(rgb.split()):
+        plane = np.asarray(channel)
+        if (plan.height, plan.width) != (plan.h * p, plan.w * p):
+            plane = np.pad(plane, ((0, plan.h * p - plan.height), (0, plan.w * p - plan.width)))
+        patches[:, :, c] = plane.view(rows).reshape(plan.h, p, plan.w).swapaxes(1, 2)
+    return patches.view(np.uint8).reshape(plan.patches, 3 * p * p)
 
 
 def image_patches(
@@ -201,8 +203,19 @@ def image_patches(
 
 
 def normalise(patches: np.ndarray, patch_size: int = 14) -> np.ndarray:
-    """uint8 [N, C] to the released `pixel_values`: float32 [N, 3, p, p] in [-1, 1]."""
-    return NORMALISED[patches].reshape(-1, 3, patch_size, patch_size)
+    """uint8 [N, C] to the released `pixel_values`: float32 [N, 3, p, p] in [-1, 1].
+
+    The release divides by 255, subtracts 0.5 and doubles. To double first changes no bit (a factor of two is exact), so
+    it is x / 127.5 - 1, which vectorises: four times as fast as a table of 256 entries.
+    """
+    result = np.empty((len(patches), 3, patch_size, patch_size), np.float32)
+    source, target = patches.reshape(-1), result.reshape(-1)
+    for start in range(0, source.size, BLOCK):
+        block = target[start : start + BLOCK]
+        np.copyto(block, source[start : start + BLOCK])
+        block /= np.float32(127.5)
+        block -= np.float32(1.0)
+    return result
 
 
 def process_image(image: PIL.Image.Image | np.ndarray | bytes | str | Path) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_jax.data import BadRecord
-from kimi_jax.data.image import MAX_PIXELS, fit_image, image_patches, open_image, plan_image, process_image
+from kimi_jax.data.image import (
+    BLOCK,
+    MAX_PIXELS,
+    fit_image,
+    image_patches,
+    normalise,
+    open_image,
+    plan_image,
+    process_image,
+)
 from tests.fixtures import shared
 
 
@@ -61,6 +70,26 @@ def test_patches_are_channel_row_column_in_raster_order():
     patches, grid = image_patches(image)
     assert grid == (1, 2, 4)
     assert np.array_equal(patches[5].reshape(3, 14, 14), image[14:28, 14:28].transpose(2, 0, 1))
+
+
+def test_every_byte_is_normalised_as_released():
+    """Divided by 255 in float64, rounded to float32, minus 0.5, doubled; across the ends of blocks too."""
+    patches = np.resize(np.arange(256, dtype=np.uint8), (BLOCK // 294 + 3, 588))
+    want = ((patches / np.float64(255)).astype(np.float32) - np.float32(0.5)) * np.float32(2)
+    assert normalise(patches).tobytes() == want.tobytes()
+
+
+@pytest.mark.parametrize("size", [(56, 84), (60, 40), (5, 5), (8000, 30)])
+def test_an_array_is_as_good_as_a_picture(size):
+    """A whole grid, padded, tiny, resized; the picture given is left as it was."""
+    picture = noise(*size)
+    array = np.asarray(picture)
+    before = array.copy()
+    (a, grid_a), (b, grid_b) = process_image(picture), process_image(array)
+    assert a.tobytes() == b.tobytes() and grid_a.tolist() == grid_b.tolist()
+    np.testing.assert_array_equal(np.asarray(picture), before)
+    flipped, _ = process_image(array[:, ::-1])
+    assert flipped.tobytes() == process_image(np.ascontiguousarray(array[:, ::-1]))[0].tobytes()
 
 
 def test_padding_is_minus_one_right_and_below():
