@@ -3,6 +3,7 @@
 Source: reference.md section 3 (MLA, naive form); paper.md sections 1.5 and 2.4 (QK-clip: what gets which factor).
 
 B rows   S tokens   D width   H heads   n, r, v: widths of the part without rotary, the rotary part, the values
+d = n + r   C = kv_lora_rank + r
 """
 
 from __future__ import annotations
@@ -42,6 +43,30 @@ class MLA(nn.Module):
         )
         self.o = text_linear(c, {**heads, "head_dim": c.v_head_dim}, width)
 
+    def project(
+        self, x: Float[Array, "B S D"], positions: Int[Array, "B S"]
+    ) -> tuple[Float[Array, "B S H n"], Float[Array, "B S H r"], Float[Array, "B S C"]]:
+        """Queries without and with rotary, and the latent: all that attention must know of a token as a key.
+
+        The latent is kv_lora_rank normalised numbers, then the turned rotary key that all heads share.
+        """
+        c = self.config
+        cos, sin = text_rotary(c, positions)
+        q = self.q(x) if c.q_lora_rank is None else self.q_b(self.q_a_norm(self.q_a(x)))
+        q_nope, q_rope = jnp.split(q, [c.qk_nope_head_dim], axis=-1)
+        latent, k_rope = jnp.split(self.kv_a(x), [c.kv_lora_rank], axis=-1)
+        k_rope = rotate_to_halves(k_rope[:, :, None], cos, sin)[:, :, 0]
+        latent = jnp.concatenate([self.kv_a_norm(latent), k_rope], axis=-1)
+        return q_nope, rotate_to_halves(q_rope, cos, sin), latent
+
+    def expand(self, latent: Float[Array, "B S C"]) -> tuple[Float[Array, "B S H d"], Float[Array, "B S H v"]]:
+        """Keys (part without rotary, then the rotary part) and values of every head."""
+        c = self.config
+        latent, k_rope = jnp.split(latent, [c.kv_lora_rank], axis=-1)
+        k_nope, v = jnp.split(self.kv_b(latent), [c.qk_nope_head_dim], axis=-1)
+        k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:-1], c.qk_rope_head_dim))
+        return jnp.concatenate([k_nope, k_rope], axis=-1), v
+
     def __call__(
         self, x: Float[Array, "B S D"], positions: Int[Array, "B S"], segment_ids: Int[Array, "B S"]
     ) -> tuple[Float[Array, "B S D"], Float[Array, " H"]]:
@@ -50,17 +75,10 @@ class MLA(nn.Module):
         positions: 0.. in each document; segment_ids: 0 padding, 1.. documents.
         Returns the output and each head's largest scaled logit (float32, no gradient).
         """
-        c = self.config
-        cos, sin = text_rotary(c, positions)
-        q = self.q(x) if c.q_lora_rank is None else self.q_b(self.q_a_norm(self.q_a(x)))
-        q_nope, q_rope = jnp.split(q, [c.qk_nope_head_dim], axis=-1)
-        latent, k_rope = jnp.split(self.kv_a(x), [c.kv_lora_rank], axis=-1)
-        k_nope, v = jnp.split(self.kv_b(self.kv_a_norm(latent)), [c.qk_nope_head_dim], axis=-1)
-        q_rope = rotate_to_halves(q_rope, cos, sin)
-        k_rope = rotate_to_halves(k_rope[:, :, None], cos, sin)  # one for all heads
+        q_nope, q_rope, latent = self.project(x, positions)
         q = jnp.concatenate([q_nope, q_rope], axis=-1)
-        k = jnp.concatenate([k_nope, jnp.broadcast_to(k_rope, q_rope.shape)], axis=-1)
-        out, max_logits = segment_attention(q, k, v, segment_ids, causal=True, scale=softmax_scale(c))
+        scale = softmax_scale(self.config)
+        out, max_logits = segment_attention(q, *self.expand(latent), segment_ids, causal=True, scale=scale)
         return self.o(out), max_logits
 
 

@@ -1,0 +1,133 @@
+"""The paged latent cache: the array on the device, and on the host who owns which page and what it holds.
+
+Source: issue 3 item 5; design.md section 9 (pages from the start: prefix reuse and RL's length tails need them).
+A token takes kv_lora_rank + qk_rope_head_dim numbers a layer (576 in K2.5), whatever the number of heads. Full pages
+are known by the hash of all tokens up to their end, so that a prompt finds the pages of every prefix it shares; media
+pads are hashed with the content of their item, since the pads themselves are all alike. Pages nobody uses stay until
+their room is needed; the longest unused goes first, and of one sequence its end before its beginning.
+
+L layers   P pages   s tokens a page   C = kv_lora_rank + qk_rope_head_dim   n tokens
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from kimi_jax.config import ModelConfig
+from kimi_jax.data.example import MediaItem
+
+NOWHERE = 0  # the page that padding and idle slots write to; never handed out
+
+
+def empty_cache(config: ModelConfig, num_pages: int, page_size: int) -> Float[Array, "L P s C"]:
+    """Zeros, in the activations' dtype."""
+    width = config.kv_lora_rank + config.qk_rope_head_dim
+    return jnp.zeros((config.num_hidden_layers, num_pages, page_size, width), config.dtype)
+
+
+def media_digest(item: MediaItem) -> bytes:
+    """What tells one picture from another: grid, dtype and every patch."""
+    patches = np.ascontiguousarray(item.patches)
+    head = repr((tuple(map(int, item.grid)), patches.dtype.str)).encode()
+    return hashlib.blake2b(patches.tobytes(), key=hashlib.blake2b(head, digest_size=32).digest()).digest()
+
+
+def page_keys(token_ids: np.ndarray, owners: np.ndarray, digests: Sequence[bytes], page_size: int) -> list[bytes]:
+    """A key for every full page, which stands for all tokens up to the page's end.
+
+    token_ids, owners: ints [n]; owners: index into `digests` of the media item whose feature stands there, or -1.
+    """
+    keys, parent = [], b""
+    for end in range(page_size, len(token_ids) + 1, page_size):
+        part = slice(end - page_size, end)
+        hasher = hashlib.blake2b(parent, digest_size=16)
+        hasher.update(np.ascontiguousarray(token_ids[part], np.int32).tobytes())
+        for item in sorted(set(owners[part].tolist()) - {-1}):
+            hasher.update(digests[item])
+        parent = hasher.digest()
+        keys.append(parent)
+    return keys
+
+
+class PagePool:
+    """Counts the users of every page but page 0, and remembers what the full ones hold.
+
+    A page is free, used by one or more sequences, or unused but kept under its key.
+    """
+
+    def __init__(self, num_pages: int):
+        if num_pages < 2:
+            raise ValueError(f"num_pages must be at least 2 (page 0 is never handed out), not {num_pages}")
+        self.capacity = num_pages - 1
+        self._free = list(range(num_pages - 1, NOWHERE, -1))
+        self._users = [0] * num_pages
+        self._key: dict[int, bytes] = {}
+        self._page: dict[bytes, int] = {}
+        self._unused: OrderedDict[int, None] = OrderedDict()  # kept pages without users, the longest unused first
+
+    @property
+    def free(self) -> int:
+        """Pages that can be handed out, kept ones included."""
+        return len(self._free) + len(self._unused)
+
+    @property
+    def cached(self) -> int:
+        """Pages without users that are kept under their key."""
+        return len(self._unused)
+
+    def reserve(self, keys: Sequence[bytes], count: int) -> tuple[list[int], int] | None:
+        """`count` pages for a sequence whose first pages have these keys, and how many of them already hold its tokens.
+
+        The pages with the longest known prefix of `keys` are shared, the others are new. None, and nothing changes, if
+        there are not enough.
+        """
+        known: list[int] = []
+        for key in keys[:count]:
+            if key not in self._page:
+                break
+            known.append(self._page[key])
+        waking = sum(self._users[page] == 0 for page in known)
+        if count - len(known) > self.free - waking:
+            return None
+        for page in known:
+            self._users[page] += 1
+            self._unused.pop(page, None)
+        new = [self._take() for _ in range(count - len(known))]
+        return known + new, len(known)
+
+    def _take(self) -> int:
+        if self._free:
+            page = self._free.pop()
+        else:
+            page, _ = self._unused.popitem(last=False)
+            del self._page[self._key.pop(page)]
+        self._users[page] = 1
+        return page
+
+    def keep(self, page: int, key: bytes) -> None:
+        """This page is full and holds what `key` stands for. If another page already does, that one stays known."""
+        if page not in self._key and key not in self._page:
+            self._key[page], self._page[key] = key, page
+
+    def release(self, pages: Sequence[int]) -> None:
+        """The sequence with these pages, in order, is done with them."""
+        for page in reversed(pages):
+            self._users[page] -= 1
+            if self._users[page] == 0:
+                if page in self._key:
+                    self._unused[page] = None
+                else:
+                    self._free.append(page)
+
+    def forget(self) -> None:
+        """No page is known any more (the weights changed). Those in use stay with their users."""
+        self._free += self._unused
+        self._unused.clear()
+        self._key.clear()
+        self._page.clear()

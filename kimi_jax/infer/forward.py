@@ -1,0 +1,226 @@
+"""The decoder over the paged latent cache: one function for chunks of prompts and for decoding.
+
+Source: reference.md section 3 (MLA); design.md section 9 (decoding). All of the model's mathematics is `kimi_jax.nn`'s;
+here stand the cache, the walk over its pages with a running softmax (its length is data, so one program serves all
+lengths), and the absorbed form of attention: with kv_b = [K | V] a head,
+
+    q . (K latent) = (K^T q) . latent        sum_k p_k (V latent_k) = V (sum_k p_k latent_k)
+
+so that decoding reads the latents as they lie and never makes a key or a value. A chunk of many queries is cheaper with
+keys and values expanded, a block of pages at a time.
+
+B rows   T tokens of a row's chunk   L layers   P pages   s tokens a page   W pages in a row's table   D width   H heads
+n, r, v  widths of a head without rotary, its rotary part, its values    R = kv_lora_rank    C = R + r    E experts
+K tokens of the block of pages that is looked at together
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from kimi_jax.config import ModelConfig
+from kimi_jax.infer.cache import NOWHERE
+from kimi_jax.nn.decoder import DENSE, MOE
+from kimi_jax.nn.kimi import Embedding, Head
+from kimi_jax.nn.layers import SwiGLU, precision, rms_norm
+from kimi_jax.nn.mla import MLA
+from kimi_jax.nn.moe import Banks, Experts, ExpertsOut, MoE, run_experts
+from kimi_jax.nn.rope import softmax_scale
+
+KEYS = 256  # tokens of a block of pages
+FEW_ROWS = 4  # rows an expert's block has in decoding: 8 or more cost half as much again, 1 saves nothing
+NEGATIVE = -1e30
+
+
+class Weights(NamedTuple):
+    """The language model's weights as decoding reads them. Made by `prepare`."""
+
+    embed: dict[str, Any]
+    layers: tuple[dict[str, Any], ...]  # each layer's own: norms, attention, dense MLP or router and shared experts
+    banks: Banks | None  # the routed experts of all layers, stacked [Lmoe, E, ...] as the model holds them
+    final_norm: dict[str, Any]
+    lm_head: dict[str, Any]
+
+
+class Chunk(NamedTuple):
+    """The next tokens of every row. Media, if not None, replaces the embeddings where `is_media`."""
+
+    tokens: Int[Array, "B T"]
+    start: Int[Array, " B"]  # position of the first one: a multiple of gcd(T, s)
+    count: Int[Array, " B"]  # how many are real; the others are padding
+    table: Int[Array, "B W"]  # the row's pages in order; unused entries NOWHERE
+    media: Float[Array, "B T D"] | None = None
+    is_media: Bool[Array, "B T"] | None = None
+
+
+def prepare(config: ModelConfig, params: dict[str, Any]) -> Weights:
+    """Cut the stacks of `params` (the plain tree of `nn.kimi`) into layers, once, in the activations' dtype.
+
+    XLA would copy a layer out of its stack in every step. The banks of routed experts, most of the weights, are not cut
+    or copied (if they have the right dtype); the other weights of the layers exist twice as long as the caller keeps
+    `params`. kv_b is also kept as its two halves, transposed for the absorbed form. The router stays as it is: it
+    computes in float32.
+    """
+    layers = []
+    for name in (DENSE, MOE):
+        if name in params:
+            stack = {**params[name], "mlp": {k: v for k, v in params[name]["mlp"].items() if k != "experts"}}
+            for i in range(jax.tree.leaves(stack["input_norm"])[0].shape[0]):
+                layers.append(_layer(config, jax.tree.map(lambda a, i=i: a[i], stack)))
+    banks = None
+    if config.num_moe_layers:
+        experts = params[MOE]["mlp"]["experts"]
+        banks = jax.vmap(lambda p: Experts(config).apply({"params": p}, method="banks"))(experts)
+    embed, norm, head = (_cast(params[name], config.dtype) for name in ("embed", "final_norm", "lm_head"))
+    return Weights(embed, tuple(layers), banks, norm, head)
+
+
+def _cast(tree: Any, dtype: str) -> Any:
+    return jax.tree.map(lambda a: a.astype(dtype), tree)
+
+
+def _layer(config: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
+    mlp = {k: v if k == "router" else _cast(v, config.dtype) for k, v in params["mlp"].items()}
+    rest = _cast({k: v for k, v in params.items() if k != "mlp"}, config.dtype)
+    keys, values = jnp.split(rest["attention"]["kv_b"]["kernel"], [config.qk_nope_head_dim], axis=-1)
+    absorbed = {"keys": keys.transpose(1, 2, 0), "values": values.transpose(1, 0, 2)}  # [H, n, R] and [H, R, v]
+    return {**rest, "mlp": mlp, "absorbed": absorbed}
+
+
+def forward(
+    config: ModelConfig, weights: Weights, cache: Float[Array, "L P s C"], chunk: Chunk, *, absorbed: bool
+) -> tuple[Float[Array, "B T D"], Float[Array, "L P s C"]]:
+    """Final-normed hidden states of the chunk, and the cache that now holds its tokens too.
+
+    Every row's earlier tokens must be in the pages of its table. absorbed: the form of attention; same result. Padding
+    goes to no expert, and to places in the cache that are not read before they are written again.
+    """
+    c, size = config, chunk.tokens.shape[1]
+    positions = chunk.start[:, None] + jnp.arange(size, dtype=jnp.int32)
+    real = (jnp.arange(size) < chunk.count[:, None]).astype(jnp.int32)
+    x = Embedding(c).apply({"params": weights.embed}, chunk.tokens)
+    if chunk.media is not None:
+        x = jnp.where(chunk.is_media[..., None], chunk.media.astype(x.dtype), x)
+    attention = MLA(c)
+    for number, layer in enumerate(weights.layers):
+        own = {"params": layer["attention"]}
+        normed = rms_norm(x, layer["input_norm"]["scale"], c.rms_norm_eps)
+        q_nope, q_rope, latent = attention.apply(own, normed, positions, method="project")
+        cache = write(cache, number, latent, chunk)
+        pages = _Pages(cache, number, chunk, positions)
+        if absorbed:
+            out = _absorbed(c, layer["absorbed"], q_nope, q_rope, pages)
+        else:
+            expand = lambda latent, own=own: attention.apply(own, latent, method="expand")  # noqa: E731
+            out = _expanded(c, expand, q_nope, q_rope, pages)
+        x = x + attention.apply(own, out, method=lambda mla, y: mla.o(y))
+        normed = rms_norm(x, layer["post_attention_norm"]["scale"], c.rms_norm_eps)
+        x = x + _mlp(c, weights, number, normed, real)
+    return rms_norm(x, weights.final_norm["scale"], c.rms_norm_eps), cache
+
+
+def logits(config: ModelConfig, weights: Weights, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
+    """Float32 logits of final-normed hidden states."""
+    return Head(config).apply({"params": weights.lm_head}, hidden)
+
+
+def write(
+    cache: Float[Array, "L P s C"], layer: int, latent: Float[Array, "B T C"], chunk: Chunk
+) -> Float[Array, "L P s C"]:
+    """Put the chunk's latents where its rows' tables say, by windows that lie in one page; beyond the table: NOWHERE."""
+    layers, pages, size, width = cache.shape
+    rows, length = chunk.tokens.shape
+    window = math.gcd(length, size)
+    first = chunk.start[:, None] + window * jnp.arange(length // window, dtype=jnp.int32)
+    page = jnp.take_along_axis(chunk.table, first // size, axis=1, mode="fill", fill_value=NOWHERE)
+    view = cache.reshape(layers, pages, size // window, window, width)
+    view = view.at[layer, page, first % size // window].set(latent.reshape(rows, -1, window, width))
+    return view.reshape(cache.shape)
+
+
+# ------------------------------------------------------------------------------------------------------------ attention
+
+
+class _Pages(NamedTuple):
+    """What the queries of a chunk look at: one layer of the cache, through the rows' tables."""
+
+    cache: Float[Array, "L P s C"]
+    layer: int
+    chunk: Chunk
+    positions: Int[Array, "B T"]
+
+
+def _absorbed(config: ModelConfig, halves: dict[str, Array], q_nope: Array, q_rope: Array, pages: _Pages) -> Array:
+    """[B, T, H, v]; keys are the latents themselves, values their first R numbers."""
+    dot = precision(config.dtype)
+    q_latent = jnp.einsum("bthn,hnr->bhtr", q_nope, halves["keys"], precision=dot)
+    q = jnp.concatenate([q_latent, q_rope.swapaxes(1, 2)], axis=-1)
+    look = lambda latent: (latent, latent[..., : config.kv_lora_rank])  # noqa: E731
+    out = _walk(config, q, look, "bkd", config.kv_lora_rank, pages)
+    return jnp.einsum("bhtr,hrv->bthv", out, halves["values"], precision=dot)
+
+
+def _expanded(config: ModelConfig, expand: Callable, q_nope: Array, q_rope: Array, pages: _Pages) -> Array:
+    """[B, T, H, v]; every head has its own keys and values."""
+    q = jnp.concatenate([q_nope, q_rope], axis=-1).swapaxes(1, 2)
+    return _walk(config, q, expand, "bkhd", config.v_head_dim, pages).swapaxes(1, 2)
+
+
+def _walk(config: ModelConfig, q: Array, look: Callable, axes: str, width: int, pages: _Pages) -> Array:
+    """Causal attention [B, H, T, width] of q [B, H, T, d] over as many blocks of pages as the longest row needs.
+
+    look: latents [B, K, C] -> (keys, values), both with these axes. Softmax in float32.
+    """
+    size = pages.cache.shape[2]
+    table = pages.chunk.table
+    together = max(KEYS // size, 1)
+    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % together)), constant_values=NOWHERE)
+    block = together * size
+    scale, dot = softmax_scale(config), precision(config.dtype)
+
+    def step(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        top, total, out = carry
+        here = lax.dynamic_slice_in_dim(table, i * together, together, axis=1)
+        latent = pages.cache[pages.layer, here].reshape(q.shape[0], block, -1)
+        k, v = look(latent)
+        scores = jnp.einsum(f"bhtd,{axes}->bhtk", q, k, precision=dot, preferred_element_type=jnp.float32) * scale
+        seen = i * block + jnp.arange(block) <= pages.positions[..., None]
+        scores = jnp.where(seen[:, None], scores, NEGATIVE)
+        new_top = jnp.maximum(top, scores.max(axis=-1))
+        probs = jnp.exp(scores - new_top[..., None])
+        shrink = jnp.exp(top - new_top)
+        part = jnp.einsum(f"bhtk,{axes}->bhtd", probs.astype(v.dtype), v, precision=dot,
+                          preferred_element_type=jnp.float32)  # fmt: skip
+        return new_top, total * shrink + probs.sum(axis=-1), out * shrink[..., None] + part
+
+    blocks = (pages.chunk.start + pages.chunk.count).max() + block - 1
+    rows = jnp.full(q.shape[:3], NEGATIVE, jnp.float32)
+    start = rows, jnp.zeros_like(rows), jnp.zeros((*q.shape[:3], width), jnp.float32)
+    _, total, out = lax.fori_loop(0, jnp.maximum(blocks // block, 1), step, start)
+    return (out / total[..., None]).astype(q.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------------ MLP
+
+
+def _mlp(config: ModelConfig, weights: Weights, number: int, x: Array, real: Array) -> Array:
+    """Layer `number`'s MLP. All layers' experts are one bank, a view of the stack, and the layer's a range of it."""
+    own = {"params": weights.layers[number]["mlp"]}
+    if number < config.num_dense_layers:
+        return SwiGLU(config, config.intermediate_size).apply(own, x)
+    num = config.moe.n_routed_experts
+    banks = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), weights.banks)
+    few = x.shape[0] * x.shape[1] * config.moe.num_experts_per_tok < FEW_ROWS * num
+
+    def experts(rows: Array, chosen: Array, gates: Array) -> ExpertsOut:
+        first = num * (number - config.num_dense_layers)
+        return run_experts(rows, chosen, gates, banks, num, first, FEW_ROWS if few else None)
+
+    return MoE(config).apply(own, x, real, None, experts)[0]

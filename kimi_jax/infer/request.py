@@ -1,0 +1,88 @@
+"""What goes into the engine and what comes out: requests, events, completions. Tokens in, tokens out.
+
+Source: issue 3 item 5. Text, chat templates and pictures' preprocessing are `infer.generate`'s work.
+
+n tokens of a prompt   k listed alternatives
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kimi_jax.data.example import MediaItem
+
+MAX_TOP_LOGPROBS = 20  # alternatives that may be asked for; what the OpenAI interface allows
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one request is continued.
+
+    temperature: 0 is greedy. top_p: only the most probable tokens that together reach this mass. seed: None draws one;
+    the same seed and prompt give the same tokens whatever else is in the batch; taken modulo 2^32.
+    max_new_tokens: at least 1. stop_ids: sampling one ends the request, and it is part of the result.
+    top_logprobs: how many of the most probable tokens are listed beside each sampled one, at most MAX_TOP_LOGPROBS.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    max_new_tokens: int = 256
+    stop_ids: tuple[int, ...] = ()
+    top_logprobs: int = 0
+
+    def problem(self) -> str | None:
+        """What is wrong with these values, or None."""
+        if not 0 <= self.temperature < float("inf"):
+            return f"temperature must be a finite number that is at least 0, not {self.temperature}"
+        if not 0 < self.top_p <= 1:
+            return f"top_p must be above 0 and at most 1, not {self.top_p}"
+        if self.max_new_tokens < 1:
+            return f"max_new_tokens must be at least 1, not {self.max_new_tokens}"
+        if not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
+            return f"top_logprobs must be 0..{MAX_TOP_LOGPROBS}, not {self.top_logprobs}"
+        return None
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt.
+
+    token_ids: int32 [n], every picture or video chunk as as many media pads as it has features. media: the items in
+    order of appearance; their patches [N, 3*p*p] in raster order, bytes, or floats already in [-1, 1].
+    """
+
+    token_ids: np.ndarray
+    media: tuple[MediaItem, ...] = ()
+    sampling: Sampling = Sampling()
+
+
+@dataclass(frozen=True)
+class Event:
+    """One sampled token, or the end without one (cancelled, error).
+
+    logprob: log softmax(logits / temperature) of the token, before top_p; at temperature 0 of softmax(logits). top: the
+    most probable tokens and their log-probabilities in the same distribution. finish_reason: None while it goes on,
+    "stop" (a stop id), "length" (max_new_tokens or the longest sequence), "cancelled", "error" (`error` says why).
+    """
+
+    request_id: int
+    token_id: int | None
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
+    finish_reason: str | None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """All of a request's sampled tokens. cached_tokens: how many tokens of the prompt came from the prefix cache."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str
+    prompt_tokens: int
+    cached_tokens: int
+    top: tuple[tuple[tuple[int, float], ...], ...]
