@@ -47,6 +47,7 @@ class MoEConfig:
     first_k_dense_replace: int = 1
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 2.827
+    int4_group_size: int | None = None  # routed experts held as INT4, one scale for so many inputs; frozen
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,8 @@ class SourceConfig:
     path: str = ""
     split: str = "train"
     weight: float = 1.0  # share of the drawn examples within its modality (text-only or with media)
+    weight_schedule: tuple[tuple[float, float], ...] = ()  # (from this share of training, weight instead)
+    min_per_group: int = 0  # every group holds so many of its examples or more, as far as they fit
     vision: bool = False  # True: its examples carry images or video
 
 
@@ -180,6 +183,20 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class RecoveryConfig:
+    """What a run does about a loss that is not finite or leaps up. The update of such a batch is always left out.
+
+    After `max_skipped_in_row` of them the weights and moments of the newest checkpoint from before are taken instead,
+    while data and step count go on; after `max_rollbacks` such returns the run stops.
+    """
+
+    spike_sigmas: float = 0.0  # a loss so many standard deviations above its running mean has leapt up; 0: never judged
+    spike_after: int = 100  # updates before the running mean is trusted
+    max_skipped_in_row: int = 10
+    max_rollbacks: int = 0
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Periodic evaluation inside training. `tasks` are names of `kimi_jax.eval.tasks`."""
 
@@ -208,6 +225,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 

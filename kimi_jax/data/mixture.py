@@ -29,10 +29,18 @@ LONGEST = 64  # times the patience: a run of that length must have gained ground
 
 def ratio_at(schedule: Sequence[tuple[float, float]], fraction: float) -> float:
     """The vision share of tokens asked for at this fraction of training: the last entry that has begun."""
-    current = 0.0
-    for begin, ratio in schedule:
+    return _last_begun(schedule, fraction, 0.0)
+
+
+def weight_at(source: SourceConfig, fraction: float) -> float:
+    """The weight of a source at this fraction of training."""
+    return _last_begun(source.weight_schedule, fraction, source.weight)
+
+
+def _last_begun(schedule: Sequence[tuple[float, float]], fraction: float, current: float) -> float:
+    for begin, value in schedule:
         if begin <= fraction:
-            current = ratio
+            current = value
     return current
 
 
@@ -46,23 +54,25 @@ class Mixture:
     def __init__(self, sources: Mapping[str, SourceConfig], schedule: Sequence[tuple[float, float]]):
         if not sources:
             raise DataError("data.sources is empty")
-        bad = [name for name, s in sources.items() if not 0 < s.weight < float("inf")]
-        if bad:
-            raise DataError(f"data.sources.{bad[0]}.weight is {sources[bad[0]].weight}; a weight is above 0")
+        for name, source in sources.items():
+            _check_weights(name, source)
         if list(schedule) != sorted(schedule) or any(not 0 <= r <= 1 or not 0 <= f <= 1 for f, r in schedule):
             raise DataError(f"data.vision_ratio = {schedule}: pairs (share of training, ratio) in [0, 1], ascending")
-        self._weights = {
-            vision: {name: s.weight for name, s in sources.items() if s.vision == vision} for vision in (False, True)
+        self._sources = {
+            vision: {name: s for name, s in sources.items() if s.vision == vision} for vision in (False, True)
         }
-        if not self._weights[True] and any(r > 0 for _, r in schedule):
+        if not self._sources[True] and any(r > 0 for _, r in schedule):
             raise DataError(
                 "data.vision_ratio asks for media, but no source has vision=True, so the share is 0; "
                 "add one, or set data.vision_ratio=((0.0, 0.0),)"
             )
-        vision_weights = self._weights[True].values()
+        for fraction in {0.0, *(begin for s in sources.values() for begin, _ in s.weight_schedule)}:
+            for vision in (vision for vision, some in self._sources.items() if some):
+                self._shares(vision, fraction)  # raises now what would end the run then
+        vision_weights = [s.weight for s in self._sources[True].values()]
         # long enough to meet every source with media twice, so that a rare one with large pictures is not missed
         self._patience = max(PATIENCE, *(2 * sum(vision_weights) / w for w in vision_weights), 0)
-        self._draws = dict.fromkeys(sources, 0)
+        self._owed = dict.fromkeys(sources, 0.0)  # draws that are its share of those made, less its own
         self._excess = 0.0  # e
         self._streak = 0  # vision examples since the last text-only one
         self._streak_excess = 0.0  # e at the first of them
@@ -73,22 +83,32 @@ class Mixture:
         """e: media tokens above the share asked for."""
         return self._excess
 
-    def choose(self) -> str:
-        """Name of the source to draw from next."""
+    def choose(self, fraction: float = 0.0) -> str:
+        """Name of the source to draw from next, at this fraction of training."""
         vision = self._excess < 0
-        weights = self._weights[vision] or self._weights[not vision]
-        total, drawn = sum(weights.values()), sum(self._draws[name] for name in weights) + 1
-        return max(weights, key=lambda name: weights[name] / total * drawn - self._draws[name])
+        shares = self._shares(vision if self._sources[vision] else not vision, fraction)
+        return max(shares, key=lambda name: shares[name] + self._owed[name])
 
-    def drew(self, source: str, tokens: int, media_tokens: int, ratio: float) -> None:
+    def _shares(self, vision: bool, fraction: float) -> dict[str, float]:
+        """Share of the draws of this modality that each of its sources gets at this fraction of training."""
+        weights = {name: weight_at(s, fraction) for name, s in self._sources[vision].items()}
+        weights = {name: weight for name, weight in weights.items() if weight > 0}
+        if not weights:
+            kind = "with" if vision else "without"
+            raise DataError(f"every source {kind} media has weight 0 at {fraction:.0%} of training; leave one above 0")
+        return {name: weight / sum(weights.values()) for name, weight in weights.items()}
+
+    def drew(self, source: str, tokens: int, media_tokens: int, ratio: float, fraction: float = 0.0) -> None:
         """Counts a draw: its tokens, those of them that are media, the ratio at the time. A bad record has 0 tokens.
 
         Raises DataError when the ratio is out of reach, naming the share that is not.
         """
-        self._draws[source] += 1
-        if not self._weights[False]:
+        for name, share in self._shares(source in self._sources[True], fraction).items():
+            self._owed[name] += share
+        self._owed[source] -= 1
+        if not self._sources[False]:
             return  # nothing to mix with
-        if source in self._weights[False]:
+        if source in self._sources[False]:
             self._streak = 0
         elif tokens:
             if self._streak == 0:
@@ -115,14 +135,26 @@ class Mixture:
     def state(self) -> dict:
         """All counters, JSON-able."""
         return {
-            "draws": dict(self._draws),
+            "owed": dict(self._owed),
             "excess": self._excess,
             "streak": [self._streak, self._streak_excess, *self._streak_sums],
         }
 
     def restore(self, state: dict) -> None:
         """Continues from `state()`."""
-        self._draws = dict(state["draws"])
+        self._owed = dict(state["owed"])
         self._excess = state["excess"]
         self._streak, self._streak_excess, *sums = state["streak"]
         self._streak_sums = list(sums)
+
+
+def _check_weights(name: str, source: SourceConfig) -> None:
+    """Raises DataError for weights or a schedule of them that make no sense."""
+    if not 0 < source.weight < math.inf:
+        raise DataError(f"data.sources.{name}.weight is {source.weight}; a weight is above 0")
+    schedule = list(source.weight_schedule)
+    if schedule != sorted(schedule) or any(not 0 <= f <= 1 or not 0 <= w < math.inf for f, w in schedule):
+        raise DataError(
+            f"data.sources.{name}.weight_schedule = {source.weight_schedule}: pairs (share of training in [0, 1], "
+            "weight of 0 or more), ascending"
+        )

@@ -177,23 +177,32 @@ class Waiting(NamedTuple):
     reference: tuple
 
 
-def fill_group(shape: GroupShape, pool: list[Waiting], draw: Callable[[], list[Waiting]], lookahead: int) -> Group:
+def fill_group(
+    shape: GroupShape,
+    pool: list[Waiting],
+    draw: Callable[[], list[Waiting]],
+    lookahead: int,
+    first: Sequence[Waiting] = (),
+) -> Group:
     """The next group. `pool` (oldest first) is changed in place; `draw` yields what comes next, maybe nothing.
 
     The pool is kept at `lookahead` examples; one draw may take it above (a long text in pieces). Every call takes at
-    least the oldest example, so none waits for more than `lookahead` groups.
+    least the oldest example, so none waits for more than `lookahead` groups. `first`: examples of the pool that are
+    placed before all but the oldest.
     """
     group = Group(shape)
+    while len(pool) < lookahead:
+        pool += draw()
+    for waiting in [pool[0], *(w for w in first if w is not pool[0])]:
+        if any(group.add(waiting.example, row) for row in range(shape.rows)):
+            pool[:] = [w for w in pool if w is not waiting]
     refused: set[int] = set()  # no room in the bins, and there will be none before the next group
     for row in range(shape.rows):
         while group.room(row):
             while len(pool) < lookahead:
                 pool += draw()
-            if group.documents == 0:
-                chosen = [pool[0]]
-            else:
-                able = [w for w in pool if id(w) not in refused]
-                chosen = [able[i] for i in best_subset([len(w.example.tokens) for w in able], group.room(row))]
+            able = [w for w in pool if id(w) not in refused]
+            chosen = [able[i] for i in best_subset([len(w.example.tokens) for w in able], group.room(row))]
             if not chosen:
                 break
             placed = {id(w) for w in chosen if group.add(w.example, row)}

@@ -25,6 +25,7 @@ from kimi_jax.data.packing import Batch, GroupShape, Waiting, fill_group
 from kimi_jax.data.tokenizer import Tokenizer
 
 NAMED = 5  # bad records that are remembered by name, for each source
+MOST_BAD = 8  # draws for one example that `min_per_group` asks for, before a group goes without it
 JUDGED = 100  # draws after which the share of bad records of a source is judged; fewer if it has fewer records
 
 
@@ -131,7 +132,8 @@ class Shard:
 
     def next_group(self) -> Batch:
         """The arrays of the next group. Raises DataError."""
-        group = fill_group(self._shape, self._pool, self._draw, self._data.lookahead)
+        first = [w for name, source in self._data.sources.items() for w in self._wanted(name, source.min_per_group)]
+        group = fill_group(self._shape, self._pool, self._draw, self._data.lookahead, first)
         used = group.used()
         for name in ("tokens", "vision_tokens", "documents"):
             self._used[name] += used[name]
@@ -139,21 +141,30 @@ class Shard:
         self._step += 1
         return group.arrays()
 
-    def _draw(self) -> list[Waiting]:
-        ratio = ratio_at(self._data.vision_ratio, self._step / max(1, self._total_steps))
-        name = self._mixture.choose()
+    def _wanted(self, name: str, count: int) -> list[Waiting]:
+        """The `count` oldest examples of a source in the pool, drawn ahead of the mixture if fewer wait there."""
+        for _ in range(MOST_BAD * count):
+            if sum(waiting.reference[0] == name for waiting in self._pool) >= count:
+                break
+            self._pool += self._draw(name)
+        return [waiting for waiting in self._pool if waiting.reference[0] == name][:count]
+
+    def _draw(self, source: str | None = None) -> list[Waiting]:
+        fraction = self._step / max(1, self._total_steps)
+        ratio = ratio_at(self._data.vision_ratio, fraction)
+        name = source or self._mixture.choose(fraction)
         reader = self._readers[name]
         read = reader.drawn
         reader.drawn += 1
         try:
             pieces = reader.encode(read, self._tokenizer, self._limits, self._shape)
         except BadRecord as bad:
-            self._mixture.drew(name, 0, 0, ratio)
+            self._mixture.drew(name, 0, 0, ratio, fraction)
             reader.count_bad(bad, self._data.max_bad_fraction)
             return []
         tokens = sum(len(piece.tokens) for piece in pieces)
         media = sum(item.grid[1] * item.grid[2] // 4 for piece in pieces for item in piece.media)
-        self._mixture.drew(name, tokens, media, ratio)
+        self._mixture.drew(name, tokens, media, ratio, fraction)
         return [Waiting(piece, (name, read, i)) for i, piece in enumerate(pieces)]
 
     def state(self) -> dict:

@@ -79,6 +79,27 @@ def test_sources_of_a_modality_get_their_weight_of_the_draws(weights):
             assert counts[f"s{j}"] - w / sum(weights) * i <= 1 + 1e-9
 
 
+def test_a_weight_schedule_changes_the_draws_from_then_on_and_owes_nothing_for_before():
+    sources = {
+        "video": SourceConfig(weight=9.0, weight_schedule=((0.5, 1.0), (0.75, 0.0))),
+        "images": SourceConfig(weight=1.0),
+    }
+    mixture = Mixture(sources, ((0.0, 0.0),))
+    names = []
+    for i in range(400):
+        names.append(mixture.choose(i / 400))
+        mixture.drew(names[-1], 10, 0, 0.0, i / 400)
+    by_part = [names[a:b].count("video") for a, b in ((0, 200), (200, 300), (300, 400))]
+    assert by_part == [180, 50, 0]
+
+
+def test_a_time_without_any_source_of_a_modality_is_an_error():
+    paused = SourceConfig(weight_schedule=((0.5, 0.0),))
+    with pytest.raises(DataError, match="without media has weight 0 at 50% of training"):
+        Mixture({"wiki": paused}, ((0.0, 0.0),))
+    Mixture({"wiki": paused, "books": SourceConfig()}, ((0.0, 0.0),))
+
+
 def test_state_continues_exactly():
     schedule = ((0.0, 0.3),)
     one, rng = Mixture(SOURCES, schedule), np.random.default_rng(0)
@@ -160,6 +181,12 @@ def test_vision_only_and_text_only():
     [
         ({}, ((0.0, 0.0),), "sources is empty"),
         ({"a": SourceConfig(weight=0.0)}, ((0.0, 0.0),), r"sources\.a\.weight"),
+        (
+            {"a": SourceConfig(weight_schedule=((0.5, 1.0), (0.1, 2.0)))},
+            ((0.0, 0.0),),
+            r"a\.weight_schedule.*ascending",
+        ),
+        ({"a": SourceConfig(weight_schedule=((0.5, -1.0),))}, ((0.0, 0.0),), r"a\.weight_schedule"),
         (SOURCES, ((0.5, 0.1), (0.0, 0.2)), "ascending"),
         (SOURCES, ((0.0, 1.2),), "vision_ratio"),
     ],

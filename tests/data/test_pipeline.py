@@ -172,6 +172,22 @@ def test_ratio_follows_its_schedule(path):
     assert abs(np.mean(share[STEPS // 2 + 4 :]) - 0.3) < 0.03  # after the text that still waited
 
 
+def test_every_group_holds_what_min_per_group_asks_for(path):
+    """A source so rare that hardly any group would have it, and one of which a third of the records are bad."""
+    rare = {"clips": SourceConfig(weight=0.01, vision=True, min_per_group=1)}
+    sources = {"wiki": SourceConfig(), "vqa": SourceConfig(vision=True, min_per_group=1), **rare}
+    opened = {**SOURCES, "vqa": Synthetic("image", bad_every=3)}
+    with stream(path, opened=opened, sources=sources, max_bad_fraction=0.5, num_workers=0) as s:
+        batches = [next(s) for _ in range(10)]
+        report = s.report()
+    for batch in batches:
+        in_group = [[0, 0, 0] for _ in range(4)]
+        for document in unpack(batch, 4):
+            in_group[document.row // 2][document.modality] += 1
+        assert all(images >= 1 and clips >= 1 for _, images, clips in in_group)
+    assert report["token_fill"] > 0.97
+
+
 def test_long_texts_come_in_pieces(path):
     source = Synthetic("text", size=5, words=(900, 901))
     changes = {"sources": {"wiki": SourceConfig()}, "vision_ratio": ((0.0, 0.0),)}

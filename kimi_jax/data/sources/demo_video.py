@@ -26,7 +26,8 @@ DIRECTIONS = tuple(STEPS)
 DIRECTION_QUESTION = "which way does the digit move?"
 SIZE = (56, 56)  # h, w: four frames fill a bin of 64 patches
 OTHER_SIZES = ((56, 56), (56, 84), (84, 56))
-OTHER_COUNTS = ((2, 6), (3, 7), (1, 5))  # frames of the three clips of a document: chunks of all lengths in each
+OTHER_COUNTS = ((2, 6), (3, 7), (1, 5))  # frames of the three clips of a document, one of them the longer: chunks of
+# all lengths in every document
 DIMMED = 0.4  # brightness of the clip behind the card: at full brightness the demo is too short to find the card
 SECONDS = 0.04  # between frames: neighbouring frames of the clips, 25 a second
 STORED_HEIGHT = 120  # pixels that decoded frames are kept at
@@ -123,9 +124,10 @@ class MovingDigit:
         rng = generator("video", self.split, i)
         labels = digits(self.split)[1]
         clips = []
-        for counts in OTHER_COUNTS if self.mixed else ((4,),):
+        longer = int(rng.integers(len(OTHER_COUNTS)))
+        for index, counts in enumerate(OTHER_COUNTS if self.mixed else ((4,),)):
             number, direction = int(rng.integers(len(labels))), DIRECTIONS[rng.integers(len(DIRECTIONS))]
-            n = int(counts[rng.integers(len(counts))])
+            n = max(counts) if index == longer else int(counts[rng.integers(len(counts))])
             questions = [Text("\n", 0.0)]
             if n > 1:
                 questions += question_parts(DIRECTION_QUESTION, direction)
