@@ -31,7 +31,7 @@ options, or the variable in brackets
 TEXT
 }
 
-readonly RESTART=75   # kimi_jax.train.loop.RESTART: saved, start me again
+readonly RESTART=75   # kimi_jax.train.hosts.RESTART: saved, start me again
 readonly ABORTED=134  # jax ends the other hosts this way when one is lost
 readonly HEALTHY=3600 # seconds of work after which earlier restarts are forgotten
 readonly FOLDER=kimi_jax

@@ -128,6 +128,12 @@ def check_groups(num_groups: int, mesh: Mesh) -> None:
         )
 
 
+def local_groups(num_groups: int, mesh: Mesh) -> list[int]:
+    """The groups of a batch that the devices of this host hold, ascending: what its part of the data stream makes."""
+    cut = batch_sharding(mesh).addressable_devices_indices_map((num_groups,))
+    return sorted({group for (part,) in cut.values() for group in range(num_groups)[part]})
+
+
 def put_batch(batch: Any, mesh: Mesh) -> Any:
     """The host's rows of a packed batch as global device arrays, axis 0 cut by groups."""
     sharding = batch_sharding(mesh)

@@ -25,7 +25,7 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import grain
 import numpy as np
@@ -204,14 +204,14 @@ class BatchStream:
 
     def _check_bad(self) -> None:
         for name in self._data.sources:
-            draws, size, bad, named = self._of_source(name)
+            draws, size, bad, named = self._of_source(name, self._states.values())
             check_bad(name, draws, size, bad, named, self._data.max_bad_fraction)
 
-    def _of_source(self, name: str) -> tuple[int, int, dict[str, int], list[str]]:
+    def _of_source(self, name: str, states: Iterable[dict]) -> tuple[int, int, dict[str, int], list[str]]:
         draws, size = 0, 0
         bad: dict[str, int] = {}
         named: list[str] = []
-        for state in self._states.values():
+        for state in states:
             source = state["sources"][name]
             draws, size, named = draws + source["drawn"], source["size"], named + source["named"]
             for reason, count in source["bad"].items():
@@ -227,20 +227,21 @@ class BatchStream:
             "shards": json.loads(json.dumps(self._states)),
         }
 
-    def report(self) -> dict:
-        """What this host's shards have delivered since the beginning of the run (restored states included).
+    def report(self, state: dict | None = None) -> dict:
+        """What this host's shards, or those of `state`, have delivered since the beginning of the run (restored states
+        included).
 
         {"batches", "tokens", "vision_tokens", "documents": int, "ratio", "token_fill": float, "patch_fill": [K] floats,
          "bad": {source: {reason: count}}, "bad_examples": {source: [text]}, "epochs": {source: float}}
         """
-        states = list(self._states.values())
+        states = list((state["shards"] if state else self._states).values())
         used = [state["used"] for state in states]
         tokens = sum(u["tokens"] for u in used)
         vision = sum(u["vision_tokens"] for u in used)
         groups = sum(state["step"] for state in states)
         patches = [sum(u["patches"][k] for u in used) for k in range(len(self._shape.bins))]
-        sources = {name: self._of_source(name) for name in self._data.sources}
-        share = len(self._shards) / self._data.num_groups
+        sources = {name: self._of_source(name, states) for name in self._data.sources}
+        share = len(states or self._shards) / self._data.num_groups
         return {
             "batches": max((state["step"] for state in states), default=0),
             "tokens": tokens,

@@ -7,13 +7,19 @@ One Orbax step `WORKDIR/checkpoints/N` holds the run after N steps:
   config     JSON: the settings of the run
 Restoring goes into an abstract state with the shardings of *this* run, so another mesh is normal. A step that cannot be
 read is moved to `WORKDIR/damaged_checkpoints` and the one before it is used: left in place, it would make Orbax refuse
-to save its number again (shared/docs/design.md section 9).
+to save its number again (shared/docs/design.md section 9). A step that cannot be written (a full disk) is told, cleaned
+up and left out: training is worth more than one checkpoint.
+
+With several hosts each of them calls every method here at the same point; `workdir` is then a place that all of them
+see (`gs://...`, NFS).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,6 +28,7 @@ from etils import epath
 
 from kimi_jax import sharding
 from kimi_jax.config import CheckpointConfig, ConfigError, MeshConfig, TrainConfig, diff, freeze
+from kimi_jax.train import hosts
 from kimi_jax.train.state import TrainState, abstract_params
 
 ITEMS = ("params", "optimizer", "host", "config")
@@ -42,16 +49,23 @@ class Restored:
 
 
 class Checkpoints:
-    """The checkpoints of one run. `save` returns as soon as the arrays are copied off the devices."""
+    """The checkpoints of one run. `save` returns as soon as the arrays are copied off the devices.
 
-    def __init__(self, workdir: str, options: CheckpointConfig):
+    warn: told what could not be saved or read.
+    """
+
+    def __init__(self, workdir: str, options: CheckpointConfig, warn: Callable[[str], Any] = warnings.warn):
         self._damaged = epath.Path(workdir).absolute() / "damaged_checkpoints"
+        self._warn = warn
         self._open = lambda: _manager(workdir, options)
         self._manager = self._open()
+        self._asked: int | None = None  # the step of the last save
 
     def save(self, state: TrainState, host: dict[str, Any], config: TrainConfig) -> int:
         """Starts saving the state under its own step number, which it returns; a step that is there stays as it is."""
         step = int(state.step)
+        self.settle()
+        self._asked = step
         if step not in self._manager.all_steps():
             items = ocp.args.Composite(
                 params=ocp.args.StandardSave(state.params),
@@ -59,28 +73,62 @@ class Checkpoints:
                 host=ocp.args.JsonSave(host),
                 config=ocp.args.JsonSave(dataclasses.asdict(config)),
             )
-            self._manager.save(step, args=items, force=True)
+            self._try(lambda: self._manager.save(step, args=items, force=True))
         return step
 
-    def restore(self, abstract: TrainState, config: TrainConfig) -> Restored | None:
+    def look(self) -> None:
+        """Warns if saving has failed in the background; does not wait."""
+        self._try(self._manager.check_for_errors)
+
+    def settle(self) -> bool:
+        """Waits for the last save; whether what it was to save is on disk. Warns if not."""
+        self._try(self._manager.wait_until_finished)
+        return self._asked is None or self._asked in self._manager.all_steps()
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as error:  # a full disk comes as OSError, ValueError or something of tensorstore
+            where = self._manager.directory
+            self._warn(
+                f"WARNING: the checkpoint of step {self._asked} was NOT saved in {where} ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:300]}). Training goes on and tries again with the next one; until "
+                "then a crash falls back to the last whole one"
+            )
+            with contextlib.suppress(Exception):  # says the same once more
+                self._manager.close()
+            self._manager = self._open()  # which removes what was half written
+
+    def restore(self, abstract: TrainState, config: TrainConfig, sound: bool = False) -> Restored | None:
         """The newest checkpoint that can be read, or None without any.
 
         `abstract` carries shapes and shardings (`state.abstract`). Unreadable newer ones are moved away with a warning.
+        sound: pass over those written while updates were being left out.
         Raises CheckpointMismatch if the checkpoint's arrays have other names or shapes than those of `abstract`.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
+            found, problem = None, None
             try:
-                return self._restore_step(step, abstract, config)
+                host = self._host(step)
+                if sound and host.host["meter"]["skipped_in_row"]:
+                    continue
+                found = self._restore_step(step, host, abstract, config)
             except CheckpointMismatch:
                 raise
             except Exception as error:  # whatever a truncated or missing file makes Orbax or tensorstore raise
-                self._quarantine(step, error)
+                problem = f"{type(error).__name__}: {str(error)[:300]}"
+            problems = [p for p in hosts.gather(problem) if p]  # what one host cannot read, all of them leave
+            if not problems:
+                return found
+            self._quarantine(step, problems[0])
         return None
 
-    def _restore_step(self, step: int, abstract: TrainState, config: TrainConfig) -> Restored:
-        json = self._manager.restore(
+    def _host(self, step: int) -> Any:
+        return self._manager.restore(
             step, args=ocp.args.Composite(host=ocp.args.JsonRestore(), config=ocp.args.JsonRestore())
         )
+
+    def _restore_step(self, step: int, json: Any, abstract: TrainState, config: TrainConfig) -> Restored:
         saved_config = freeze(json.config)
         found = self._manager.item_metadata(step)
         flat = _flat(abstract)
@@ -96,27 +144,25 @@ class Checkpoints:
         state = _unflat(abstract, arrays.params, arrays.optimizer)
         return Restored(step, state, json.host, saved_config)
 
-    def _quarantine(self, step: int, error: Exception) -> None:
+    def _quarantine(self, step: int, problem: str) -> None:
         directory = epath.Path(self._manager.directory) / str(step)
         target = self._damaged / str(step)
-        warnings.warn(
-            f"checkpoint {directory} cannot be read ({type(error).__name__}: {str(error)[:300]}); "
-            f"moving it to {target} and falling back to the one before",
-            stacklevel=3,
+        self._warn(
+            f"WARNING: checkpoint {directory} cannot be read ({problem}); moving it to {target} and falling back to "
+            "the one before"
         )
         self._manager.close()
-        if target.exists():
-            target.rmtree()
-        self._damaged.mkdir(parents=True, exist_ok=True)
-        directory.rename(target)
+        if hosts.is_first():
+            if target.exists():
+                target.rmtree()
+            self._damaged.mkdir(parents=True, exist_ok=True)
+            directory.rename(target)
+        hosts.wait_for_all(f"quarantine of {step}")
         self._manager = self._open()
-
-    def wait(self) -> None:
-        """Returns when everything saved so far is on disk."""
-        self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, then lets go of the threads."""
+        self.settle()
         self._manager.close()
 
 

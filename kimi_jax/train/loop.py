@@ -4,8 +4,11 @@ A run is its `workdir`: the same command started again goes on from the newest c
 had never stopped.
   config.json               the settings
   checkpoints/N             the run after N steps (kimi_jax.train.checkpoint)
-  metrics.jsonl, eval.jsonl one row a log interval, one an evaluation (kimi_jax.train.metrics); tensorboard/ the same
+  metrics.jsonl, eval.jsonl one row a log interval, one an evaluation (kimi_jax.train.log); tensorboard/ the same
   results.json, samples/    the final evaluation
+
+With several hosts (kimi_jax.train.hosts) all of them run this same file on their part of the batch; host 0 alone speaks
+and writes the log, and whatever could differ between them (a signal, a file just written) is agreed on first.
 """
 
 from __future__ import annotations
@@ -13,43 +16,45 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
-import signal
 import textwrap
-import threading
 import time
 from typing import Any
 
 import jax
 from etils import epath
 from jax.sharding import Mesh
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kimi_jax import cli, sharding
 from kimi_jax.config import PRESETS, ConfigError, TrainConfig, diff, preset
-from kimi_jax.data.pipeline import BatchStream
+from kimi_jax.data.pipeline import BatchStream, merge_states
+from kimi_jax.train import hosts
 from kimi_jax.train import state as state_lib
 from kimi_jax.train.checkpoint import Checkpoints
-from kimi_jax.train.metrics import Log, Meter, measure_matmul_rate, parameter_table, progress_line, write_atomic
+from kimi_jax.train.console import Interrupted, Reporter, Stop, exit_status
+from kimi_jax.train.log import Log, write_atomic
+from kimi_jax.train.metrics import Meter, measure_matmul_rate, parameter_table
 from kimi_jax.train.state import TrainState
 from kimi_jax.train.step import make_optimizer, make_train_step
 
-MAX_SKIPPED_IN_ROW = 10  # a run whose loss stays non-finite for so many steps will not recover by itself
+NOT_SAVED = 74  # exit status: training is done, but its end could not be written (EX_IOERR)
+DATA_PATIENCE = 5.0  # seconds that a run asked to stop still waits for the batch it is waiting for
 
 
 class Diverged(RuntimeError):
-    """The loss was not finite for many steps in a row."""
+    """The loss was not finite, or leapt up, for many steps in a row, and going back did not help."""
 
 
 def run(config: TrainConfig) -> int:
-    """Trains, evaluates and saves. Returns the exit status: 0 when complete, 128 + signal number when stopped by one.
+    """Trains, evaluates and saves. Returns the exit status.
 
-    Raises CheckpointMismatch (the workdir holds another model), Diverged, and whatever the data or the settings raise.
+    0 complete; 75 stopped by SIGTERM, saved, to be started again; 130 stopped by Ctrl-C, saved; 74 complete but the
+    end is not saved. Raises CheckpointMismatch (the workdir holds another model), Diverged, HostMissing, and whatever
+    the data or the settings raise.
     """
     cli.enable_compilation_cache()
+    hosts.start()
     with contextlib.ExitStack() as stack:
-        say = stack.enter_context(_Reporter(config.steps))
+        say = stack.enter_context(Reporter(config.steps, quiet=not hosts.is_first()))
         say(*describe(config))
         _check(config)
 
@@ -60,7 +65,7 @@ def run(config: TrainConfig) -> int:
         say(parameter_table(state_lib.infos(config.model), abstract.params))
 
         # -------------------------------------------------------------------------------- where the run stands
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(config.workdir, config.checkpoint)))
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(config.workdir, config.checkpoint, say)))
         restored = checkpoints.restore(abstract, config)
         step = restored.step if restored else 0
         state = restored.state if restored else init_state()
@@ -69,26 +74,37 @@ def run(config: TrainConfig) -> int:
             say(f"going on from the checkpoint of step {step}")
             changes = [line.replace("(default ", "(was ") for line in diff(config, restored.config)]
             say(*(f"  changed since then: {line}" for line in changes))
-        log = stack.enter_context(contextlib.closing(Log(config.workdir, step)))
-        write_atomic(epath.Path(config.workdir) / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
+        log = stack.enter_context(contextlib.closing(Log(config.workdir, step, say, hosts.is_first())))
+        if hosts.is_first():
+            write_atomic(epath.Path(config.workdir) / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
         meter = Meter(config.model, config.log_interval, config.steps, host["meter"])
-        stop = stack.enter_context(_Stop())
+        stop = stack.enter_context(Stop())
         this = _Run(config, mesh, checkpoints, log, meter, stop, say)
 
         # ------------------------------------------------------------------------------------------- train, end
+        signal = 0
         if step < config.steps:
-            if _evaluation_due(config, step) and step not in log.evaluated():  # killed in the middle of it
+            if _evaluation_due(config, step) and step not in this.evaluated():  # killed in the middle of it
                 this.evaluate(state, config.eval.limit)
             rate = measure_matmul_rate(mesh, config.model.dtype)  # while no data worker competes
             devices = f"{mesh.size} x {jax.devices()[0].device_kind}"
             say(f"{devices}: plain {config.model.dtype} matmuls reach {rate / 1e9:,.0f} GFLOP/s (MFU 100 %)")
-            stream = stack.enter_context(BatchStream(config.data, config.model, config.steps, state=host["data"]))
-            state, step = _train(this, train_step, stream, state, step, rate)
-            checkpoints.wait()
-        if stop.signal:
-            say(f"stopped at step {step} of {config.steps}; saved. The same command goes on from there.")
-            return 128 + stop.signal
-        _evaluate_at_end(this, state)
+            groups = sharding.local_groups(config.data.num_groups, mesh)
+            stream = stack.enter_context(
+                BatchStream(config.data, config.model, config.steps, shards=groups, state=host["data"])
+            )
+            state, step, signal = _train(this, train_step, abstract, stream, state, step, rate)
+        saved = checkpoints.settle()
+        if signal:
+            say(f"stopped at step {step} of {config.steps}; {'' if saved else 'NOT '}saved. The same command goes on.")
+            return exit_status(signal)
+        if not saved:
+            say(f"step {step} is NOT saved; make room in {config.workdir} and start again")
+            return NOT_SAVED
+        try:
+            _evaluate_at_end(this, state)
+        except Interrupted:
+            return exit_status(stop.signal)
         say(f"done: {step} steps, in {config.workdir}. For more, raise --config.steps and run again.")
         return 0
 
@@ -102,16 +118,20 @@ class _Run:
     checkpoints: Checkpoints
     log: Log
     meter: Meter
-    stop: _Stop
-    say: _Reporter
+    stop: Stop
+    say: Reporter
 
     def evaluate(self, state: TrainState, limit: int, samples: list | None = None) -> list[Any]:
-        """Runs the tasks of the settings, prints and logs the scores; returns the rows of `kimi_jax.eval.runner`."""
+        """Runs the tasks of the settings, prints and logs the scores; returns the rows of `kimi_jax.eval.runner`.
+
+        Raises Interrupted when a signal comes meanwhile: an evaluation may be long and can be made again.
+        """
         from kimi_jax.eval.runner import evaluate
 
         step, before = int(state.step), time.perf_counter()
         self.say(f"step {step}: evaluating {', '.join(self.config.eval.tasks)}, up to {limit} questions each")
-        rows = evaluate(state.params, self.config, self.config.eval.tasks, limit, samples=samples)
+        with self.stop.raising(0.0 if jax.process_count() == 1 else None):
+            rows = evaluate(state.params, self.config, self.config.eval.tasks, limit, samples=samples)
         self.log.evaluation(step, [dataclasses.asdict(row) for row in rows])
         for row in rows:
             scored = f"{row.metric:<16}{row.score:.3f} +- {row.stderr:.3f}"
@@ -119,66 +139,133 @@ class _Run:
         self.say(f"  in {time.perf_counter() - before:.0f} s")
         return rows
 
+    def evaluated(self) -> set[int]:
+        """Steps whose evaluation is in the log of host 0."""
+        return set(hosts.gather(sorted(self.log.evaluated()) if hosts.is_first() else [])[0])
+
+    def save(self, state: TrainState, stream: BatchStream) -> None:
+        """Starts a checkpoint; the meter must be flushed."""
+        self.log.flush()
+        self.checkpoints.save(state, {"data": _whole(stream), "meter": self.meter.state()}, self.config)
+
 
 # ---------------------------------------------------------------------------------------------------------------- steps
 
 
 def _train(
-    this: _Run, train_step: Any, stream: BatchStream, state: TrainState, step: int, rate: float
-) -> tuple[TrainState, int]:
-    """Steps until the end or a signal; returns the state and its step, both saved."""
+    this: _Run, train_step: Any, abstract: TrainState, stream: BatchStream, state: TrainState, step: int, rate: float
+) -> tuple[TrainState, int, int]:
+    """Steps until the end or a signal; returns the state and its step, being saved, and the signal if there was one."""
     config, meter = this.config, this.meter
-    compiled = None
-    while step < config.steps and not this.stop.signal:
-        before = time.perf_counter()
-        batch = next(stream)
-        meter.waited(time.perf_counter() - before)
+    compiled, vote, stop = None, hosts.Vote(), 0
+    while step < config.steps and not stop:
+        batch = _next_batch(this, stream)
+        if batch is None:
+            stop = this.stop.signal
+            if stream.report()["batches"] == step:  # else the batch that came with the signal would be lost to the run
+                _record(this, meter.flush(), rate)
+                this.save(state, stream)
+            break
         batch = sharding.put_batch(batch, this.mesh)
         if compiled is None:
             compiled = _compile(train_step, state, batch, this.say)
             meter.restart_clock()
         state, metrics = compiled(state, batch)
+        vote.ask(this.stop.signal)
         step += 1
         _record(this, meter.push(step, metrics, _about_data(stream) if meter.due(step) else {}), rate)
+        if meter.skipped_in_row >= config.recovery.max_skipped_in_row:
+            state = _roll_back(this, abstract, state, step)
         this.say.advance(step)
 
+        stop = vote.answer()
         interval = config.checkpoint.interval
-        if (interval and step % interval == 0) or step == config.steps or this.stop.signal:
+        if (interval and step % interval == 0) or step == config.steps or stop:
             _record(this, meter.flush(), rate)
-            this.checkpoints.save(state, {"data": stream.state(), "meter": meter.state()}, config)
-        if _evaluation_due(config, step) and not this.stop.signal:
+            this.save(state, stream)
+        if _evaluation_due(config, step) and not stop:
             _record(this, meter.flush(), rate)
-            this.evaluate(state, config.eval.limit)
+            try:
+                this.evaluate(state, config.eval.limit)
+            except Interrupted:
+                stop = this.stop.signal
+                this.save(state, stream)
             meter.restart_clock()
-    return state, step
+    return state, step, stop
 
 
-def _compile(train_step: Any, state: TrainState, batch: Any, say: _Reporter) -> Any:
+def _next_batch(this: _Run, stream: BatchStream) -> Any:
+    """The next batch, or None if none came in time after a signal."""
+    before = time.perf_counter()
+    try:
+        with this.stop.raising(DATA_PATIENCE if jax.process_count() == 1 else None):
+            return next(stream)
+    except Interrupted:
+        return None
+    finally:
+        this.meter.waited(time.perf_counter() - before)
+
+
+def _compile(train_step: Any, state: TrainState, batch: Any, say: Reporter) -> Any:
     before = time.perf_counter()
     compiled = train_step.lower(state, batch).compile()
     say(f"training step compiled in {time.perf_counter() - before:.1f} s")
     return compiled
 
 
+def _whole(stream: BatchStream) -> dict[str, Any]:
+    """The state of the stream with the shards of all hosts, the same on each of them."""
+    states = hosts.gather(stream.state())
+    seen: set[str] = set()
+    for state in states[1:] and states:
+        state["shards"] = {k: v for k, v in state["shards"].items() if k not in seen}
+        seen |= set(state["shards"])
+    return merge_states([s for s in states if s["shards"]]) if seen else states[0]
+
+
 def _about_data(stream: BatchStream) -> dict[str, Any]:
-    report = stream.report()
+    report = stream.report(_whole(stream)) if jax.process_count() > 1 else stream.report()
     return {"token_fill": report["token_fill"], "vision_ratio": report["ratio"], "data": report}
 
 
 def _record(this: _Run, row: dict[str, Any] | None, rate: float) -> None:
-    """Logs a row if there is one. Raises Diverged after too many steps without a finite loss."""
+    """Logs a row if there is one, and what went wrong if something did."""
     if this.meter.skipped_now:
-        this.say(f"WARNING: loss or gradient of step {this.meter.fetched_step} is not finite; its update is left out")
-    if this.meter.skipped_in_row >= MAX_SKIPPED_IN_ROW:
-        raise Diverged(
-            f"loss or gradient not finite for {this.meter.skipped_in_row} steps in a row, the last one step "
-            f"{this.meter.fetched_step}. The weights in the checkpoints of {this.config.workdir} are sound; go on with "
-            f"a lower --config.optimizer.peak_lr, or look at the batches with python -m kimi_jax.data inspect"
-        )
+        this.say(f"WARNING: step {this.meter.fetched_step}: {this.meter.skipped_now}; its update is left out")
     if row is not None:
         row["mfu"] = row["flops_per_s"] / rate
         this.log.train(row)
         this.say.row(row)
+        this.checkpoints.look()
+
+
+def _roll_back(this: _Run, abstract: TrainState, state: TrainState, step: int) -> TrainState:
+    """Weights and moments from before the trouble, with the counters of now. Raises Diverged if that is not allowed.
+
+    The batches since then count as skipped, so that the learning rate goes on from the updates really made. Data and
+    log go on as they are: a step is never repeated, and what upset the run does not come again.
+    """
+    meter, recovery = this.meter, this.config.recovery
+    this.checkpoints.settle()
+    found = None
+    if meter.rollbacks < recovery.max_rollbacks:
+        found = this.checkpoints.restore(abstract, this.config, sound=True)
+    if found is None:
+        tried = f", after going back {meter.rollbacks} times" if meter.rollbacks else ""
+        raise Diverged(
+            f"{recovery.max_skipped_in_row} steps in a row, the last one step {meter.fetched_step}, had a loss or "
+            f"gradient that is not finite or leaps up{tried}. The weights in the checkpoints of {this.config.workdir} "
+            "are sound; go on with a lower --config.optimizer.peak_lr, allow returns to a checkpoint with "
+            "--config.recovery.max_rollbacks, or look at the batches with python -m kimi_jax.data inspect"
+        )
+    meter.rollbacks += 1
+    meter.skipped_in_row = 0
+    this.say(
+        f"WARNING: going back to the weights of step {found.step} ({meter.rollbacks} of {recovery.max_rollbacks} times "
+        f"allowed); the {step - found.step} batches since then are left out"
+    )
+    updates = found.state.step - found.state.skipped
+    return dataclasses.replace(found.state, step=state.step, skipped=state.step - updates)
 
 
 def _evaluation_due(config: TrainConfig, step: int) -> bool:
@@ -189,13 +276,14 @@ def _evaluation_due(config: TrainConfig, step: int) -> bool:
 
 def _evaluate_at_end(this: _Run, state: TrainState) -> None:
     results = epath.Path(this.config.workdir) / "results.json"
-    if this.config.eval.tasks and not (results.exists() and this.config.steps in this.log.evaluated()):
+    if this.config.eval.tasks and not (results.exists() and this.config.steps in this.evaluated()):
         from kimi_jax.eval.__main__ import write_rows, write_samples
 
         samples: list[Any] = []
         rows = this.evaluate(state, this.config.eval.final_limit, samples)
-        write_samples(samples, results.parent / "samples")
-        write_rows(rows, results)
+        if hosts.is_first():
+            write_samples(samples, results.parent / "samples")
+            write_rows(rows, results)
 
 
 def _check(config: TrainConfig) -> None:
@@ -209,9 +297,8 @@ def _check(config: TrainConfig) -> None:
             raise ConfigError(f"config.eval.tasks: {error.args[0]}") from error
     if config.log_interval < 1 or config.checkpoint.interval < 0 or config.checkpoint.keep < 1:
         raise ConfigError("config.log_interval and checkpoint.keep must be at least 1, checkpoint.interval at least 0")
-
-
-# ------------------------------------------------------------------------------------------------- talking and stopping
+    if config.recovery.max_skipped_in_row < 1:
+        raise ConfigError("config.recovery.max_skipped_in_row must be at least 1")
 
 
 def describe(config: TrainConfig) -> list[str]:
@@ -219,66 +306,3 @@ def describe(config: TrainConfig) -> list[str]:
     name = min(PRESETS, key=lambda n: len(diff(config.model, preset(n))))
     lines = diff(config, TrainConfig(model=preset(name)))
     return [f"config.model = preset {name!r}", *(textwrap.shorten(line, 160, placeholder=" ...") for line in lines)]
-
-
-class _Reporter(contextlib.AbstractContextManager):
-    """Prints lines; on a terminal with a progress bar below them, elsewhere with one line a log interval."""
-
-    def __init__(self, steps: int):
-        self._steps, self._start = steps, time.monotonic()
-        columns = (MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-        self._bar = Progress(*columns, console=Console(highlight=False))
-        self._task = self._bar.add_task("", total=steps)
-        self._live = self._bar.console.is_terminal
-
-    def __enter__(self) -> _Reporter:
-        if self._live:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self._live:
-            self._bar.stop()
-
-    def __call__(self, *lines: str) -> None:
-        for line in lines:
-            if self._live:
-                self._bar.console.print(line, markup=False, highlight=False)
-            else:
-                print(line, flush=True)
-
-    def advance(self, step: int) -> None:
-        if self._live:
-            self._bar.update(self._task, completed=step)
-
-    def row(self, row: dict[str, Any]) -> None:
-        line = progress_line(row)
-        if self._live:
-            self._bar.update(self._task, description=line)
-        else:
-            print(f"{row['step']:>{len(str(self._steps))}}/{self._steps}  {line}", flush=True)
-
-
-class _Stop(contextlib.AbstractContextManager):
-    """Turns the first SIGINT or SIGTERM into a request to stop after this step; the second one acts at once."""
-
-    def __init__(self) -> None:
-        self._before: dict[int, Any] = {}
-        self.signal = 0
-
-    def __enter__(self) -> _Stop:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python does not allow handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._request)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
-
-    def _request(self, number: int, frame: Any) -> None:
-        self.__exit__()
-        self.signal = number
-        # print() may be what was interrupted, and it must not be entered twice
-        os.write(2, b"\nstopping: saving after this step; once more to stop at once without saving\n")

@@ -1,26 +1,23 @@
-"""What a run tells about itself: rows over a log interval, the files they go to, the progress line, and the yardsticks.
+"""What a run tells about itself: rows over a log interval, the progress line, and the yardsticks.
 
 A row is the mean over the steps since the row before. It is the same, bit for bit, whether or not the run was killed in
 between: the running sums travel with the checkpoint. Only the keys in `TIMED` depend on the machine.
 
-Row (one JSON line of `WORKDIR/metrics.jsonl`):
+Row (one JSON line of `WORKDIR/metrics.jsonl`, see kimi_jax.train.log):
   step; loss, loss_text, loss_image, loss_video (nats a target token; null if there was none); balance_loss
   tokens, features, patches (real ones in the interval); tokens_seen (since the start of the run)
   lr, update_rms_muon, update_rms_adamw (of the last step); grad_norm (mean, before clipping)
   max_logit [L], clipped_heads; expert_load [Lm][E] (tokens), load_imbalance [Lm] (largest over mean); dropped;
-  skipped (steps without update)
+  skipped (steps without update), spikes (those of them with a finite loss), rollbacks (since the start of the run)
   tokens_per_s, patches_per_s, flops_per_s (the model's own), mfu, step_s, wait_s (for data, of a step), time_s (since
   the start of the run)
 and from the data stream: token_fill, vision_ratio, data (all that `BatchStream.report()` says)
-
-`WORKDIR/eval.jsonl` has one line an evaluation: step, eval (task/metric -> score), rows (see kimi_jax.eval.runner).
 
 L layers, Lm layers with experts, E experts, 3 modalities
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from typing import Any
@@ -28,7 +25,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kimi_jax.config import ModelConfig
@@ -38,6 +34,7 @@ from kimi_jax.train.step import MODALITIES
 _SUMS = ("nll_sum", "weight_sum", "balance_loss", "grad_norm")  # over steps with an update
 _TOTALS = (*flops.COUNTS, "expert_load", "dropped", "clipped_heads")  # over all steps
 TIMED = ("tokens_per_s", "patches_per_s", "flops_per_s", "mfu", "step_s", "wait_s", "time_s")
+_COUNTED = ("tokens", "features", "patches", "clipped_heads", "dropped", "skipped", "spikes")
 _LAST = ("lr", "update_rms_muon", "update_rms_adamw")
 
 
@@ -46,12 +43,14 @@ class Meter:
 
     def __init__(self, model: ModelConfig, log_interval: int, last_step: int, state: dict[str, Any] | None = None):
         self._model, self._interval, self._last_step = model, log_interval, last_step
-        state = state or {"sums": {}, "tokens_seen": 0, "time_s": 0.0}
+        state = state or {"sums": {}, "tokens_seen": 0, "time_s": 0.0, "skipped_in_row": 0, "rollbacks": 0}
         self._sums = {k: np.asarray(v, np.float64) for k, v in state["sums"].items()}
         self._tokens_seen, self._time_s = state["tokens_seen"], state["time_s"]
         self._pending: tuple[int, Any, dict[str, Any]] | None = None
-        self.fetched_step = self.skipped_in_row = 0  # as of the metrics fetched last
-        self.skipped_now = False  # the push or flush just now brought a step without update
+        self.fetched_step = 0
+        self.skipped_in_row: int = state["skipped_in_row"]  # as of the metrics fetched last
+        self.rollbacks: int = state["rollbacks"]
+        self.skipped_now = ""  # if the push or flush just now brought a step without update: why
         self.restart_clock()
 
     def state(self) -> dict[str, Any]:
@@ -59,7 +58,13 @@ class Meter:
         if self._pending is not None:
             raise RuntimeError("flush the meter before its state is saved")
         sums = {k: v.tolist() for k, v in self._sums.items()}
-        return {"sums": sums, "tokens_seen": self._tokens_seen, "time_s": self._time_s}
+        return {
+            "sums": sums,
+            "tokens_seen": self._tokens_seen,
+            "time_s": self._time_s,
+            "skipped_in_row": self.skipped_in_row,
+            "rollbacks": self.rollbacks,
+        }
 
     def restart_clock(self) -> None:
         """Leaves what happened so far (compiling, evaluation) out of the speed of the next row."""
@@ -86,7 +91,7 @@ class Meter:
 
     def flush(self) -> dict[str, Any] | None:
         """Fetches what is pending (waits for it); returns its row if one is due."""
-        self.skipped_now = False
+        self.skipped_now = ""
         if self._pending is None:
             return None
         (step, metrics, beside), self._pending = self._pending, None
@@ -95,10 +100,14 @@ class Meter:
         return self._row(step) | beside if self.due(step) else None
 
     def _add(self, m: dict[str, Any]) -> None:
-        finite = bool(m["finite"])
-        self.skipped_in_row, self.skipped_now = int(m["skipped_in_row"]), not finite
-        add = {k: m[k] for k in _TOTALS} | {"steps": 1, "skipped": not finite}
-        if finite:
+        finite, spike = bool(m["finite"]), bool(m["spike"])
+        self.skipped_in_row = int(m["skipped_in_row"])
+        if not finite:
+            self.skipped_now = "loss or gradient is not finite"
+        elif spike:
+            self.skipped_now = f"the loss leaps up to {float(m['loss_total']):.4g}"
+        add = {k: m[k] for k in _TOTALS} | {"steps": 1, "skipped": not finite or spike, "spikes": spike}
+        if finite and not spike:
             add |= {k: m[k] for k in _SUMS}
         for k, v in add.items():
             self._sums[k] = self._sums.get(k, 0.0) + np.asarray(v, np.float64)
@@ -120,9 +129,10 @@ class Meter:
         row |= {f"loss_{name}": _ratio(n, w) for name, n, w in zip(MODALITIES, nll, weight, strict=True)}
         row |= {k: _ratio(s.get(k, 0.0), updates) for k in ("balance_loss", "grad_norm")}
         row |= {k: float(s[k]) for k in _LAST if k in s}
-        row |= {k: int(s[k]) for k in ("tokens", "features", "patches", "clipped_heads", "dropped", "skipped")}
+        row |= {k: int(s[k]) for k in _COUNTED}
         row |= {
             "tokens_seen": self._tokens_seen,
+            "rollbacks": self.rollbacks,
             "max_logit": _json(s["max_logits"]),
             "expert_load": _json(load),
             "load_imbalance": _json(load.max(-1) / np.maximum(load.mean(-1), 1e-9)) if load.size else [],
@@ -155,91 +165,6 @@ def _json(x: Any) -> Any:
     return float(f"{float(x):.8g}") if math.isfinite(x) else None
 
 
-# --------------------------------------------------------------------------------------------------------------- files
-
-
-class Log:
-    """`metrics.jsonl` and `eval.jsonl` (for people and scripts) and TensorBoard events, continued at `start_step`.
-
-    Rows beyond `start_step` belong to a part of the run that was lost and will be done again: they are cut off.
-    """
-
-    def __init__(self, workdir: str, start_step: int):
-        self._dir = epath.Path(workdir)
-        self._dir.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "eval.jsonl"):
-            _truncate(self._dir / name, start_step)
-        from tensorboardX import SummaryWriter  # a slow import, wanted by training only
-
-        self._board = SummaryWriter(str(self._dir / "tensorboard"), purge_step=start_step + 1)
-
-    def train(self, row: dict[str, Any]) -> None:
-        """Appends one row of a Meter."""
-        self._append("metrics.jsonl", row)
-        for name, value in _scalars(row):
-            self._board.add_scalar(f"train/{name}", value, row["step"])
-        self._board.flush()
-
-    def evaluation(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Appends what the tasks of one evaluation scored."""
-        scores = {f"{row['task']}/{row['metric']}": row["score"] for row in rows}
-        self._append("eval.jsonl", {"step": step, "eval": scores, "rows": rows})
-        for row in rows:
-            for name in ("score", "control"):
-                self._board.add_scalar(f"eval/{row['task']}/{row['metric']}/{name}", row[name], step)
-        self._board.flush()
-
-    def evaluated(self) -> set[int]:
-        """Steps whose evaluation is in the log."""
-        return {row["step"] for row in read_rows(self._dir / "eval.jsonl")}
-
-    def _append(self, name: str, row: dict[str, Any]) -> None:
-        with (self._dir / name).open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
-    def close(self) -> None:
-        """Ends the TensorBoard thread."""
-        self._board.close()
-
-
-def read_rows(path: Any) -> list[dict[str, Any]]:
-    """The rows of a JSONL file; a last line that a killed run left unfinished is not one. Empty if there is no file."""
-    path = epath.Path(path)
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
-def _truncate(path: epath.Path, last_step: int) -> None:
-    if path.exists():
-        kept = [row for row in read_rows(path) if row["step"] <= last_step]
-        write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
-
-
-def write_atomic(path: Any, text: str) -> None:
-    """Writes a file so that a reader sees the old text or the new one, never half of it."""
-    path = epath.Path(path)
-    temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-def _scalars(row: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    out: list[tuple[str, float]] = []
-    for key, value in row.items():
-        if isinstance(value, dict):
-            out += _scalars(value, f"{prefix}{key}/")
-        elif isinstance(value, list) and value and not isinstance(value[0], list):
-            out += _scalars({f"layer_{i}": v for i, v in enumerate(value)}, f"{prefix}{key}/")
-        elif isinstance(value, (int, float)) and key != "step":
-            out.append((f"{prefix}{key}", value))
-    return out
-
-
 # ------------------------------------------------------------------------------------------------------- for the reader
 
 
@@ -255,6 +180,7 @@ def progress_line(row: dict[str, Any]) -> str:
     logits = [x for x in row["max_logit"] if x is not None]
     parts += [f"max logit {max(logits):.1f}"] if logits else []
     parts += [f"SKIPPED {row['skipped']}"] if row["skipped"] else []
+    parts += [f"ROLLED BACK {row['rollbacks']} times"] if row["rollbacks"] else []
     return "  ".join(parts)
 
 

@@ -25,17 +25,28 @@ class TrainState:
     """
 
     step: Any  # int32 []: batches seen
-    skipped: Any  # int32 []: of these, batches whose update was left out because it was not finite
+    skipped: Any  # int32 []: of these, batches that left no trace: their update was left out, or undone by a rollback
     skipped_in_row: Any  # int32 []: how many of them just now, without a good one between
+    loss_mean: Any  # float32 []: running mean of the loss over the updates made
+    loss_square: Any  # float32 []: and of its square
     params: Any  # plain nested dict, the checkpoint's layout
     opt_state: Any
+
+
+SCALARS = {
+    "step": jnp.int32,
+    "skipped": jnp.int32,
+    "skipped_in_row": jnp.int32,
+    "loss_mean": jnp.float32,
+    "loss_square": jnp.float32,
+}
 
 
 def create(model: ModelConfig, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
     """A fresh state; the same key gives the same weights on any mesh."""
     params = unbox(kimi.init_params(model, key))
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(step=zero, skipped=zero, skipped_in_row=zero, params=params, opt_state=tx.init(params))
+    zeros = {name: jnp.zeros((), dtype) for name, dtype in SCALARS.items()}
+    return TrainState(**zeros, params=params, opt_state=tx.init(params))
 
 
 @functools.cache
@@ -60,10 +71,8 @@ def abstract(model: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh) -
     whole = sharding.replicated(mesh)
     opt_state = jax.eval_shape(tx.init, params)
     cuts = _moment_shardings(opt_state, params, whole)
-    zero = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    return TrainState(
-        step=zero, skipped=zero, skipped_in_row=zero, params=params, opt_state=jax.tree.map(_place, opt_state, cuts)
-    )
+    scalars = {name: jax.ShapeDtypeStruct((), dtype, sharding=whole) for name, dtype in SCALARS.items()}
+    return TrainState(**scalars, params=params, opt_state=jax.tree.map(_place, opt_state, cuts))
 
 
 def abstract_params(model: ModelConfig, mesh: Mesh) -> Any:

@@ -21,7 +21,7 @@ from kimi_jax.config import TrainConfig
 from kimi_jax.nn.kimi import KimiK25
 from kimi_jax.optim import qk_clip, router_bias, schedules
 from kimi_jax.optim.muonclip import muonclip, step_metrics
-from kimi_jax.train import flops
+from kimi_jax.train import flops, spikes
 from kimi_jax.train import state as state_lib
 from kimi_jax.train.state import TrainState
 
@@ -90,13 +90,15 @@ def _train_step(
 
     optimizer = step_metrics(grads, updates, state_lib.infos(config.model))
     finite = jnp.isfinite(loss) & jnp.isfinite(optimizer["grad_norm"])
-    new = _advance(state, params, opt_state, finite)
+    spike = finite & spikes.is_spike(config.recovery, state, loss)
+    new = _advance(state, params, opt_state, loss, finite & ~spike)
     metrics = {
         **out,
         **flops.batch_counts(batch),
         **optimizer,
         "loss_total": loss,
         "finite": finite,
+        "spike": spike,
         "skipped_in_row": new.skipped_in_row,
         "max_logits": jnp.max(aux.max_logits, axis=-1),
         "clipped_heads": clip["clipped_heads"],
@@ -108,17 +110,20 @@ def _train_step(
     return new, metrics
 
 
-def _advance(state: TrainState, params: Any, opt_state: Any, finite: jax.Array) -> TrainState:
-    """The next state; weights and optimizer stay as they were when the update is not finite."""
+def _advance(state: TrainState, params: Any, opt_state: Any, loss: jax.Array, sound: jax.Array) -> TrainState:
+    """The next state; weights and optimizer stay as they were when the update is not sound."""
 
     def keep(new: jax.Array, old: jax.Array) -> jax.Array:
-        return jnp.where(finite, new, old)
+        return jnp.where(sound, new, old)
 
-    missed = 1 - finite.astype(jnp.int32)
+    missed = 1 - sound.astype(jnp.int32)
+    loss_mean, loss_square = spikes.advance(state, loss)
     return TrainState(
         step=state.step + 1,
         skipped=state.skipped + missed,
         skipped_in_row=(state.skipped_in_row + missed) * missed,
+        loss_mean=keep(loss_mean, state.loss_mean),
+        loss_square=keep(loss_square, state.loss_square),
         params=jax.tree.map(keep, params, state.params),
         opt_state=jax.tree.map(keep, opt_state, state.opt_state),
     )

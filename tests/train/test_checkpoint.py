@@ -20,8 +20,8 @@ def make_state(step: int, width: int = 16, momentum: bool = True) -> TrainState:
     key = jax.random.key(step)
     params = {"a": {"kernel": jax.random.normal(key, (8, width))}, "b": jnp.arange(8, dtype=jnp.bfloat16) + step}
     opt_state = (jax.tree.map(jnp.sqrt, jax.tree.map(jnp.abs, params)) if momentum else (), jnp.int32(step), ())
-    counters = [jnp.int32(n) for n in (step, 1, 0)]
-    return TrainState(*counters, params=params, opt_state=opt_state)
+    scalars = [jnp.int32(step), jnp.int32(1), jnp.int32(0), jnp.float32(2.5), jnp.float32(7.0)]
+    return TrainState(*scalars, params=params, opt_state=opt_state)
 
 
 def abstract(state: TrainState, num_devices: int = 1) -> TrainState:
@@ -38,7 +38,7 @@ def save(directory, *steps: int) -> Checkpoints:
     checkpoints = Checkpoints(str(directory), CONFIG.checkpoint)
     for step in steps:
         checkpoints.save(make_state(step), {"data": {"position": step}, "sum": 0.1 + 0.2 * step}, CONFIG)
-        checkpoints.wait()
+        assert checkpoints.settle()
     return checkpoints
 
 

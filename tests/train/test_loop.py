@@ -18,7 +18,7 @@ class Stream(BatchStream):
 
     bad_from = 10**9
 
-    def __init__(self, data, model, total_steps, state=None):
+    def __init__(self, data, model, total_steps, shards=None, state=None):
         self.step = state["step"] if state else 0
 
     def __next__(self):
@@ -57,9 +57,9 @@ def row(task):
 
 def test_run_that_stays_not_finite_is_given_up_with_advice(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Stream, "bad_from", 5)
-    with pytest.raises(loop.Diverged, match=r"10 steps in a row, the last one step 15\."):
+    with pytest.raises(loop.Diverged, match=r"10 steps in a row, the last one step 15,"):
         loop.run(dataclasses.replace(config(tmp_path), steps=100, checkpoint=CheckpointConfig(interval=0)))
-    assert "step 6 is not finite; its update is left out" in capsys.readouterr().out
+    assert "step 6: loss or gradient is not finite; its update is left out" in capsys.readouterr().out
 
 
 def test_evaluation_on_the_way_and_at_the_end_and_not_again(tmp_path, monkeypatch):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from kimi_jax.train import flops
-from kimi_jax.train.metrics import TIMED, Log, Meter, progress_line, read_rows
+from kimi_jax.train.log import Log, read_rows
+from kimi_jax.train.metrics import TIMED, Meter, progress_line
 from tests.train.tiny import MODEL
 
 
@@ -15,6 +16,7 @@ def step_metrics(step, finite=True):
     f32 = lambda *shape: rng.uniform(1, 2, shape).astype(np.float32)  # noqa: E731
     return {
         "nll_sum": f32(3) * [1, 1, 0] if finite else np.full(3, np.nan), "weight_sum": f32(3) * [1, 1, 0],
+        "spike": np.asarray(False),
         "balance_loss": f32(), "grad_norm": f32(), "finite": np.asarray(finite), "skipped_in_row": np.int32(not finite),
         "max_logits": f32(3), "clipped_heads": np.int32(1), "expert_load": f32(2, 4), "dropped": np.int32(0),
         "lr": np.float32(step), "update_rms_muon": f32(), "update_rms_adamw": f32(),

@@ -1,0 +1,189 @@
+"""The files in which a run tells about itself; they outlive a kill at any point and a disk that is full for a while.
+
+  metrics.jsonl   one row a log interval (kimi_jax.train.metrics)
+  eval.jsonl      one line an evaluation: step, eval (task/metric -> score), rows (see kimi_jax.eval.runner)
+  tensorboard/    the numbers of both
+All of them may be on an object store (`gs://`), where nothing can be appended: a file is then written anew as a whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from etils import epath
+
+
+class Log:
+    """The log of one run, continued at `start_step`; host 0 alone has one that writes (`active`).
+
+    Rows beyond `start_step` belong to a part of the run that was lost and will be done again: they are cut off.
+    What cannot be written is told to `warn` and kept for the next time.
+    """
+
+    def __init__(self, workdir: str, start_step: int, warn: Callable[[str], Any] = warnings.warn, active: bool = True):
+        self._dir, self._warn, self._active = epath.Path(workdir), warn, active
+        if active:
+            self._dir.mkdir(parents=True, exist_ok=True)
+            self._files = {name: _Lines(self._dir / name, start_step) for name in ("metrics.jsonl", "eval.jsonl")}
+            self._board = _Board(self._dir / "tensorboard", start_step + 1)
+
+    def train(self, row: dict[str, Any]) -> None:
+        """Appends one row of a Meter."""
+        self._write("metrics.jsonl", row, [(f"train/{name}", value) for name, value in _scalars(row)])
+
+    def evaluation(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Appends what the tasks of one evaluation scored."""
+        scores = {f"{row['task']}/{row['metric']}": row["score"] for row in rows}
+        named = [(f"eval/{row['task']}/{row['metric']}/{k}", row[k]) for row in rows for k in ("score", "control")]
+        self._write("eval.jsonl", {"step": step, "eval": scores, "rows": rows}, named)
+
+    def _write(self, name: str, row: dict[str, Any], scalars: list[tuple[str, float]]) -> None:
+        if not self._active:
+            return
+        self._files[name].add(row)
+        self._board.add(row["step"], scalars)
+        self.flush()
+
+    def flush(self) -> None:
+        """Writes what could not be written before, if it can be now."""
+        if not self._active:
+            return
+        files: list[_Lines | _Board] = [*self._files.values(), self._board]
+        for file in files:
+            try:
+                file.flush()
+            except OSError as error:
+                self._warn(f"WARNING: cannot write {file.path} ({error}); {file.waiting()} lines wait in memory")
+
+    def evaluated(self) -> set[int]:
+        """Steps whose evaluation is in the log."""
+        return {row["step"] for row in read_rows(self._dir / "eval.jsonl")}
+
+    def close(self) -> None:
+        """Writes what is left."""
+        self.flush()
+        if self._active:
+            self._board.close()
+
+
+class _Lines:
+    """A JSONL file that grows by whole lines only: the half of one that a full disk took is cut off before the next."""
+
+    def __init__(self, path: epath.Path, last_step: int):
+        self.path = path
+        self._new: list[str] = []
+        lines = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= last_step]
+        self._old = "".join(lines) if _is_remote(path) else ""  # kept only where it must be written again
+        self._size = len("".join(lines).encode())
+        if path.exists():
+            write_atomic(path, "".join(lines))
+
+    def add(self, row: dict[str, Any]) -> None:
+        self._new.append(json.dumps(row) + "\n")
+
+    def waiting(self) -> int:
+        return len(self._new)
+
+    def flush(self) -> None:
+        text = "".join(self._new)
+        if not text:
+            return
+        if _is_remote(self.path):
+            write_atomic(self.path, self._old + text)
+            self._old += text
+        else:
+            with self.path.open("ab") as file:
+                file.truncate(self._size)
+                file.write(text.encode())
+            self._size += len(text.encode())
+        self._new = []
+
+
+class _Board:
+    """TensorBoard events, written at once: tensorboardX's own queue blocks for ever once its thread met an error."""
+
+    def __init__(self, path: epath.Path, purge_step: int):
+        from tensorboardX.proto import event_pb2  # a slow import, wanted by training only
+
+        self.path = path
+        self._proto = event_pb2
+        self._files = 0
+        self._writer: Any = None
+        # a reader is to forget what was written from this step on, by the part of the run that was lost
+        log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._new = [event_pb2.Event(wall_time=time.time(), step=purge_step, session_log=log)]
+
+    def add(self, step: int, scalars: list[tuple[str, float]]) -> None:
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in scalars])
+        self._new.append(self._proto.Event(wall_time=time.time(), step=step, summary=summary))
+
+    def waiting(self) -> int:
+        return len(self._new)
+
+    def flush(self) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+
+        try:
+            if self._writer is None:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._files += 1
+                self._writer = EventsWriter(str(self.path / "events"), f".{self._files}")
+            for event in self._new:
+                self._writer.write_event(event)
+            self._writer.flush()
+        except OSError:
+            self.close()  # its end is broken: a new file next time
+            raise
+        self._new = []
+
+    def close(self) -> None:
+        if self._writer is not None:
+            with contextlib.suppress(OSError):
+                self._writer.close()
+            self._writer = None
+
+
+def read_rows(path: Any) -> list[dict[str, Any]]:
+    """The rows of a JSONL file; a last line that a killed run left unfinished is not one. Empty if there is no file."""
+    path = epath.Path(path)
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def write_atomic(path: Any, text: str) -> None:
+    """Writes a file so that a reader sees the old text or the new one, never half of it."""
+    path = epath.Path(path)
+    if _is_remote(path):
+        path.write_text(text)  # an object appears whole or not at all
+        return
+    temporary = path.parent / f"{path.name}.tmp"
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _is_remote(path: epath.Path) -> bool:
+    return "://" in str(path)
+
+
+def _scalars(row: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    out: list[tuple[str, float]] = []
+    for key, value in row.items():
+        if isinstance(value, dict):
+            out += _scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, list) and value and not isinstance(value[0], list):
+            out += _scalars({f"layer_{i}": v for i, v in enumerate(value)}, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)) and key != "step":
+            out.append((f"{prefix}{key}", value))
+    return out
