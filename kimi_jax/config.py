@@ -48,6 +48,7 @@ class MoEConfig:
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 2.827
     int4_group_size: int | None = None  # routed experts held as INT4, one scale for so many inputs; frozen
+    int4_group_size: int | None = None  # routed experts held as INT4, one scale for so many inputs; frozen
 
 
 @dataclass(frozen=True)

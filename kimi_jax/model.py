@@ -13,12 +13,12 @@ import functools
 import math
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from kimi_jax.config import ConfigError, ModelConfig
 from kimi_jax.data.patches import Grid, item_layout, num_features
@@ -26,22 +26,32 @@ from kimi_jax.hf import stream
 from kimi_jax.nn.kimi import KimiK25
 
 DTYPES = ("float32", "bfloat16", "float16")
+EXPERTS = ("float", "int4")
 MIN_TOKENS, MIN_PATCHES = 16, 64
 
 
-def load(path: str | os.PathLike[str], dtype: str = "float32") -> Model:
+def load(path: str | os.PathLike[str], dtype: str = "float32", experts: str = "float") -> Model:
     """A released-format directory (config.json and safetensors: bf16, fp16, fp32, INT4 or FP8), or a workdir of ours
     (trained, or made by `python -m kimi_jax.convert from-hf`; its newest checkpoint).
 
-    dtype: of the weights and the activations. Raises FileNotFoundError if `path` is neither, ConfigError for a model
-    that is not supported or an unknown dtype, hf.files.CheckpointError that lists every tensor that does not fit.
+    dtype: of the weights and the activations. experts: "float" (in `dtype`), or "int4": a released directory's routed
+    experts stay INT4 in memory, 4.5 bits a weight, and the numbers are the same. Raises FileNotFoundError if `path` is
+    neither, ConfigError for a model that is not supported, an unknown dtype, or "int4" for experts that are not,
+    hf.files.CheckpointError that lists every tensor that does not fit.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    folder = Path(path)
+    if experts not in EXPERTS:
+        raise ConfigError(f"experts={experts!r} is not one of {', '.join(EXPERTS)}")
+    folder = epath.Path(path)
     if (folder / "config.json").is_file():
-        return Model(*stream.load(folder, dtype))
+        return Model(*stream.load(folder, dtype, keep_int4=experts == "int4"))
     if (folder / "checkpoints").is_dir():
+        if experts == "int4":
+            raise ConfigError(
+                f"{folder} is a workdir and holds floats; for INT4 experts: python -m kimi_jax.convert to-hf --int4, "
+                "and load what it writes"
+            )
         from kimi_jax.train import checkpoint  # here: a released directory needs neither Orbax nor the trainer
 
         config, params = checkpoint.load(str(folder))

@@ -46,6 +46,7 @@ RULES: dict[str, str | None] = {
     "qkv": None,
     "grid": None,
     "layers": None,
+    "lora": None,
 }
 ACTIVATIONS = ("batch",)  # names that no parameter has
 

@@ -105,7 +105,7 @@ def to_released(config: ModelConfig, model_type: str, dtype: str = "bfloat16") -
     yarn = config.rope_scaling
     text["rope_scaling"] = {"type": "yarn", **dataclasses.asdict(yarn)} if yarn else None
     if config.moe:
-        text |= dataclasses.asdict(config.moe) | FIXED_MOE
+        text |= {key: getattr(config.moe, key) for key in MOE_FIELDS} | FIXED_MOE
     else:
         text["n_routed_experts"] = None
     tokens = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}

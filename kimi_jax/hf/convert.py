@@ -49,6 +49,7 @@ from kimi_jax.hf.leaves import Leaves
 from kimi_jax.hf.names import Tensor, tensors
 from kimi_jax.hf.stream import (
     BIAS,
+    EXPERTS,
     MAX_FILE,
     PACKED,
     SCALE,
@@ -380,7 +381,7 @@ class _Export:
         return "kimi_k25" if self.config.vision else "kimi_k2"
 
     def _plan_int4(self) -> None:
-        leaves = {tensor.leaf for tensor in self.tensors if ".experts." in tensor.leaf}
+        leaves = {tensor.leaf for tensor in self.tensors} & set(EXPERTS)
         if (self.folder / "scales").is_dir():
             self.scales = Leaves(self.folder / "scales")
             leaves = set(self.scales.open())

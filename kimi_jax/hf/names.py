@@ -178,8 +178,12 @@ def family(model_type: str) -> Family:
 
 
 def leaf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every leaf of our tree by its path, `moe_layers.mlp.experts.gate`. Allocates nothing."""
-    return _leaf_shapes(dataclasses.replace(config, dtype="float32", param_dtype="float32", remat=False))
+    """Shape of every leaf of our tree by its path, `moe_layers.mlp.experts.gate`. Allocates nothing.
+
+    Experts that are held as INT4 count as the one leaf that they are as floats.
+    """
+    moe = dataclasses.replace(config.moe, int4_group_size=None) if config.moe else None
+    return _leaf_shapes(dataclasses.replace(config, moe=moe, dtype="float32", param_dtype="float32", remat=False))
 
 
 @functools.lru_cache(maxsize=16)  # tracing the model takes a second

@@ -19,17 +19,19 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from kimi_jax.config import ConfigError, ModelConfig
+from kimi_jax.config import ConfigError, ModelConfig, MoEConfig
 from kimi_jax.hf import config as hf_config
 from kimi_jax.hf import fp8, int4
 from kimi_jax.hf.files import DTYPES, NAMES, CheckpointError, Directory, Entry, Writer, file_plan, write_index
-from kimi_jax.hf.names import BUFFERS, Tensor, tensors
+from kimi_jax.hf.names import BUFFERS, Tensor, tensors, transpose
 
 PIECE = 1 << 23  # elements: 16 MB in bfloat16, 32 MB while it is float32
 MAX_FILE = 5 << 30  # bytes of one written safetensors file
 PACKED, SCALE, SHAPE, SCALE_INV = "weight_packed", "weight_scale", "weight_shape", "weight_scale_inv"
 FLOATS = ("F32", "F16", "BF16")
 BIAS = "moe_layers.mlp.router.bias"  # always float32: the released code selects experts in float32
+EXPERTS = tuple(f"moe_layers.mlp.experts.{name}" for name in ("gate", "up", "down"))  # what may stay INT4
+WORDS, SCALES = "words", "scales"  # of a leaf in EXPERTS that did
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,12 @@ class Released:
                 rows = fp8.dequantise(rows, scales, self.quantization.block, first)
         return tensor.to_ours(rows)
 
+    def read_int4(self, piece: Piece) -> tuple[np.ndarray, np.ndarray]:
+        """Words int32 [columns/8, n] and scales [columns/group, n] of a piece of an INT4 tensor: our layout."""
+        base = piece.tensor.name.removesuffix("weight")
+        words, scales = (self.directory.rows(base + part, piece.first, piece.last) for part in (PACKED, SCALE))
+        return transpose(words), transpose(scales)
+
     def _rows(self, tensor: Tensor, first: int, last: int) -> np.ndarray:
         return self.directory.rows(tensor.name, first, last).reshape(last - first, -1)
 
@@ -170,33 +178,81 @@ def parallel(work: Callable[[Any], Any], items: Iterable[Any], workers: int | No
 # ------------------------------------------------------------------------------------------------- whole, in the memory
 
 
-def load(path: str | os.PathLike[str], dtype: str | None = None) -> tuple[ModelConfig, dict[str, Any]]:
+def load(
+    path: str | os.PathLike[str], dtype: str | None = None, *, keep_int4: bool = False
+) -> tuple[ModelConfig, dict[str, Any]]:
     """(config, parameters) of a released directory; every weight in `dtype` (default: as config.json says).
 
-    The router bias is float32 always. Raises what `Released` raises.
+    The router bias is float32 always. keep_int4: the routed experts stay the words and scales that the files hold, and
+    the configuration says so. Raises what `Released` raises, ConfigError for `keep_int4` without INT4 experts.
     """
     checkpoint = Released(path)
     dtype = dtype or checkpoint.config.param_dtype
+    config = dataclasses.replace(checkpoint.config, dtype=dtype, param_dtype=dtype)
     by_leaf: dict[str, list[Tensor]] = {}
     for tensor in checkpoint.tensors:
         by_leaf.setdefault(tensor.leaf, []).append(tensor)
     params: dict[str, Any] = {}
     try:
+        if keep_int4:
+            config = dataclasses.replace(config, moe=_int4_section(checkpoint, by_leaf))
         for leaf, members in by_leaf.items():
-            last = members[-1]
-            shape = (*(n + 1 for n in last.index), *last.inner)
-            array = np.empty(shape, np.float32 if leaf == BIAS else jnp.dtype(dtype))
-
-            def fill(piece: Piece, array: np.ndarray = array) -> None:
-                array[piece.tensor.place(piece.first, piece.last)] = checkpoint.read(piece)
-
-            for _ in parallel(fill, (piece for tensor in members for piece in pieces(tensor))):
-                pass
-            set_leaf(params, leaf, jnp.asarray(array))
+            if keep_int4 and leaf in EXPERTS:
+                set_leaf(params, leaf, _load_int4(checkpoint, members))
+            else:
+                kind = np.dtype(np.float32) if leaf == BIAS else jnp.dtype(dtype)
+                set_leaf(params, leaf, _load_floats(checkpoint, members, kind))
     finally:
         checkpoint.close()
-    config = dataclasses.replace(checkpoint.config, dtype=dtype, param_dtype=dtype)
     return config, params
+
+
+def _load_floats(checkpoint: Released, members: list[Tensor], dtype: np.dtype) -> Any:
+    array = np.empty(_stacked(members, members[-1].inner), dtype)
+
+    def fill(piece: Piece) -> None:
+        array[piece.tensor.place(piece.first, piece.last)] = checkpoint.read(piece)
+
+    for _ in parallel(fill, (piece for tensor in members for piece in pieces(tensor))):
+        pass
+    return jnp.asarray(array)
+
+
+def _load_int4(checkpoint: Released, members: list[Tensor]) -> dict[str, Any]:
+    inputs, outputs = members[-1].inner
+    assert checkpoint.quantization  # `_int4_section` looked
+    words = np.empty(_stacked(members, (inputs // 8, outputs)), np.int32)
+    groups = inputs // checkpoint.quantization.group_size
+    scales = np.empty(_stacked(members, (groups, outputs)), DTYPES[checkpoint.dtype(members[0])])
+
+    def fill(piece: Piece) -> None:
+        place = piece.tensor.place(piece.first, piece.last)
+        words[place], scales[place] = checkpoint.read_int4(piece)
+
+    for _ in parallel(fill, (piece for tensor in members for piece in pieces(tensor))):
+        pass
+    return {WORDS: jnp.asarray(words), SCALES: jnp.asarray(scales)}
+
+
+def _stacked(members: list[Tensor], inner: tuple[int, ...]) -> tuple[int, ...]:
+    return (*(n + 1 for n in members[-1].index), *inner)
+
+
+def _int4_section(checkpoint: Released, by_leaf: dict[str, list[Tensor]]) -> MoEConfig:
+    """The section of a configuration whose experts stay as they are stored. Raises ConfigError if that is not INT4."""
+    moe, quantization = checkpoint.config.moe, checkpoint.quantization
+    members = [tensor for leaf in EXPERTS for tensor in by_leaf.get(leaf, ())]
+    floats = [tensor.name for tensor in members if not checkpoint.is_int4(tensor)]
+    if moe is None or quantization is None or not members or floats:
+        example = f", {floats[0]} for one" if floats else ""
+        raise ConfigError(
+            f"the experts of {checkpoint.path} are not INT4{example}, so they cannot stay so; pack them first: "
+            "python -m kimi_jax.convert from-hf, then to-hf --int4"
+        )
+    kinds = {checkpoint.dtype(tensor) for tensor in members}
+    if len(kinds) > 1:
+        raise ConfigError(f"the scales of {checkpoint.path} have several dtypes, {sorted(kinds)}; load them as floats")
+    return dataclasses.replace(moe, int4_group_size=quantization.group_size)
 
 
 def set_leaf(tree: dict[str, Any], path: str, value: Any) -> None:
@@ -225,8 +281,8 @@ def save(
     """Parameters as a released directory: config.json and safetensors files of at most 5 GB.
 
     dtype: of all tensors but the router bias, which stays float32. int4_experts: routed experts packed, with scales of
-    the largest magnitude in each group. Raises ConfigError if the released format cannot say what the model is,
-    FileExistsError if `path` holds a checkpoint already.
+    the largest magnitude in each group. Experts that are INT4 in memory are written as they are. Raises ConfigError if
+    the released format cannot say what the model is, FileExistsError if `path` holds a checkpoint already.
     """
     target = Path(path)
     if (target / "config.json").exists():
@@ -234,25 +290,35 @@ def save(
     name = NAMES[np.dtype(jnp.dtype(dtype))]
     released = hf_config.to_released(config, model_type, dtype)
     wanted = tensors(config, model_type)
-    is_packed = {t.name: int4_experts and ".experts." in t.leaf for t in wanted}
-    entries = [
-        entry for t in wanted for entry in output_entries(t, "F32" if t.leaf == BIAS else name, is_packed[t.name])
-    ]
+    kept = config.moe.int4_group_size if config.moe else None
+    group = kept or 32
+    is_packed = {t.name: bool(kept or int4_experts) and t.leaf in EXPERTS for t in wanted}
+
+    def kind(tensor: Tensor) -> str:
+        if kept and is_packed[tensor.name]:
+            return NAMES[np.dtype(get_leaf(params, tensor.leaf)[SCALES].dtype)]
+        return "F32" if tensor.leaf == BIAS else name
+
+    entries = [entry for t in wanted for entry in output_entries(t, kind(t), is_packed[t.name], group)]
     plan = file_plan(entries, MAX_FILE)
     target.mkdir(parents=True, exist_ok=True)
     writer = Writer(target, plan, {})
     dtypes = {entry.name: DTYPES[entry.dtype] for entry in entries}
 
     def write(piece: Piece) -> None:
-        leaf = get_leaf(params, piece.tensor.leaf)
-        ours = np.asarray(leaf[piece.tensor.place(piece.first, piece.last)])
-        write_piece(writer, piece, ours, dtypes, packed=is_packed[piece.tensor.name], scales=None)
+        leaf, place = get_leaf(params, piece.tensor.leaf), piece.tensor.place(piece.first, piece.last)
+        if kept and is_packed[piece.tensor.name]:
+            words, scales = (transpose(np.asarray(leaf[part][place])) for part in (WORDS, SCALES))
+            _write_words(writer, piece, words, scales, dtypes)
+        else:
+            ours = np.asarray(leaf[place])
+            write_piece(writer, piece, ours, dtypes, packed=is_packed[piece.tensor.name], scales=None)
 
     for _ in parallel(write, (piece for tensor in wanted for piece in pieces(tensor))):
         pass
     writer.close()
     write_index(target, plan)
-    released = hf_config.with_quantization(released, hf_config.int4_section() if int4_experts else None)
+    released = hf_config.with_quantization(released, hf_config.int4_section(group) if any(is_packed.values()) else None)
     (target / "config.json").write_text(json.dumps(released, indent=2) + "\n", encoding="utf-8")
 
 
@@ -293,7 +359,15 @@ def write_piece(
     base = tensor.name.removesuffix("weight")
     if scales is None:
         scales = int4.minmax_scales(rows, group, dtypes[base + SCALE])
-    writer.write(base + PACKED, int4.quantise(rows, scales), piece.first)
+    _write_words(writer, piece, int4.quantise(rows, scales), scales, dtypes)
+
+
+def _write_words(
+    writer: Writer, piece: Piece, words: np.ndarray, scales: np.ndarray, dtypes: dict[str, np.dtype]
+) -> None:
+    tensor = piece.tensor
+    base = tensor.name.removesuffix("weight")
+    writer.write(base + PACKED, words, piece.first)
     writer.write(base + SCALE, scales, piece.first)
     if piece.first == 0:
         writer.write(base + SHAPE, np.asarray(tensor.shape, dtypes[base + SHAPE]))

@@ -18,12 +18,14 @@ D, F widths
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
+
+from kimi_jax.kernels.banks import Adapted, Bank, Int4, add_gradient, finish_gradient, matrix, zero_gradient
 
 MAX_BLOCK = 256  # measured on 2 cores: 256 is the fastest of 64, 128, 256 for 1024 and for 512 rows an expert
 MIN_BLOCK = 8
@@ -123,70 +125,81 @@ combine.defvjp(_combine_fwd, _combine_bwd)
 @jax.custom_vjp
 def grouped_swiglu(
     rows: Float[Array, "R D"],
-    gate: Float[Array, "E D F"],
-    up: Float[Array, "E D F"],
-    down: Float[Array, "E F D"],
+    gate: Float[Array, "E D F"] | Int4 | Adapted,
+    up: Float[Array, "E D F"] | Int4 | Adapted,
+    down: Float[Array, "E F D"] | Int4 | Adapted,
     plan: Plan,
 ) -> Float[Array, "R D"]:
     """(silu(row @ gate[e]) * (row @ up[e])) @ down[e], e the row's expert. Float32 is true float32.
 
+    The banks may be INT4 or adapted (`kernels.banks`); what is frozen gets no gradient.
+
     CPU: one loop over the used blocks does all three products of a block while it is in cache, and the backward pass
     makes the inner values again (a third less time than one loop a product, and nothing [R, F] is stored). Other
     platforms: three `ragged_dot`, the seam for megablox. Rows of unused blocks are zeros on CPU, unspecified elsewhere.
+    INT4 and adapted banks take the loop everywhere: it needs one expert's matrix at a time as floats, forward and
+    backward, where `ragged_dot` needs the bank.
     """
-    return lax.platform_dependent(rows, gate, up, down, plan, cpu=_blocked, default=_ragged)
+    if all(isinstance(bank, jax.Array) for bank in (gate, up, down)):
+        return lax.platform_dependent(rows, gate, up, down, plan, cpu=_blocked, default=_ragged)
+    return _blocked(rows, gate, up, down, plan)
 
 
-def _swiglu_fwd(rows: Array, gate: Array, up: Array, down: Array, plan: Plan) -> tuple[Array, tuple]:
+def _swiglu_fwd(rows: Array, gate: Bank, up: Bank, down: Bank, plan: Plan) -> tuple[Array, tuple]:
     return grouped_swiglu(rows, gate, up, down, plan), (rows, gate, up, down, plan)
 
 
-def _swiglu_bwd(residuals: tuple, grad: Array) -> tuple[Array, Array, Array, Array, None]:
-    grads = lax.platform_dependent(*residuals, grad, cpu=_blocked_grads, default=_ragged_grads)
+def _swiglu_bwd(residuals: tuple, grad: Array) -> tuple[Any, ...]:
+    rows, *banks, plan = residuals
+    if all(isinstance(bank, jax.Array) for bank in banks):
+        grads = lax.platform_dependent(*residuals, grad, cpu=_blocked_grads, default=_ragged_grads)
+    else:
+        gate, up, down = banks
+        grads = _blocked_grads(rows, gate, up, down, plan, grad)
     return (*grads, None)
 
 
 grouped_swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 _dot = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-_sum = functools.partial(_dot, preferred_element_type=jnp.float32)
 
 
 def _blocks(x: Array, plan: Plan) -> Array:
     return x.reshape(plan.expert.shape[0], -1, x.shape[-1])
 
 
-def _blocked(rows: Array, gate: Array, up: Array, down: Array, plan: Plan) -> Array:
+def _blocked(rows: Array, gate: Bank, up: Bank, down: Bank, plan: Plan) -> Array:
     x = _blocks(rows, plan)
 
     def step(i: Array, out: Array) -> Array:
         e = plan.expert[i]
-        inside = jax.nn.silu(_dot(x[i], gate[e])) * _dot(x[i], up[e])
-        return out.at[i].set(_dot(inside, down[e]))
+        inside = jax.nn.silu(_dot(x[i], matrix(gate, e, x.dtype))) * _dot(x[i], matrix(up, e, x.dtype))
+        return out.at[i].set(_dot(inside, matrix(down, e, x.dtype)))
 
     return lax.fori_loop(0, plan.used, step, jnp.zeros_like(x)).reshape(rows.shape)
 
 
-def _blocked_grads(rows: Array, gate: Array, up: Array, down: Array, plan: Plan, grad: Array) -> tuple[Array, ...]:
+def _blocked_grads(rows: Array, gate: Bank, up: Bank, down: Bank, plan: Plan, grad: Array) -> tuple[Any, ...]:
     """With a = x gate, b = x up, h = silu(a): y = (h b) down. Weight gradients are summed in float32."""
     x, dy = _blocks(rows, plan), _blocks(grad, plan)
 
-    def step(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+    def step(i: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         dx, dgate, dup, ddown = carry
         e = plan.expert[i]
-        a, b = _dot(x[i], gate[e]), _dot(x[i], up[e])
+        gate_e, up_e = matrix(gate, e, x.dtype), matrix(up, e, x.dtype)
+        a, b = _dot(x[i], gate_e), _dot(x[i], up_e)
         s = jax.nn.sigmoid(a)
         h = a * s
-        dinside = _dot(dy[i], down[e].T)
+        dinside = _dot(dy[i], matrix(down, e, x.dtype).T)
         da, db = dinside * b * (s + h * (1 - s)), dinside * h
-        dx = dx.at[i].set(_dot(da, gate[e].T) + _dot(db, up[e].T))
-        dgate = dgate.at[e].add(_sum(x[i].T, da))
-        dup = dup.at[e].add(_sum(x[i].T, db))
-        return dx, dgate, dup, ddown.at[e].add(_sum((h * b).T, dy[i]))
+        dx = dx.at[i].set(_dot(da, gate_e.T) + _dot(db, up_e.T))
+        dgate = add_gradient(dgate, gate, e, x[i], da)
+        dup = add_gradient(dup, up, e, x[i], db)
+        return dx, dgate, dup, add_gradient(ddown, down, e, h * b, dy[i])
 
-    init = (jnp.zeros_like(x), *(jnp.zeros(w.shape, jnp.float32) for w in (gate, up, down)))
-    dx, *dweights = lax.fori_loop(0, plan.used, step, init)
-    return dx.reshape(rows.shape), *(dw.astype(gate.dtype) for dw in dweights)
+    banks = gate, up, down
+    dx, *totals = lax.fori_loop(0, plan.used, step, (jnp.zeros_like(x), *map(zero_gradient, banks)))
+    return dx.reshape(rows.shape), *map(finish_gradient, totals, banks)
 
 
 def _ragged(rows: Array, gate: Array, up: Array, down: Array, plan: Plan) -> Array:

@@ -21,6 +21,7 @@ from kimi_jax.config import ModelConfig
 from kimi_jax.nn.layers import RMSNorm, SwiGLU
 from kimi_jax.nn.mla import MLA
 from kimi_jax.nn.moe import MoE, MoEAux
+from kimi_jax.nn.param import ADAPTERS
 
 DENSE, MOE = "dense_layers", "moe_layers"  # the two stacks, in this order
 
@@ -82,7 +83,7 @@ def stacked(
         layer = nn.remat(layer, prevent_cse=not scan)
     return nn.scan(
         layer,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, ADAPTERS: 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast,) * inputs + (0,) * per_layer,
         length=length,

@@ -8,6 +8,7 @@ D width   F inner width
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from kimi_jax.config import ModelConfig
-from kimi_jax.nn.param import AdamW, Muon, declare
+from kimi_jax.nn.param import ADAPTERS, AdamW, Muon, declare
 
 
 def precision(dtype: jnp.dtype | str) -> lax.Precision | None:
@@ -72,7 +73,8 @@ class LayerNorm(nn.Module):
 class Linear(nn.Module):
     """x[..., *inputs] -> y[..., *outputs]: one matrix, seen as an array with several input and output axes.
 
-    inputs, outputs: sizes; input_axes, output_axes: their logical names. The matrix is one Muon matrix.
+    inputs, outputs: sizes; input_axes, output_axes: their logical names. The matrix is one Muon matrix. If the
+    collection of adapters has a `kernel` {a [*inputs, r], b [r, *outputs]}, x a b is added before the bias.
     """
 
     inputs: tuple[int, ...]
@@ -101,6 +103,12 @@ class Linear(nn.Module):
         kernel = kernel.reshape(x.shape[-1], math.prod(self.outputs))
         wide = jnp.float32 if self.use_bias else None
         y = jnp.matmul(x, kernel, precision=precision(self.dtype), preferred_element_type=wide)
+        if self.has_variable(ADAPTERS, "kernel"):
+            adapter: Any = self.get_variable(ADAPTERS, "kernel")
+            a = adapter["a"].astype(self.dtype).reshape(x.shape[-1], -1)
+            b = adapter["b"].astype(self.dtype).reshape(a.shape[1], -1)
+            low = jnp.matmul(x, a, precision=precision(self.dtype))
+            y = y + jnp.matmul(low, b, precision=precision(self.dtype), preferred_element_type=wide)
         y = y.reshape(*lead, *self.outputs)
         if self.use_bias:
             y = (y + self.bias.astype(jnp.float32)).astype(self.dtype)

@@ -8,6 +8,7 @@ B rows   S tokens a row   N = B*S   D width   E experts   k choices   F inner wi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,9 +19,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kimi_jax.config import ModelConfig, MoEConfig
+from kimi_jax.kernels.banks import CODES, Adapted, Bank, Int4
 from kimi_jax.kernels.grouped_matmul import combine, dispatch, grouped_swiglu, plan_blocks
 from kimi_jax.nn.layers import SwiGLU
-from kimi_jax.nn.param import Muon, RouterBias, declare
+from kimi_jax.nn.param import ADAPTERS, Frozen, Muon, RouterBias, declare
 
 
 @struct.dataclass
@@ -97,30 +99,106 @@ class Router(nn.Module):
         return route(x, kernel, bias, moe, picks)
 
 
+class Int4Bank(nn.Module):
+    """The words and scales of E frozen matrices [inputs, outputs]; random ones until weights are loaded.
+
+    Raises ValueError if the inputs are not whole groups of whole words.
+    """
+
+    shape: tuple[int, int, int]  # E, inputs, outputs
+    axes: tuple[str, str, str]
+    group: int
+    init_std: float
+
+    @nn.compact
+    def __call__(self) -> Int4:
+        """int32 [E, inputs/8, outputs] and bfloat16 [E, inputs/group, outputs]; other scales may be loaded."""
+        num, inputs, outputs = self.shape
+        if self.group % CODES or inputs % self.group:
+            raise ValueError(f"{inputs} inputs of {self.name} cannot be INT4 in groups of {self.group}")
+        words = declare(_random_words, self.axes, Frozen())
+        scales = declare(nn.initializers.constant(self.init_std / STD_OF_CODES), self.axes, Frozen())
+        return Int4(
+            self.param("words", words, (num, inputs // CODES, outputs), "int32"),
+            self.param("scales", scales, (num, inputs // self.group, outputs), "bfloat16"),
+        )
+
+
+def _random_words(key: jax.Array, shape: tuple[int, ...], dtype: str) -> Array:
+    return jax.random.bits(key, shape, "uint32").view(dtype)
+
+
+STD_OF_CODES = (255 / 12) ** 0.5  # of 16 equally likely neighbours
+
+
+class Banks(NamedTuple):
+    """The routed experts' matrices: gate and up [E, D, F], down [E, F, D], each of them what `kernels.banks` knows."""
+
+    gate: Bank
+    up: Bank
+    down: Bank
+
+
+# sum of gate * expert(x) in float32; tokens of each expert; rows computed
+ExpertsOut = tuple[Float[Array, "N D"], Int[Array, " E"], Int[Array, ""]]
+
+
+def run_experts(
+    x: Float[Array, "N D"],
+    experts: Int[Array, "N k"],
+    gates: Float[Array, "N k"],
+    banks: Banks,
+    num_experts: int,
+    first: Int[Array, ""] | int = 0,
+    block: int | None = None,
+) -> ExpertsOut:
+    """Expert e of 0..num_experts-1 is number first + e of the banks; expert number num_experts means nowhere.
+
+    Banks may hold the experts of all layers one after the other: a layer's own are then used where they lie, where a
+    slice of the stack would be a copy. block: rows computed together, see `plan_blocks`.
+    """
+    plan = plan_blocks(experts, num_experts, block)
+    counts = plan.counts
+    held = jax.tree.leaves(banks)[0].shape[0]
+    if held != num_experts:
+        all_counts = lax.dynamic_update_slice(jnp.zeros(held, counts.dtype), counts, (first,))
+        plan = plan._replace(expert=plan.expert + first, counts=all_counts)
+    rows = grouped_swiglu(dispatch(x, plan), *banks, plan)
+    computed = (plan.source < experts.size).sum(dtype=jnp.int32)
+    return combine(rows, gates, plan), counts, computed
+
+
 class Experts(nn.Module):
-    """The routed experts' three banks of matrices."""
+    """The routed experts' three banks of matrices; with adapters, where the collection "lora" holds some."""
 
     config: ModelConfig
 
+    def _bank(self, name: str, axes: tuple[str, str, str], shape: tuple[int, int, int]) -> Bank:
+        c = self.config
+        bank: Bank
+        if c.moe.int4_group_size:
+            bank = Int4Bank(shape, axes, c.moe.int4_group_size, c.initializer_range, name=name)()
+        else:
+            init = declare(nn.initializers.normal(c.initializer_range), axes, Muon(batch=1))
+            bank = self.param(name, init, shape, c.param_dtype).astype(c.dtype)
+        if self.has_variable(ADAPTERS, name):
+            bank = Adapted(bank, **self.get_variable(ADAPTERS, name))
+        return bank
+
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "N D"], experts: Int[Array, "N k"], gates: Float[Array, "N k"]
-    ) -> tuple[Float[Array, "N D"], Int[Array, " E"], Int[Array, ""]]:
-        """Sum of gate * expert(x) in float32, tokens of each expert, rows computed. Expert number E means nowhere."""
+    def banks(self) -> Banks:
+        """The matrices, in the activations' dtype if they are floats."""
         c = self.config
         num, inner = c.moe.n_routed_experts, c.moe.moe_intermediate_size
-        normal = nn.initializers.normal(c.initializer_range)
-        into = declare(normal, ("expert", "embed", "expert_mlp"), Muon(batch=1))
-        back = declare(normal, ("expert", "expert_mlp", "embed"), Muon(batch=1))
-        gate = self.param("gate", into, (num, c.hidden_size, inner), c.param_dtype).astype(c.dtype)
-        up = self.param("up", into, (num, c.hidden_size, inner), c.param_dtype).astype(c.dtype)
-        down = self.param("down", back, (num, inner, c.hidden_size), c.param_dtype).astype(c.dtype)
+        gate = self._bank("gate", ("expert", "embed", "expert_mlp"), (num, c.hidden_size, inner))
+        up = self._bank("up", ("expert", "embed", "expert_mlp"), (num, c.hidden_size, inner))
+        down = self._bank("down", ("expert", "expert_mlp", "embed"), (num, inner, c.hidden_size))
+        return Banks(gate, up, down)
 
-        plan = plan_blocks(experts, num)
-        rows = dispatch(x.astype(c.dtype), plan)
-        rows = grouped_swiglu(rows, gate, up, down, plan)
-        computed = (plan.source < experts.size).sum(dtype=jnp.int32)
-        return combine(rows, gates, plan), plan.counts, computed
+    def __call__(self, x: Float[Array, "N D"], experts: Int[Array, "N k"], gates: Float[Array, "N k"]) -> ExpertsOut:
+        """See `run_experts`."""
+        c = self.config
+        return run_experts(x.astype(c.dtype), experts, gates, self.banks(), c.moe.n_routed_experts)
 
 
 class MoE(nn.Module):
@@ -137,15 +215,22 @@ class MoE(nn.Module):
             self.shared = SwiGLU(self.config, moe.moe_intermediate_size * moe.n_shared_experts)
 
     def __call__(
-        self, x: Float[Array, "B S D"], segment_ids: Int[Array, "B S"], picks: Int[Array, "B S k"] | None = None
+        self,
+        x: Float[Array, "B S D"],
+        segment_ids: Int[Array, "B S"],
+        picks: Int[Array, "B S k"] | None = None,
+        experts: Callable[[Array, Array, Array], ExpertsOut] | None = None,
     ) -> tuple[Float[Array, "B S D"], MoEAux]:
-        """Same shape, in the activations' dtype. Padding (segment 0) is routed nowhere. `picks` pins the experts."""
+        """Same shape, in the activations' dtype. Padding (segment 0) is routed nowhere. `picks` pins the experts.
+
+        experts: stands in for the layer's own `Experts`, with the same signature.
+        """
         moe = self.config.moe
         routing = self.router(x, picks)
         real = segment_ids > 0
         chosen = jnp.where(real[..., None], routing.experts, moe.n_routed_experts)
         flat = (a.reshape(-1, a.shape[-1]) for a in (x, chosen, routing.gates))
-        y, load, computed = self.experts(*flat)
+        y, load, computed = (experts or self.experts)(*flat)
         y = y.reshape(x.shape).astype(self.config.dtype)
         if moe.n_shared_experts:
             y = y + self.shared(x)

@@ -17,6 +17,7 @@ from flax import linen as nn
 from flax import struct
 
 LAYERS = "layers"  # the logical axis that a scan adds
+ADAPTERS = "lora"  # the collection of adapters (nn.lora), a tree like "params" where there are some
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,12 @@ class RouterBias:
     """The selection bias of a router: no gradient, moved by `kimi_jax.optim.router_bias`."""
 
 
-Group = Muon | AdamW | RouterBias
+@dataclass(frozen=True)
+class Frozen:
+    """Weights that are never trained: INT4 words and their scales."""
+
+
+Group = Muon | AdamW | RouterBias | Frozen
 
 
 @dataclass(frozen=True)

@@ -40,23 +40,24 @@ def config(model_type: str = "kimi_k25", **changes: Any) -> ModelConfig:
 
 
 @st.composite
-def configs(draw: st.DrawFn, model_type: str) -> ModelConfig:
-    """A random small model that the family can express."""
+def configs(draw: st.DrawFn, model_type: str, int4: bool = False) -> ModelConfig:
+    """A random small model that the family can express; int4: with experts that can be packed."""
     small = st.integers(1, 4)
-    moe = draw(st.one_of(st.none(), st.builds(
+    routed = st.builds(
         MoEConfig, n_routed_experts=st.integers(2, 4), num_experts_per_tok=st.integers(1, 2),
-        n_shared_experts=st.integers(0, 2), moe_intermediate_size=st.sampled_from((3, 8)),
-        first_k_dense_replace=st.integers(0, 2), norm_topk_prob=st.booleans(),
+        n_shared_experts=st.integers(0, 2), moe_intermediate_size=st.sampled_from((32, 64) if int4 else (3, 8)),
+        first_k_dense_replace=st.integers(0, 1 if int4 else 2), norm_topk_prob=st.booleans(),
         routed_scaling_factor=st.sampled_from((1.0, 2.446)),
-    )))  # fmt: skip
+    )  # fmt: skip
+    moe = draw(routed if int4 else st.one_of(st.none(), routed))
     yarn = st.builds(
         YarnConfig, factor=st.sampled_from((2.0, 64.0)), original_max_position_embeddings=st.sampled_from((16, 4096)),
         beta_fast=st.sampled_from((1.0, 32.0)), mscale_all_dim=st.sampled_from((0.0, 1.0)),
     )  # fmt: skip
     heads = draw(small)
     changes = _settings(
-        vocab_size=draw(st.integers(8, 20)), hidden_size=draw(st.integers(1, 9)), num_attention_heads=heads,
-        num_hidden_layers=draw(st.integers(2, 4)), intermediate_size=draw(st.integers(1, 9)),
+        vocab_size=draw(st.integers(8, 20)), hidden_size=draw(st.sampled_from((32, 96)) if int4 else st.integers(1, 9)),
+        num_attention_heads=heads, num_hidden_layers=draw(st.integers(2, 4)), intermediate_size=draw(st.integers(1, 9)),
         q_lora_rank=draw(st.one_of(st.none(), small)), kv_lora_rank=draw(small), v_head_dim=draw(small),
         qk_nope_head_dim=draw(small), qk_rope_head_dim=2 * draw(small), moe=moe,
         rope_scaling=draw(st.one_of(st.none(), yarn)), rope_theta=draw(st.sampled_from((10000.0, 800000.0))),
