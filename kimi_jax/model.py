@@ -12,8 +12,8 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +21,20 @@ import numpy as np
 from etils import epath
 
 from kimi_jax.config import ConfigError, ModelConfig
+from kimi_jax.data.chat import Message
 from kimi_jax.data.patches import Grid, item_layout, num_features
+from kimi_jax.data.reply import Reply
+from kimi_jax.data.tokenizer import Tokenizer, load_tokenizer
 from kimi_jax.hf import stream
+from kimi_jax.infer.request import Sampling
 from kimi_jax.nn.kimi import KimiK25
+
+if TYPE_CHECKING:
+    from kimi_jax.infer.engine import Engine
 
 DTYPES = ("float32", "bfloat16", "float16")
 EXPERTS = ("float", "int4")
-MIN_TOKENS, MIN_PATCHES = 16, 64
+MIN_TOKENS, MIN_PATCHES, LEAST_CACHE = 16, 64, 1024
 
 
 def load(path: str | os.PathLike[str], dtype: str = "float32", experts: str = "float") -> Model:
@@ -45,7 +52,7 @@ def load(path: str | os.PathLike[str], dtype: str = "float32", experts: str = "f
         raise ConfigError(f"experts={experts!r} is not one of {', '.join(EXPERTS)}")
     folder = epath.Path(path)
     if (folder / "config.json").is_file():
-        return Model(*stream.load(folder, dtype, keep_int4=experts == "int4"))
+        return Model(*stream.load(folder, dtype, keep_int4=experts == "int4"), tokenizer_path=str(folder))
     if (folder / "checkpoints").is_dir():
         if experts == "int4":
             raise ConfigError(
@@ -56,18 +63,56 @@ def load(path: str | os.PathLike[str], dtype: str = "float32", experts: str = "f
 
         config, params = checkpoint.load(str(folder))
         model = dataclasses.replace(config.model, dtype=dtype, param_dtype=dtype, remat=False)
-        return Model(model, _cast(params, dtype))
+        tokenizer_path = config.data.tokenizer or str(folder / "released")  # where conversion keeps what came along
+        return Model(model, _cast(params, dtype), tokenizer_path=tokenizer_path)
     raise FileNotFoundError(
         f"{folder} is no model: it has neither config.json (a released checkpoint) nor checkpoints/ (a workdir)"
     )
 
 
 class Model:
-    """Configuration and weights, with the questions one asks most. `params` is the plain tree of `nn.kimi`."""
+    """Configuration and weights, with the questions one asks most. `params` is the plain tree of `nn.kimi`.
 
-    def __init__(self, config: ModelConfig, params: dict[str, Any]):
+    tokenizer_path: where `load_tokenizer` finds the tokenizer, for what takes or gives text.
+    """
+
+    def __init__(self, config: ModelConfig, params: dict[str, Any], tokenizer_path: str = ""):
         self.config = config
         self.params = params
+        self._tokenizer_path = tokenizer_path
+        self._engine: tuple[Any, Engine] | None = None  # and the params it was made for
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The one that lies beside the weights. Raises FileNotFoundError if there is none; it can be set instead."""
+        return load_tokenizer(self._tokenizer_path)
+
+    def generate(
+        self, messages: Sequence[Message], *, max_new_tokens: int = 256, temperature: float = 1.0, top_p: float = 0.95,
+        seed: int | None = None, tools: Sequence[Mapping[str, Any]] | None = None, thinking: bool = True,
+        stop: Sequence[str] = (), open_address: Callable[[str], bytes] | None = None,
+    ) -> Reply:  # fmt: skip
+        """The answer to a conversation, taken apart (`.content`, `.reasoning`, `.tool_calls`, `.message()`).
+
+        messages: as in `data.chat`; pictures and videos stand in their parts (`data.processor.prepare`). temperature 0
+        is greedy; the defaults are the release's for thinking (0.6 without). seed: the same one gives the same answer.
+        stop: strings that end the answer and are not part of it. open_address: opens addresses that are not data URIs.
+        Raises ValueError, BadRecord for what cannot be answered, FileNotFoundError without a tokenizer.
+
+        One conversation at a time; `kimi_jax.infer.engine.Engine` runs many.
+        """
+        from kimi_jax.infer import generate  # it imports this module
+        from kimi_jax.infer.engine import Engine
+
+        sampling = Sampling(temperature, top_p, seed, max_new_tokens)
+        chat = generate.Chat(messages, tools, thinking, open_address=open_address)
+        request = generate.chat_request(chat, self.tokenizer, self.config, sampling)
+        length = _bucket(len(request.token_ids) + max_new_tokens, LEAST_CACHE)
+        made_for, engine = self._engine or (None, None)
+        if engine is None or made_for is not self.params or engine.max_sequence_length < length:
+            engine = Engine(self, slots=1, max_sequence_length=length)
+            self._engine = self.params, engine
+        return generate.answer(engine, request, self.tokenizer, thinking, stop)
 
     def logits(
         self, input_ids: Any, pixel_values: Any = None, grid_thws: Any = None, *, router_picks: Any = None

@@ -30,6 +30,8 @@ EXTRAS = {
     "seqio": "data/sources",
     "pyarrow": "data/sources",
     "lm_eval": "eval",
+    "starlette": "serve",
+    "uvicorn": "serve",
 }
 
 

@@ -133,10 +133,17 @@ def _check(messages: list[Message]) -> None:
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(f"messages[{i}] is no message: it needs a role, and is {message!r:.100}")
+        for key in ("name", "reasoning_content", "tool_call_id"):
+            if not isinstance(message.get(key), str | None):
+                raise ValueError(f"messages[{i}].{key} is a text, not {message[key]!r:.100}")
+        if not isinstance(message.get("tool_calls"), Sequence | None):
+            raise ValueError(f"messages[{i}].tool_calls is a list, not {message['tool_calls']!r:.100}")
         for j, call in enumerate(message.get("tool_calls") or ()):
             function = call.get("function") if isinstance(call, Mapping) else None
             if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
                 raise ValueError(f"messages[{i}].tool_calls[{j}] needs a function with a name")
+            if not isinstance(call.get("id"), str | None):
+                raise ValueError(f"messages[{i}].tool_calls[{j}].id is a text, not {call['id']!r:.100}")
 
 
 def _content(content: Any, where: str, media: Callable[[Mapping[str, Any]], list[str]]) -> list[str]:
@@ -176,7 +183,9 @@ def with_released_ids(messages: Sequence[Message]) -> list[Message]:
     """The conversation with its tool calls renumbered as the model knows them, and the answers to them likewise.
 
     For conversations whose ids another program made up ("call_9f2"): those hide the function's name from the model.
+    Raises ValueError for a message of another form.
     """
+    _check(list(messages))
     renamed: dict[str, str] = {}
     result: list[Message] = []
     count = 0

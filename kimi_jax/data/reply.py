@@ -122,7 +122,7 @@ class ReplyParser:
         while not self._finished:
             mark = _PATTERNS[self._state].search(self._buffer)
             if mark is None:
-                certain = len(self._buffer) - _held_back(self._buffer, _MARKS[self._state])
+                certain = len(self._buffer) - held_back(self._buffer, _MARKS[self._state])
                 self._add(self._buffer[:certain])
                 self._buffer = self._buffer[certain:]
                 break
@@ -221,7 +221,7 @@ def parse_reply(text: str, thinking: bool = True) -> Reply:
     return parser.reply
 
 
-def _held_back(text: str, marks: Sequence[str]) -> int:
+def held_back(text: str, marks: Sequence[str]) -> int:
     """Length of the longest end of `text` that may be the beginning of a mark."""
     longest = max(map(len, marks)) - 1
     return next((n for n in range(min(longest, len(text)), 0, -1) if any(m.startswith(text[-n:]) for m in marks)), 0)

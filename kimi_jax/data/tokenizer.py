@@ -42,6 +42,11 @@ SPLIT_PATTERN = "|".join([
     r"\s+",
 ])  # fmt: skip
 
+# Byte-level BPE writes each byte as one character: itself where it is printable, else one from U+0100 on, in order.
+_PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
+
 
 class Tokenizer:
     """What the project asks of a tokenizer. Picklable.
@@ -68,6 +73,10 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = False) -> str:
         """The text of ids; bytes that are not UTF-8 become U+FFFD."""
+        raise NotImplementedError
+
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        """The bytes of ids: for a stream, whose tokens may end within a character."""
         raise NotImplementedError
 
     def token_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
@@ -166,6 +175,11 @@ class JsonTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = False) -> str:
         """The text of ids; bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        """The bytes of ids: for a stream, whose tokens may end within a character. Unknown ids have none."""
+        tokens = [(int(i) in self._special, self._backend.id_to_token(int(i)) or "") for i in ids]
+        return b"".join(t.encode() if special else bytes(map(_BYTES.__getitem__, t)) for special, t in tokens)
 
     def token_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
         """UTF-8 bytes that ids stand for: what bits per byte divides by. Special tokens count as none."""

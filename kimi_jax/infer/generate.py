@@ -1,0 +1,207 @@
+"""From a conversation to a request of the sampler, and from its tokens back to text (reference.md section 6).
+
+n   tokens of a prompt, media pads expanded;  C = 3 * patch_size^2
+N   patches of one media item
+
+Tokens may end within a character and a stop string may begin within a token, so text is given out only when it is
+certain: a stream never splits a character, and never shows the beginning of what turns out to be a stop string.
+"""
+
+from __future__ import annotations
+
+import codecs
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kimi_jax.config import ModelConfig
+from kimi_jax.data.chat import END, Message, with_released_ids
+from kimi_jax.data.example import MediaItem
+from kimi_jax.data.processor import Prompt, prepare
+from kimi_jax.data.reply import Delta, Reply, ReplyParser, held_back
+from kimi_jax.data.tokenizer import Tokenizer
+from kimi_jax.infer.request import Event, Request, Sampling
+
+if TYPE_CHECKING:
+    from kimi_jax.infer.engine import Engine
+
+STOP_TOKENS = ("[EOS]", "<|im_end|>", "[EOT]")  # the model ends its text with any of them
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation that waits for an answer.
+
+    messages, tools: see `data.chat`; tool calls may carry ids of any program, the model sees the released ones.
+    thinking: whether the model reasons first. preserve_thinking: keeps the reasoning of earlier answers.
+    open_address: opens addresses of pictures that are not data URIs; without it those are refused.
+    """
+
+    messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] | None = None
+    thinking: bool = True
+    preserve_thinking: bool = False
+    open_address: Callable[[str], bytes] | None = None
+
+
+def chat_request(chat: Chat, tokenizer: Tokenizer, config: ModelConfig, sampling: Sampling) -> Request:
+    """What the sampler takes: ids with expanded pads, pictures as float patches, the tokenizer's stop tokens.
+
+    Nothing in a message becomes a special token, whatever it spells. Raises ValueError for a message of another form,
+    or a picture for a text-only model, and BadRecord as `data.processor.prepare` does.
+    """
+    prompt = prepare(
+        with_released_ids(chat.messages),
+        tokenizer,
+        chat.tools,
+        chat.thinking,
+        chat.preserve_thinking,
+        add_generation_prompt=True,
+        allow_special_tokens=False,
+        open_address=chat.open_address,
+    )
+    if prompt.grid_thws is not None:
+        if config.vision is None:
+            raise ValueError("this model is text-only; it cannot take pictures")
+        if tokenizer.media_pad_id != config.media_placeholder_token_id:
+            raise ValueError(
+                f"the tokenizer's media pad is {tokenizer.media_pad_id}, the model's "
+                f"{config.media_placeholder_token_id}: they do not belong together"
+            )
+    return Request(prompt.input_ids, media_items(prompt), with_stop_tokens(sampling, tokenizer))
+
+
+def media_items(prompt: Prompt) -> tuple[MediaItem, ...]:
+    """The pictures and video chunks of a prompt one by one, patches float32 [N, C]."""
+    if prompt.pixel_values is None or prompt.grid_thws is None:
+        return ()
+    counts = prompt.grid_thws.prod(axis=1)
+    flat = prompt.pixel_values.reshape(len(prompt.pixel_values), -1)
+    pieces = np.split(flat, np.cumsum(counts)[:-1])
+    grids = [tuple(grid) for grid in prompt.grid_thws.tolist()]
+    return tuple(MediaItem(patches, grid) for patches, grid in zip(pieces, grids, strict=True))
+
+
+def with_stop_tokens(sampling: Sampling, tokenizer: Tokenizer) -> Sampling:
+    """The settings with the tokenizer's own stop tokens beside those they name."""
+    own = tuple(tokenizer.special_id(name) for name in STOP_TOKENS)
+    return dataclasses.replace(sampling, stop_ids=tuple(dict.fromkeys((*sampling.stop_ids, *own))))
+
+
+@dataclass
+class StopStrings:
+    """Passes text on up to the first of some strings; what may begin one is held back.
+
+    `feed` and `close` return what has become certain; `stopped`: one of them has come, the rest is dropped.
+    """
+
+    strings: tuple[str, ...] = ()
+    stopped: bool = field(init=False, default=False)
+    _buffer: str = field(init=False, default="")
+
+    def feed(self, text: str) -> str:
+        """Adds a piece of text."""
+        if self.stopped or not self.strings:
+            return "" if self.stopped else text
+        self._buffer += text
+        places = [place for string in self.strings if (place := self._buffer.find(string)) >= 0]
+        self.stopped = bool(places)
+        certain = min(places) if places else len(self._buffer) - held_back(self._buffer, self.strings)
+        text, self._buffer = self._buffer[:certain], self._buffer[certain:]
+        return text
+
+    def close(self) -> str:
+        """No more text will come, or something that is not text comes next: gives out what was held back."""
+        text, self._buffer = "" if self.stopped else self._buffer, ""
+        return text
+
+
+class ReplyStream:
+    """The sampler's events of one request to what a reader is shown.
+
+    parser: takes a conversation's reply apart (`data.reply`); None: all of it is text. stop_ids: what ends the text and
+    is not part of it. stop: strings of which the same is true; they are looked for in the answer, not in the reasoning
+    or in tool calls. After one of those the sampler still has to be told.
+    finish_reason: why it ended: "stop", "length", "cancelled" or "error"; "" while it goes on.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, stop_ids: Sequence[int], parser: ReplyParser | None, stop: Sequence[str] = ()
+    ):
+        self._tokenizer, self._stop_ids, self._parser = tokenizer, frozenset(stop_ids), parser
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._stop = StopStrings(tuple(stop))
+        self._content = ""
+        self.finish_reason = ""
+
+    @property
+    def reply(self) -> Reply:
+        """All that was shown so far."""
+        whole = self._parser.reply if self._parser else Reply()
+        return dataclasses.replace(whole, content=self._content)
+
+    def feed(self, event: Event) -> list[Delta]:
+        """What an event makes certain."""
+        if self.finish_reason:
+            return []
+        text = self._utf8.decode(self._bytes(event), final=event.finish_reason is not None)
+        shown = [shown for delta in self._parse(text, event) for shown in self._until_stop(delta)]
+        self.finish_reason = "stop" if self._stop.stopped else event.finish_reason or ""
+        return shown + self._answer(self._stop.close()) if self.finish_reason else shown
+
+    def is_stop(self, event: Event) -> bool:
+        """Whether the event is the token that ends the text."""
+        return event.finish_reason == "stop" and event.token_id in self._stop_ids
+
+    def _bytes(self, event: Event) -> bytes:
+        if event.token_id is None or self.is_stop(event) or event.token_id >= self._tokenizer.vocab_size:
+            return b""  # a model's vocabulary may be larger than its tokenizer's
+        return self._tokenizer.decode_bytes([event.token_id])
+
+    def _parse(self, text: str, event: Event) -> list[Delta]:
+        if self._parser is None:
+            return [Delta(content=text)]
+        deltas = self._parser.feed(text + END if self.is_stop(event) else text)
+        return deltas + self._parser.close() if event.finish_reason else deltas
+
+    def _until_stop(self, delta: Delta) -> list[Delta]:
+        if self._stop.stopped:
+            return []
+        if delta.reasoning or delta.call >= 0:
+            return [*self._answer(self._stop.close()), delta]
+        return self._answer(self._stop.feed(delta.content))
+
+    def _answer(self, text: str) -> list[Delta]:
+        self._content += text
+        return [Delta(content=text)] if text else []
+
+
+def stream(engine: Engine, request: Request, shown: ReplyStream) -> Iterator[Delta]:
+    """Runs one request on an engine that has nothing else to do, and yields what `shown` makes of its tokens.
+
+    A caller that stops early frees the engine. Raises what `Engine.submit` raises, RuntimeError if the engine fails.
+    """
+    number, running = engine.submit(request), True
+    try:
+        while not shown.finish_reason:
+            for event in engine.step():
+                if event.request_id == number:
+                    running = event.finish_reason is None
+                    yield from shown.feed(event)
+                    if event.finish_reason == "error":
+                        raise RuntimeError(event.error or "the sampler failed")
+    finally:
+        if running:
+            engine.cancel(number)
+            engine.step()
+
+
+def answer(engine: Engine, request: Request, tokenizer: Tokenizer, thinking: bool, stop: Sequence[str] = ()) -> Reply:
+    """The answer to a request that `chat_request` made, taken apart. Raises as `stream` does."""
+    shown = ReplyStream(tokenizer, request.sampling.stop_ids, ReplyParser(thinking), stop)
+    for _ in stream(engine, request, shown):
+        pass
+    return shown.reply

@@ -1,0 +1,264 @@
+"""What a client may ask, as JSON, checked field by field (the OpenAI API; issue 3 item 6).
+
+A field that would change the answer and is not known here is an error, never ignored; those of `IGNORED` change
+nothing. Beyond OpenAI's fields: `thinking` ({"type": "enabled" | "disabled"}), `chat_template_kwargs` (thinking,
+preserve_thinking), `stop_token_ids` and `return_token_ids`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kimi_jax.config import nearest
+from kimi_jax.infer.request import MAX_TOP_LOGPROBS, Sampling
+
+TOP_P = 0.95  # of the release, like the temperatures below
+TEMPERATURES = {True: 1.0, False: 0.6}  # with and without thinking
+MAX_CHOICES, MAX_STOPS = 128, 16
+
+IGNORED = frozenset({
+    "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
+    "prompt_cache_retention", "verbosity",
+})  # fmt: skip
+# fields that exist elsewhere and that nothing here does: accepted with the value that means so
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "response_format": ({"type": "text"},),
+    "tool_choice": ("auto", "none"), "modalities": (["text"],), "echo": (False,), "suffix": ("",),
+}  # fmt: skip
+
+
+class ApiError(Exception):
+    """An answer that is an error, in OpenAI's form. status: of HTTP; param: the field it is about; code: a slug."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+    def body(self) -> dict[str, Any]:
+        """The JSON object of the answer."""
+        kind = {429: "rate_limit_error", 400: "invalid_request_error", 404: "invalid_request_error"}
+        error = {
+            "message": self.message,
+            "type": kind.get(self.status, "invalid_request_error" if self.status < 500 else "server_error"),
+            "param": self.param,
+            "code": self.code,
+        }
+        return {"error": error}
+
+
+@dataclass(frozen=True)
+class Call:
+    """What both endpoints share.
+
+    sampling: of the first choice; max_new_tokens 0 means as many as there is room for. num_choices: `n`.
+    """
+
+    model: str
+    sampling: Sampling
+    num_choices: int
+    stop: tuple[str, ...]
+    stream: bool
+    stream_usage: bool
+    logprobs: bool
+    return_token_ids: bool
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that it makes of the sampler."""
+        return self.num_choices
+
+
+@dataclass(frozen=True)
+class ChatCall(Call):
+    """A call of /v1/chat/completions; tools is None where none may be called."""
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] | None
+    thinking: bool
+    preserve_thinking: bool
+
+
+@dataclass(frozen=True)
+class CompletionCall(Call):
+    """A call of /v1/completions; a prompt is a text or its token ids, and each gets `num_choices` answers."""
+
+    prompts: tuple[str | tuple[int, ...], ...]
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that it makes of the sampler."""
+        return self.num_choices * len(self.prompts)
+
+
+class Fields:
+    """Takes the fields of a JSON object one by one, each checked; `finish` refuses what nobody took.
+
+    A field that is null counts as absent. Every method raises ApiError(400) that names the field.
+    """
+
+    def __init__(self, body: Any, where: str = ""):
+        if not isinstance(body, Mapping):
+            raise ApiError(400, f"{where or 'the body'} must be a JSON object, not {_kind(body)}", where or None)
+        self._body, self._where, self._taken = dict(body), f"{where}." if where else "", {*IGNORED, *NEUTRAL}
+        for name, values in NEUTRAL.items():
+            if body.get(name) is not None and body[name] not in values:
+                raise self._error(name, f"{body[name]!r:.60} is not supported here, only {values[0]!r}")
+
+    def take(self, name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
+        """The value of a field, which must be of this kind (bool is no number here)."""
+        self._taken.add(name)
+        value = self._body.get(name)
+        if value is None:
+            return default
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise self._error(name, f"must be {' or '.join(_NAMES[k] for k in kinds)}, not {_kind(value)}")
+        return value
+
+    def number(self, name: str, default: float | None, low: float, high: float) -> Any:
+        """A number from low to high."""
+        value = self.take(name, (int, float), default)
+        if value is not None and not low <= value <= high:
+            raise self._error(name, f"must be from {low:g} to {high:g}, not {value}")
+        return value
+
+    def integer(self, name: str, default: int | None, low: int, high: int) -> Any:
+        """A whole number from low to high."""
+        value = self.take(name, int, default)
+        if value is not None and not low <= value <= high:
+            raise self._error(name, f"must be from {low} to {high}, not {value}")
+        return value
+
+    def objects(self, name: str) -> list[dict[str, Any]] | None:
+        """A list of JSON objects."""
+        values = self.take(name, list)
+        for i, value in enumerate(values or ()):
+            if not isinstance(value, dict):
+                raise self._error(name, f"[{i}] must be an object, not {_kind(value)}")
+        return values
+
+    def fields(self, name: str) -> Fields:
+        """The fields of an object within this one."""
+        return Fields(self.take(name, dict, {}), self._where + name)
+
+    def finish(self) -> None:
+        """Raises ApiError(400) for a field nobody asked for."""
+        for name in self._body.keys() - self._taken:
+            if self._body[name] is not None:
+                raise self._error(name, f"is not known here{nearest(name, self._taken)}", "unknown_parameter")
+
+    def _error(self, name: str, reason: str, code: str | None = None) -> ApiError:
+        return ApiError(400, f"{self._where}{name} {reason}", self._where + name, code)
+
+
+_NAMES = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+}
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else _NAMES.get(type(value), type(value).__name__)
+
+
+def chat_call(body: Any) -> ChatCall:
+    """A body of /v1/chat/completions. Raises ApiError(400)."""
+    fields = Fields(body)
+    messages, tools = fields.objects("messages"), fields.objects("tools")
+    if not messages:
+        raise ApiError(400, "messages must hold at least one message", "messages")
+    thinking, preserve = _thinking(fields)
+    logprobs = fields.take("logprobs", bool, False)
+    top = fields.integer("top_logprobs", 0, 0, MAX_TOP_LOGPROBS)
+    if top and not logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
+    most = fields.integer("max_tokens", None, 1, 1 << 31)
+    most = fields.integer("max_completion_tokens", most, 1, 1 << 31)
+    shared = _shared(fields, TEMPERATURES[thinking], most or 0, top, logprobs)
+    fields.finish()
+    usable = None if body.get("tool_choice") == "none" else tools
+    return ChatCall(**shared, messages=messages, tools=usable or None, thinking=thinking, preserve_thinking=preserve)
+
+
+def completion_call(body: Any) -> CompletionCall:
+    """A body of /v1/completions. Raises ApiError(400)."""
+    fields = Fields(body)
+    prompts = _prompts(fields.take("prompt", (str, list)))
+    top = fields.integer("logprobs", None, 0, MAX_TOP_LOGPROBS)
+    most = fields.integer("max_tokens", 16, 1, 1 << 31)
+    shared = _shared(fields, TEMPERATURES[True], most, top or 0, top is not None)
+    best = fields.integer("best_of", shared["num_choices"], 1, MAX_CHOICES)
+    if best != shared["num_choices"]:
+        raise ApiError(400, "best_of must equal n: nothing is chosen here", "best_of")
+    fields.finish()
+    return CompletionCall(**shared, prompts=prompts)
+
+
+def _shared(fields: Fields, temperature: float, most: int, top: int, logprobs: bool) -> dict[str, Any]:
+    options = fields.fields("stream_options")
+    usage = options.take("include_usage", bool, False)
+    options.take("include_obfuscation", bool)
+    options.finish()
+    sampling = Sampling(
+        temperature=float(fields.number("temperature", temperature, 0.0, 100.0)),
+        top_p=float(fields.number("top_p", TOP_P, 1e-6, 1.0)),
+        seed=fields.integer("seed", None, -(1 << 63), (1 << 63) - 1),
+        max_new_tokens=most,
+        stop_ids=_ids(fields.take("stop_token_ids", list, []), "stop_token_ids"),
+        top_logprobs=top,
+    )
+    return {
+        "model": fields.take("model", str, ""),
+        "sampling": sampling,
+        "num_choices": fields.integer("n", 1, 1, MAX_CHOICES),
+        "stop": _stops(fields.take("stop", (str, list), [])),
+        "stream": fields.take("stream", bool, False),
+        "stream_usage": usage,
+        "logprobs": logprobs,
+        "return_token_ids": fields.take("return_token_ids", bool, False),
+    }
+
+
+def _thinking(fields: Fields) -> tuple[bool, bool]:
+    """(thinking, preserve_thinking): as the makers' own service is asked, or as other servers are."""
+    official, template = fields.fields("thinking"), fields.fields("chat_template_kwargs")
+    kind = official.take("type", str, "enabled")
+    if kind not in ("enabled", "disabled"):
+        raise ApiError(400, f"thinking.type must be enabled or disabled, not {kind!r:.40}", "thinking.type")
+    thinking = template.take("thinking", bool, kind == "enabled")
+    preserve = template.take("preserve_thinking", bool, False)
+    official.finish()
+    template.finish()
+    return thinking, preserve
+
+
+def _stops(value: str | list[Any]) -> tuple[str, ...]:
+    stops = [value] if isinstance(value, str) else value
+    if len(stops) > MAX_STOPS or not all(isinstance(stop, str) and stop for stop in stops):
+        raise ApiError(400, f"stop must be a string or at most {MAX_STOPS} of them, none empty", "stop")
+    return tuple(stops)
+
+
+def _ids(values: list[Any], name: str) -> tuple[int, ...]:
+    if not all(isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31 for value in values):
+        raise ApiError(400, f"{name} must be a list of token ids", name)
+    return tuple(values)
+
+
+def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
+    """A text, ids, or a list of either."""
+    several = value if isinstance(value, list) and value and isinstance(value[0], (str, list)) else [value]
+    if value is None or value == [] or len(several) > MAX_CHOICES:
+        raise ApiError(400, f"prompt must be a text or token ids, or up to {MAX_CHOICES} of either", "prompt")
+    prompts = []
+    for one in several:
+        if not isinstance(one, (str, list)) or not one:
+            raise ApiError(400, "every prompt must be a text or token ids, and not empty", "prompt")
+        prompts.append(one if isinstance(one, str) else _ids(one, "prompt"))
+    return tuple(prompts)

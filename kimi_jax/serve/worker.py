@@ -1,0 +1,201 @@
+"""The engine in a thread of its own, and what the event loop hands it and hears from it (issue 3 item 6).
+
+The engine is synchronous and knows one thread. Here the loop puts errands into an inbox, the thread does them between
+two steps, and what a step yields goes back to the loop in one call. So a slow step (a program that is compiled) never
+stops the server from answering, and nothing is locked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from kimi_jax.infer.request import Event, Request
+
+if TYPE_CHECKING:
+    from kimi_jax.infer.engine import Engine
+
+
+class Overloaded(Exception):
+    """As many requests as the server takes are running and waiting."""
+
+
+class EngineFailed(Exception):
+    """The engine raised; the message says what."""
+
+
+class Run:
+    """Requests that were submitted together (the choices of one call), for the event loop.
+
+    Iterate over `events`; `stop` a choice that needs no more tokens; `close` it at the end, whatever happened.
+    """
+
+    def __init__(self, worker: EngineWorker, requests: Sequence[Request]):
+        self.requests = requests
+        self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.arrived: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self.numbers: list[int] = []  # of the engine; the thread's
+        self.running = set(range(len(requests)))
+        self._worker = worker
+
+    async def events(self) -> AsyncIterator[tuple[int, Event]]:
+        """(number of the choice, event) until every choice has ended or was stopped. Raises EngineFailed."""
+        while self.running:
+            index, event = await self.arrived.get()
+            if index not in self.running:
+                continue
+            if event.finish_reason in ("error", "cancelled"):  # nobody here cancels what is in `running`
+                raise EngineFailed(event.error or "the server is stopping")
+            if event.finish_reason is not None:
+                self.running.discard(index)
+            yield index, event
+
+    def stop(self, index: int) -> None:
+        """No more tokens of this choice are wanted."""
+        if index in self.running:
+            self.running.discard(index)
+            self._worker.cancel(self, index)
+
+    def close(self) -> None:
+        """Frees the slots of whatever still runs."""
+        for index in tuple(self.running):
+            self.stop(index)
+
+
+class EngineWorker:
+    """Runs an engine. `start` and `stop` it inside the event loop that uses it.
+
+    limit: how many requests may run and wait together. stats: the engine's, after its last step. failure: what the
+    engine died of, "" while it lives.
+    """
+
+    def __init__(self, engine: Engine, limit: int):
+        self._engine, self.limit = engine, limit
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._places: dict[int, tuple[Run, int]] = {}  # the thread's: engine's number -> run, choice
+        self._stopping = False
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.stats: dict[str, Any] = engine.stats()
+        self.failure = ""
+        self.admitted = 0
+
+    # ------------------------------------------------------------------------------------------------ the event loop's
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """Ends every request as cancelled and waits for the thread."""
+        self._inbox.put(self._leave)
+        await asyncio.to_thread(self._thread.join)
+
+    @contextlib.contextmanager
+    def admit(self, count: int) -> Iterator[None]:
+        """Room for `count` requests while the context lasts. Raises Overloaded, and ValueError if it can never be."""
+        if count > self.limit:
+            raise ValueError(f"{count} choices in one call; this server takes {self.limit} at a time")
+        if self.admitted + count > self.limit:
+            raise Overloaded(f"{self.admitted} requests are running and waiting, of {self.limit}; try again later")
+        self.admitted += count
+        try:
+            yield
+        finally:
+            self.admitted -= count
+
+    @contextlib.asynccontextmanager
+    async def submit(self, requests: Sequence[Request]) -> AsyncIterator[Run]:
+        """The requests as a Run, which is closed at the end. Raises what the engine says to a request, EngineFailed."""
+        run = Run(self, requests)
+        self._inbox.put(lambda: self._begin(run))
+        try:
+            await run.accepted
+            yield run
+        finally:
+            run.close()
+
+    def cancel(self, run: Run, index: int) -> None:
+        """Ends one choice."""
+        self._inbox.put(lambda: self._end(run, index))
+
+    # ----------------------------------------------------------------------------------------------------- the thread's
+
+    def _work(self) -> None:
+        while not self._stopping:
+            with contextlib.suppress(queue.Empty):
+                self._inbox.get(block=bool(self.failure) or self._engine.idle)()
+                continue  # all errands first
+            try:
+                self._deliver(self._engine.step())
+                self.stats = self._engine.stats()
+            except Exception as error:  # whatever it is: those who wait must hear of it
+                logging.exception("the engine failed; the server answers no more requests")
+                self.failure = f"{type(error).__name__}: {error}"
+                self._end_all("error", self.failure)
+        self._end_all("cancelled")
+        self.failure = self.failure or "the server is stopping"
+        while not self._inbox.empty():
+            self._inbox.get()()
+
+    def _begin(self, run: Run) -> None:
+        try:
+            if self.failure:
+                raise EngineFailed(self.failure)
+            for index, request in enumerate(run.requests):
+                number = self._engine.submit(request)
+                run.numbers.append(number)
+                self._places[number] = (run, index)
+        except Exception as error:
+            for index in range(len(run.numbers)):
+                self._end(run, index)
+            self._call(_set_exception, run.accepted, error)
+        else:
+            self._call(_set_result, run.accepted)
+
+    def _end(self, run: Run, index: int) -> None:
+        if index < len(run.numbers) and run.numbers[index] in self._places:
+            del self._places[run.numbers[index]]
+            self._engine.cancel(run.numbers[index])
+
+    def _leave(self) -> None:
+        self._stopping = True
+
+    def _deliver(self, events: Sequence[Event]) -> None:
+        arrived = []
+        for event in events:
+            if event.request_id in self._places:
+                arrived.append((*self._places[event.request_id], event))
+                if event.finish_reason is not None:
+                    del self._places[event.request_id]
+        if arrived:
+            self._call(_hand_out, arrived)
+
+    def _end_all(self, reason: str, error: str | None = None) -> None:
+        self._deliver([Event(number, None, None, (), reason, error) for number in tuple(self._places)])
+
+    def _call(self, function: Callable[..., None], *arguments: Any) -> None:
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+
+def _hand_out(arrived: list[tuple[Run, int, Event]]) -> None:
+    for run, index, event in arrived:
+        run.arrived.put_nowait((index, event))
+
+
+def _set_result(accepted: asyncio.Future[None]) -> None:
+    if not accepted.done():  # it is when the client went away
+        accepted.set_result(None)
+
+
+def _set_exception(accepted: asyncio.Future[None], error: Exception) -> None:
+    if not accepted.done():
+        accepted.set_exception(error)
