@@ -34,6 +34,7 @@ DEMO = [
     "scikit-learn>=1.7,<2",
 ]
 PARQUET = ["pyarrow>=20,<27"]
+NOTEBOOKS = ["nbclient>=0.10,<0.12", "ipykernel>=7,<8"]
 SERVE = ["starlette>=1.10,<2", "uvicorn>=0.54,<1"]
 TEST = [
     "pytest>=8.4,<10",
@@ -57,6 +58,7 @@ setup(
     extras_require={
         "demo": DEMO,
         "parquet": PARQUET,
+        "notebooks": NOTEBOOKS + DEMO,  # opens with any Jupyter; only the kernel and what runs them are here
         "serve": SERVE,
         "tfds": [
             "tensorflow-datasets>=4.9.10,<5",
@@ -65,6 +67,6 @@ setup(
         "seqio": ["seqio>=0.0.20,<0.1", "tensorflow>=2.21,<2.22"],
         "lm_eval": ["lm_eval>=0.4.9,<0.5"],
         "tpu": ["libtpu"],
-        "test": TEST + DEMO + PARQUET + SERVE,
+        "test": TEST + DEMO + PARQUET + SERVE + NOTEBOOKS,
     },
 )
