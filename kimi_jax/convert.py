@@ -4,7 +4,9 @@
   to-hf SOURCE TARGET     a checkpoint of ours, converted or trained, to a released directory; --int4 packs the experts
 
 Both go tensor by tensor, in memory that does not grow with the model. Interrupted, they go on where they were when
-called again; TARGET appears when it is whole.
+called again; TARGET appears when it is whole. SOURCE may be gs://..., TARGET lies on a file system.
+
+from-hf --mesh=fsdp=64 cuts the checkpoint for the devices that will restore it; any other mesh can restore it too.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import rich.console
 import rich.progress
 from absl import app, flags
 
-from kimi_jax.config import ConfigError, nearest
+from kimi_jax.config import ConfigError, MeshConfig, freeze, nearest
 from kimi_jax.hf import convert
 from kimi_jax.hf.files import CheckpointError
 
@@ -24,6 +26,7 @@ _MODEL_TYPE = flags.DEFINE_string(
     "model_type", None, "to-hf, trained checkpoint: kimi_k25, kimi_vl, kimi_k2 or deepseek_v3"
 )
 _DTYPE = flags.DEFINE_enum("dtype", "bf16", ["bf16", "fp16", "fp32"], "to-hf, trained checkpoint: dtype of the tensors")
+_MESH = flags.DEFINE_string("mesh", None, "from-hf: the devices to cut for, as fsdp=64")
 _RELEASED_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 COMMANDS = ("from-hf", "to-hf")
 
@@ -37,7 +40,7 @@ def main(argv: list[str]) -> None:
     try:
         with _bar(command) as progress:
             if command == "from-hf":
-                notes = convert.from_hf(source, target, progress)
+                notes = convert.from_hf(source, target, progress, mesh=_mesh(_MESH.value))
             else:
                 dtype = _RELEASED_DTYPES[_DTYPE.value]
                 convert.to_hf(
@@ -50,6 +53,16 @@ def main(argv: list[str]) -> None:
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     print(f"{target} is ready")
+
+
+def _mesh(text: str | None) -> MeshConfig | None:
+    """`name=size,name=size`. Raises ConfigError for an axis that there is not, or what is no number."""
+    if text is None:
+        return None
+    pairs = [part.partition("=")[::2] for part in text.split(",")]
+    if not all(size.isdecimal() for _, size in pairs):
+        raise ConfigError(f"--mesh={text}: write the axes with their sizes, as fsdp=64")
+    return freeze({name: int(size) for name, size in pairs}, MeshConfig, "mesh")
 
 
 class _bar:

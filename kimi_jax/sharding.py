@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kimi_jax.config import ConfigError, MeshConfig
 from kimi_jax.nn.param import ParamInfo
@@ -74,7 +74,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(tuple(sizes.values()), axes, axis_types=(AxisType.Auto,) * len(axes), devices=devices)
 
 
-def spec(info: ParamInfo, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def spec(info: ParamInfo, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """How one parameter is cut: each mesh axis at most once, and only where it divides evenly.
 
     Raises ShardingError for a logical name that is not in `RULES` or a rule whose mesh axis does not exist.

@@ -22,7 +22,6 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -30,8 +29,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
-from kimi_jax.config import ConfigError, TrainConfig, freeze
+from kimi_jax.config import ConfigError, MeshConfig, TrainConfig, freeze
 from kimi_jax.hf import config as hf_config
 from kimi_jax.hf import int4, stream
 from kimi_jax.hf.files import (
@@ -43,10 +43,13 @@ from kimi_jax.hf.files import (
     Entry,
     Writer,
     file_plan,
+    is_remote,
+    stamp,
     write_index,
 )
 from kimi_jax.hf.leaves import Leaves
 from kimi_jax.hf.names import Tensor, tensors
+from kimi_jax.hf.stacks import Stacks
 from kimi_jax.hf.stream import (
     BIAS,
     EXPERTS,
@@ -143,13 +146,14 @@ def _run(
     commit()
 
 
-def _begin(source: Path, target: Path, needed: int) -> Path:
-    """The folder to work in. Raises ConvertError if the target is taken or the disk is too small."""
-    if "://" in str(target) or str(target).startswith("gs:/"):
-        raise ConvertError(f"{target}: conversion writes to local or mounted file systems")
+def _begin(source: epath.Path, given: str | os.PathLike[str], needed: int) -> Path:
+    """The folder to work in. Raises ConvertError if the target is taken, a bucket, or its disk too small."""
+    if is_remote(epath.Path(given)):
+        raise ConvertError(f"{given}: conversion writes to local or mounted file systems; copy the result there")
+    target = Path(given)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConvertError(f"{target} is there already; remove it or choose another name")
-    if target.resolve() == source.resolve():
+    if not is_remote(source) and target.resolve() == Path(source).resolve():
         raise ConvertError("source and target are the same")
     work = target.with_name(target.name + ".partial")
     fresh = not work.exists()
@@ -174,19 +178,25 @@ def _end(work: Path, target: Path) -> None:
 
 
 def from_hf(
-    source: str | os.PathLike[str], target: str | os.PathLike[str], progress: Progress = lambda *_: None
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    progress: Progress = lambda *_: None,
+    mesh: MeshConfig | None = None,
 ) -> list[str]:
-    """A released directory to a checkpoint of ours; see the top of the file for what it holds.
+    """A released directory (`gs://` too) to a checkpoint of ours; see the top of the file for what it holds.
 
-    Returns notes for the user: INT4 groups that cannot be written back exactly. Raises FileNotFoundError, ConfigError
-    or CheckpointError for a source that cannot be read, ConvertError for a target that cannot be written.
+    mesh: of the devices that will restore it, a number for every axis; chunks are cut so that each device reads its own
+    shard and little else. Any other mesh can restore it too. Returns notes for the user: INT4 groups that cannot be
+    written back exactly. Raises FileNotFoundError, ConfigError or CheckpointError for a source that cannot be read,
+    ConvertError for a target that cannot be written.
     """
-    source, target = Path(source), Path(target)
     checkpoint = Released(source)
     try:
-        plan = _Stacks(checkpoint)
-        work = _begin(source, target, plan.nbytes)
-        journal = Journal(work / "journal", {"from": _identity(source), "piece": stream.PIECE})
+        plan = Stacks(checkpoint, mesh)
+        work = _begin(checkpoint.path, target, plan.nbytes)
+        cuts = dataclasses.asdict(mesh) if mesh else None
+        identity = {"from": _identity(checkpoint.path), "piece": stream.PIECE, "mesh": cuts}
+        journal = Journal(work / "journal", identity)
         params, scales = Leaves(work / STEP / "params"), Leaves(work / "released" / "scales")
         plan.create(params, scales)
         notes: list[str] = []
@@ -210,64 +220,18 @@ def from_hf(
         _write_config(work / STEP, checkpoint, plan)
         _write_released(work / "released", checkpoint)
         journal.remove()
-        _end(work, target)
+        _end(work, Path(target))
         return sorted(notes)
     finally:
         checkpoint.close()
 
 
-class _Stacks:
-    """Our leaves as they will be on disk: shape, dtype, chunks; and the pieces in the order of the files."""
-
-    def __init__(self, checkpoint: Released):
-        self.leaves: dict[str, tuple[tuple[int, ...], tuple[int, ...], np.dtype]] = {}
-        self.scale_leaves: dict[str, tuple[tuple[int, ...], tuple[int, ...], np.dtype]] = {}
-        members: dict[str, list[Tensor]] = {}
-        for tensor in checkpoint.tensors:
-            members.setdefault(tensor.leaf, []).append(tensor)
-        for leaf, group in members.items():
-            last = group[-1]
-            stack = tuple(n + 1 for n in last.index)
-            first = next(pieces(last))
-            block = (first.last - first.first) // last.step
-            inner = (*last.inner[: last.inputs], block, *last.inner[last.inputs + 1 :])
-            dtype = _widest({checkpoint.dtype(tensor) for tensor in group})
-            self.leaves[leaf] = ((*stack, *last.inner), (*(1,) * len(stack), *inner), DTYPES[dtype])
-            packed = [checkpoint.is_int4(tensor) for tensor in group]
-            if any(packed):
-                if not all(packed):
-                    lacking = group[packed.index(False)].name
-                    raise CheckpointError(f"some tensors beside {lacking} are INT4, but it is not")
-                columns = last.columns // checkpoint.quantization.group_size  # type: ignore[union-attr]
-                chunk = (*(1,) * len(stack), first.last - first.first, columns)
-                self.scale_leaves[leaf] = ((*stack, last.rows, columns), chunk, DTYPES[dtype])
-        stored = checkpoint.directory.tensors
-        order = sorted(
-            checkpoint.tensors, key=lambda t: (lambda s: (s.file, s.start))(stored[next(iter(checkpoint.parts(t)))])
-        )
-        self.pieces = [piece for tensor in order for piece in pieces(tensor)]
-        every = [*self.leaves.values(), *self.scale_leaves.values()]
-        self.nbytes = sum(math.prod(shape) * dtype.itemsize for shape, _, dtype in every)
-
-    def create(self, params: Leaves, scales: Leaves) -> None:
-        """All arrays, empty."""
-        for store, leaves in ((params, self.leaves), (scales, self.scale_leaves)):
-            for leaf, (shape, chunk, dtype) in leaves.items():
-                store.create(leaf, shape, chunk, dtype)
-
-
-def _widest(dtypes: set[str]) -> str:
-    """The dtype that holds them all exactly."""
-    return dtypes.pop() if len(dtypes) == 1 else "F32"
-
-
-def _identity(source: Path) -> list[list[Any]]:
+def _identity(source: epath.Path) -> list[list[Any]]:
     """Names, sizes and times of the files: whether a source is the one that was begun with."""
-    files = [file for file in sorted(source.iterdir()) if file.is_file()]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return [[file.name, *stamp(file)] for file in sorted(source.iterdir()) if file.is_file()]
 
 
-def _write_config(step: Path, checkpoint: Released, plan: _Stacks) -> None:
+def _write_config(step: Path, checkpoint: Released, plan: Stacks) -> None:
     """The Orbax item `config` beside `params`, as training writes it, and the marker of a finished step."""
     float32 = any(dtype == np.float32 for leaf, (_, _, dtype) in plan.leaves.items() if leaf != BIAS)
     model = dataclasses.replace(checkpoint.config, param_dtype="float32" if float32 else checkpoint.config.param_dtype)
@@ -294,7 +258,7 @@ def _write_released(folder: Path, checkpoint: Released) -> None:
     folder.mkdir(exist_ok=True)
     for file in checkpoint.path.iterdir():
         if file.is_file() and file.suffix != ".safetensors" and file.name != INDEX:
-            shutil.copyfile(file, folder / file.name)
+            file.copy(folder / file.name, overwrite=True)
     stored = checkpoint.directory.tensors
     files: dict[str, list[list[str]]] = {name: [] for name in checkpoint.directory.metadata}
     for name, where in stored.items():
@@ -328,12 +292,12 @@ def to_hf(
     model_type, dtype: of a trained checkpoint; a converted one says itself what it was.
     Raises FileNotFoundError or ConfigError for the source, ConvertError for the target.
     """
-    source, target = Path(source), Path(target)
+    source = epath.Path(source)
     made = _Export(source, int4_experts, model_type, dtype)
     try:
         total = sum(entry.nbytes for entries in made.plan.values() for entry in entries)
         work = _begin(source, target, total)
-        identity = {"to": str(made.step), "time": made.step.stat().st_mtime_ns, "int4": int4_experts, "dtype": dtype}
+        identity = {"to": str(made.step), "time": stamp(made.step)[1], "int4": int4_experts, "dtype": dtype}
         journal = Journal(work / "journal", identity | {"type": made.model_type, "piece": stream.PIECE})
         writer = Writer(work, made.plan, made.metadata)
         dtypes = {entry.name: DTYPES[entry.dtype] for entries in made.plan.values() for entry in entries}
@@ -351,7 +315,7 @@ def to_hf(
         write_index(work, made.plan)
         made.write_side_files(work)
         journal.remove()
-        _end(work, target)
+        _end(work, Path(target))
     finally:
         made.close()
 
@@ -359,7 +323,7 @@ def to_hf(
 class _Export:
     """What there is to write: tensors, files, dtypes, scales."""
 
-    def __init__(self, source: Path, int4_experts: bool, model_type: str | None, dtype: str):
+    def __init__(self, source: epath.Path, int4_experts: bool, model_type: str | None, dtype: str):
         self.step = newest_step(source)
         self.folder = source / "released"
         self.params = Leaves(self.step / "params")
@@ -446,7 +410,7 @@ class _Export:
             self.released = hf_config.to_released(self.config, self.model_type, name)
         for file in sorted(self.folder.iterdir()) if self.folder.is_dir() else ():
             if file.is_file() and file.name not in ("layout.json", "buffers.safetensors"):
-                shutil.copyfile(file, work / file.name)
+                file.copy(work / file.name, overwrite=True)
         if not (was_packed and self.packed):  # else config.json as it was, to the byte
             section = hf_config.int4_section(self.group) if self.packed else None
             new = hf_config.with_quantization(self.released, section)
@@ -462,7 +426,7 @@ class _Export:
             self.buffers.close()
 
 
-def newest_step(workdir: Path) -> Path:
+def newest_step(workdir: epath.Path) -> epath.Path:
     """The folder of the newest checkpoint in a workdir. Raises FileNotFoundError without any."""
     folder = workdir / "checkpoints"
     steps = [p for p in folder.iterdir() if p.name.isdigit() and (p / "params").is_dir()] if folder.is_dir() else []
@@ -471,12 +435,12 @@ def newest_step(workdir: Path) -> Path:
     return max(steps, key=lambda p: int(p.name))
 
 
-def read_config(step: Path) -> TrainConfig:
+def read_config(step: epath.Path) -> TrainConfig:
     """The settings in a checkpoint."""
     return freeze(json.loads((step / "config" / "metadata").read_text(encoding="utf-8")))
 
 
-def _read_json(file: Path) -> Any:
+def _read_json(file: epath.Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 

@@ -2,7 +2,7 @@
 
 The `safetensors` library maps or allocates whole tensors; conversion needs rows of them in a fixed amount of memory, in
 any order, from several threads, and files that can be continued after an interruption. The format is a length, a JSON
-header and raw little-endian bytes.
+header and raw little-endian bytes. Reading takes any path of `epath` (`gs://bucket/model`), writing a file system's.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from etils import epath
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -54,7 +55,7 @@ class Directory:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
+        self.path = epath.Path(path)
         self.tensors: dict[str, Stored] = {}
         self.metadata: dict[str, dict[str, str]] = {}
         self._open: dict[str, int] = {}
@@ -72,7 +73,7 @@ class Directory:
         file = self.path / name
         if not file.is_file():
             return [f"{name} is missing"]
-        size = file.stat().st_size
+        size = file.stat().length
         try:
             with file.open("rb") as stream:
                 (length,) = struct.unpack("<Q", stream.read(8))
@@ -103,13 +104,24 @@ class Directory:
         last = count if last is None else last
         width = stored.nbytes // max(count, 1)
         buffer = bytearray((last - first) * width)
-        view, at = memoryview(buffer), stored.start + first * width
-        while view:  # a read returns at most 2 GB
-            got = os.preadv(self._descriptor(stored.file), [view], at)
-            if not got:
-                raise CheckpointError(f"{self.path / stored.file} ended early while reading {name}")
-            view, at = view[got:], at + got
+        if not self._read(stored.file, memoryview(buffer), stored.start + first * width):
+            raise CheckpointError(f"{self.path / stored.file} ended early while reading {name}")
         return np.frombuffer(buffer, dtype).reshape(last - first, -1)
+
+    def _read(self, file: str, view: memoryview, at: int) -> bool:
+        """Fills `view` with the bytes from `at` on; False if the file ends before."""
+        if is_remote(self.path):  # a stream for each piece: they are read in threads
+            with (self.path / file).open("rb") as stream:
+                stream.seek(at)
+                data = stream.read(len(view))
+            view[: len(data)] = data
+            return len(data) == len(view)
+        while view:  # a read returns at most 2 GB
+            got = os.preadv(self._descriptor(file), [view], at)
+            if not got:
+                return False
+            view, at = view[got:], at + got
+        return True
 
     def whole(self, name: str) -> np.ndarray:
         """One tensor in its own shape."""
@@ -128,11 +140,25 @@ class Directory:
         self._open.clear()
 
 
+def is_remote(path: os.PathLike[str]) -> bool:
+    """Whether a path is a bucket's, `gs://...`, and not a file system's."""
+    return "://" in os.fspath(path)
+
+
+def stamp(file: epath.Path) -> list[int]:
+    """Size and time of change: what tells a file from another of its name."""
+    if is_remote(file):
+        found = file.stat()
+        return [found.length, found.mtime]
+    status = os.stat(file)
+    return [status.st_size, status.st_mtime_ns]
+
+
 def _nbytes(stored: Stored) -> int:
     return int(np.prod(stored.shape, dtype=np.int64)) * DTYPES[stored.dtype].itemsize
 
 
-def _file_names(path: Path) -> tuple[list[str], dict[str, str]]:
+def _file_names(path: epath.Path) -> tuple[list[str], dict[str, str]]:
     """The files to read, and what the index (if there is one) promises: tensor -> file."""
     if (path / INDEX).is_file():
         try:

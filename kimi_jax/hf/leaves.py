@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
+import os
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
+from etils import epath
+
+from kimi_jax.hf.files import is_remote
 
 Place = tuple[Any, ...]  # one integer or slice for each axis that is cut
 
@@ -21,15 +24,15 @@ Place = tuple[Any, ...]  # one integer or slice for each axis that is cut
 class Leaves:
     """The leaves of one Orbax item. Thread-safe; every write is on disk when it returns."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = epath.Path(path)
         self._open: dict[str, ts.TensorStore] = {}
 
     def create(self, leaf: str, shape: tuple[int, ...], chunk: tuple[int, ...], dtype: np.dtype) -> None:
         """Makes a leaf, or opens it if it is there with this shape, chunk and dtype."""
         spec = {
             "driver": "zarr",
-            "kvstore": {"driver": "file", "path": str(self.path.absolute() / leaf) + "/"},
+            "kvstore": _kvstore(self.path / leaf),
             "metadata": {"compressor": None, "shape": list(shape), "chunks": list(chunk)},
             "dtype": dtype.name,
             # A chunk that happens to be all zeros must exist too, or a journal could not be believed.
@@ -50,10 +53,9 @@ class Leaves:
         return self._open
 
     def _open_leaf(self, leaf: str, driver: str) -> ts.TensorStore:
-        base = self.path.absolute()
-        kvstore: dict[str, Any] = {"driver": "file", "path": f"{base / leaf}/"}
-        if (base / "manifest.ocdbt").exists():
-            kvstore = {"driver": "ocdbt", "base": f"file://{base}/", "path": f"{leaf}/"}
+        kvstore: Any = _kvstore(self.path / leaf)
+        if (self.path / "manifest.ocdbt").exists():
+            kvstore = {"driver": "ocdbt", "base": _kvstore(self.path), "path": f"{leaf}/"}
         spec = {"driver": driver, "kvstore": kvstore}
         store = ts.open(spec, open=True, read=True, context=_context(0)).result()
         # Training saves a chunk for each shard, which holds many slices: keep one decoded, and read leaf by leaf.
@@ -90,6 +92,13 @@ class Leaves:
             "custom_metadata": None,
         }  # fmt: skip
         (self.path / "_METADATA").write_text(json.dumps(metadata), encoding="utf-8")
+
+
+def _kvstore(folder: epath.Path) -> Any:
+    """What tensorstore calls a folder."""
+    if is_remote(folder):
+        return os.fspath(folder) + "/"
+    return {"driver": "file", "path": os.path.abspath(folder) + "/"}
 
 
 _SMALL_CHUNK = 1 << 26  # bytes

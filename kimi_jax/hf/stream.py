@@ -18,6 +18,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from kimi_jax.config import ConfigError, ModelConfig, MoEConfig
 from kimi_jax.hf import config as hf_config
@@ -43,9 +44,9 @@ class Piece:
     last: int
 
 
-def pieces(tensor: Tensor, columns: int | None = None) -> Iterator[Piece]:
-    """The tensor in pieces of at most PIECE elements (and at least one position of our first output axis)."""
-    limit = max(PIECE // (columns or tensor.columns) // tensor.step, 1) * tensor.step
+def pieces(tensor: Tensor, block: int | None = None) -> Iterator[Piece]:
+    """The tensor in pieces of `block` positions of our first output axis; by default as many as PIECE elements hold."""
+    limit = (block or max(PIECE // tensor.columns // tensor.step, 1)) * tensor.step
     for first in range(0, tensor.rows, limit):
         yield Piece(tensor, first, min(first + limit, tensor.rows))
 
@@ -59,7 +60,7 @@ class Released:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
+        self.path = epath.Path(path)
         file = self.path / "config.json"
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing: a released checkpoint is a directory with config.json")

@@ -14,12 +14,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 from absl import flags
+from absl.testing import flagsaver
+from etils import epath
 from safetensors.numpy import load_file, save_file
 
+import kimi_jax as kimi
 from kimi_jax import convert as command_line
-from kimi_jax.hf import convert, stream
+from kimi_jax.config import ConfigError, MeshConfig
+from kimi_jax.hf import convert, stacks, stream
 from kimi_jax.hf.convert import ConvertError, from_hf, to_hf
 from kimi_jax.hf.files import INDEX, CheckpointError, Directory
+from kimi_jax.hf.leaves import Leaves
 from kimi_jax.hf.names import FAMILIES
 from kimi_jax.train import checkpoint
 from tests.fixtures import REPO, shared
@@ -109,6 +114,55 @@ def test_a_trained_workdir_is_exported(tmp_path):
     tiny.assert_same(jax.device_get(got), jax.tree.map(lambda a: np.asarray(a * 2), params))
     to_hf(tmp_path / "run", tmp_path / "packed", int4_experts=True)
     assert "weight_packed" in " ".join(Directory(tmp_path / "packed").tensors)
+
+
+@pytest.mark.parametrize("model_type", ["kimi_k25", "deepseek_v3"])
+def test_cut_for_a_mesh(model_type, tmp_path, monkeypatch):
+    """Every chunk lies within the shard of one of 8 devices; restored under that mesh it is the unsharded model."""
+    monkeypatch.setattr(stacks, "MIN_CHUNK", 1)
+    monkeypatch.setattr(stream, "PIECE", 300)
+    source = released(tmp_path, model_type, int4_experts=True)
+    from_hf(source, tmp_path / "ours", mesh=MeshConfig(fsdp=8))
+    _, params = checkpoint.load(str(tmp_path / "ours"))
+    tiny.assert_same(jax.device_get(params), jax.device_get(stream.load(source)[1]))
+    stored, cut = Leaves(tmp_path / "ours" / "checkpoints" / "0" / "params").open(), 0
+    for leaf, store in stored.items():
+        array = stream.get_leaf(params, leaf)
+        shard, chunk = array.sharding.shard_shape(array.shape), store.chunk_layout.read_chunk.shape
+        assert all(s == n or s % c == 0 for n, s, c in zip(array.shape, shard, chunk, strict=True)), leaf
+        cut += shard != array.shape
+    assert cut > 15
+    to_hf(tmp_path / "ours", tmp_path / "back", int4_experts=True)
+    assert tensors_of(tmp_path / "back") == tensors_of(source)
+
+
+def test_small_shards_share_a_chunk(tmp_path):
+    """A file a megabyte, not a file a shard: leaves this small are not cut at all."""
+    source = released(tmp_path)
+    checkpoint = stream.Released(source)
+    plain, cut = (stacks.Stacks(checkpoint, mesh).leaves for mesh in (None, MeshConfig(fsdp=8)))
+    checkpoint.close()
+    assert cut == plain
+    with pytest.raises(ConfigError, match="a number of devices for every axis"):
+        from_hf(source, tmp_path / "ours", mesh=MeshConfig(fsdp=-1))
+
+
+def test_sources_in_a_bucket(tmp_path):
+    """epath's file system replaced by one where gs://bucket is a folder: `kimi.load` and from-hf read from there."""
+    source = released(tmp_path, int4_experts=True)
+
+    def in_folder(call, path, *rest, **named):
+        return call(str(path).replace("gs://bucket", str(tmp_path)), *rest, **named)
+
+    names = ["open", "exists", "isdir", "listdir", "glob", "stat", "copy"]
+    with epath.testing.mock_epath(**dict.fromkeys(names, in_folder)):
+        loaded = kimi.load("gs://bucket/src", "bfloat16", experts="int4")
+        from_hf("gs://bucket/src", tmp_path / "ours")
+    want = kimi.load(source, "bfloat16", experts="int4")
+    assert loaded.config == want.config
+    tiny.assert_same(jax.device_get(loaded.params), jax.device_get(want.params))
+    to_hf(tmp_path / "ours", tmp_path / "back", int4_experts=True)
+    assert tensors_of(tmp_path / "back") == tensors_of(source)
 
 
 CHILD = """
@@ -238,11 +292,13 @@ def test_the_command(tmp_path):
         ([], "say from-hf SOURCE TARGET"),
         (["from-hf", "nowhere", "b"], "config.json is missing"),
         (["to-hf", "nowhere", "b"], "no checkpoint in"),
+        (["from-hf", "a", "b", "--mesh=fsdp"], "write the axes with their sizes"),
+        (["from-hf", "a", "b", "--mesh=fsd=8"], r"unknown setting mesh\.fsd \(did you mean 'fsdp'"),
     ],
 )
 def test_mistakes_on_the_command_line_are_one_line(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS(["convert"])
-    with pytest.raises(SystemExit, match=message):
-        command_line.main(["convert", *arguments])
+    with flagsaver.flagsaver():
+        rest = flags.FLAGS(["convert", *arguments])
+        with pytest.raises(SystemExit, match=message):
+            command_line.main(rest)

@@ -15,16 +15,18 @@ from safetensors.numpy import load_file, save_file
 
 from kimi_jax.config import ConfigError
 from kimi_jax.hf import int4, stream
+from kimi_jax.hf.convert import from_hf, to_hf
 from kimi_jax.hf.files import INDEX, CheckpointError
 from kimi_jax.hf.names import FAMILIES
 from tests.hf import tiny
+from tests.hf.test_convert import tensors_of
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 @settings(max_examples=4)
 @given(data=st.data())
 def test_any_model_of_any_family_comes_back(model_type, data, tmp_path_factory):
-    """Configuration and every byte, in pieces so small that most tensors are cut."""
+    """Configuration and every byte, in pieces so small that most tensors are cut; by way of our checkpoint too."""
     model = data.draw(tiny.configs(model_type))
     dtype = data.draw(st.sampled_from(("BF16", "F16", "F32")))
     name = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}[dtype]
@@ -35,8 +37,11 @@ def test_any_model_of_any_family_comes_back(model_type, data, tmp_path_factory):
         patch.setattr(stream, "MAX_FILE", data.draw(st.sampled_from((300, 5 << 30))))
         stream.save(path, model, params, model_type, name)
         back, got = stream.load(path)
+        from_hf(path, path.with_name("ours"))
+        to_hf(path.with_name("ours"), path.with_name("back"))
     assert back == dataclasses.replace(model, dtype=name, param_dtype=name)
     tiny.assert_same(got, params)
+    assert tensors_of(path.with_name("back")) == tensors_of(path)
 
 
 def written(tmp_path, model_type="kimi_k25", **save):
