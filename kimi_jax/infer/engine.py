@@ -28,7 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from kimi_jax import sharding
@@ -79,7 +79,8 @@ class Engine:
 
     slots: requests that decode together. page_size: tokens a page, a power of two. num_pages: of the cache; default:
     enough for every slot at the longest sequence. max_sequence_length: most tokens of prompt and answer together.
-    mesh: of `kimi_jax.sharding`; slots and pages are cut where they divide. Raises ValueError for sizes without sense.
+    mesh: of `kimi_jax.sharding`; slots and pages are cut where they divide. chunks: lengths of a prompt's pieces.
+    Raises ValueError for sizes without sense.
     """
 
     def __init__(
@@ -91,9 +92,10 @@ class Engine:
         num_pages: int | None = None,
         max_sequence_length: int = 4096,
         mesh: Mesh | None = None,
+        chunks: Sequence[int] = CHUNKS,
     ):
-        if page_size < 1 or page_size & (page_size - 1):
-            raise ValueError(f"page_size must be a power of two, not {page_size}")
+        if any(n < 1 or n & (n - 1) for n in (page_size, *chunks)) or list(chunks) != sorted(set(chunks)):
+            raise ValueError(f"page_size={page_size} and the ascending chunks={chunks} must be powers of two")
         if slots < 1 or max_sequence_length < 2:
             raise ValueError(f"slots={slots} must be at least 1, max_sequence_length={max_sequence_length} at least 2")
         self.model, self.config, self.mesh = model, model.config, mesh
@@ -101,10 +103,10 @@ class Engine:
         self._width = -(-max_sequence_length // page_size)
         num_pages = 1 + slots * self._width if num_pages is None else num_pages
         if mesh is not None:
-            num_pages += -num_pages % mesh.shape[sharding.RULES["batch"]]
+            num_pages += -num_pages % sharding.batch_parts(mesh)
         self._pool = PagePool(num_pages)
         longest = 1 << (max_sequence_length - 1).bit_length()
-        self._chunks = tuple(n for n in CHUNKS if n <= max(longest, CHUNKS[0]))
+        self._chunks = [n for n in chunks if n <= longest] or [chunks[0]]
         self._slots: list[_Sequence | None] = [None] * slots
         self._waiting: deque[_Sequence] = deque()
         self._reading: _Sequence | None = None
@@ -414,18 +416,21 @@ class Engine:
 
     def _cut(self, size: int, axis: int = 0) -> NamedSharding:
         """An axis of this size along the batch's axis of the mesh, or whole if it does not divide."""
-        name = sharding.RULES["batch"]
-        divides = size % self.mesh.shape[name] == 0  # type: ignore[union-attr]
-        return NamedSharding(self.mesh, PartitionSpec(*[None] * axis, name if divides else None))
+        names = [None] * axis + ["batch"]
+        return NamedSharding(self.mesh, sharding.layout(self.mesh).spec(tuple(names), (1,) * axis + (size,)))
 
 
 def _completion(sequence: _Sequence) -> Completion:
     """Raises RuntimeError if the request failed."""
-    end = sequence.events[-1]
-    if end.finish_reason == "error":
-        raise RuntimeError(f"request {sequence.number}: {end.error}")
-    sampled = [event for event in sequence.events if event.token_id is not None]
+    events = sequence.events
+    if events[-1].finish_reason == "error":
+        raise RuntimeError(f"request {sequence.number}: {events[-1].error}")
+    sampled = [event for event in events if event.token_id is not None]
     return Completion(
-        tuple(event.token_id for event in sampled), tuple(event.logprob for event in sampled), end.finish_reason,
-        sequence.prompt, sequence.cached, tuple(event.top for event in sampled),
-    )  # fmt: skip
+        tuple(event.token_id for event in sampled if event.token_id is not None),
+        tuple(event.logprob for event in sampled if event.logprob is not None),
+        events[-1].finish_reason or "",
+        sequence.prompt,
+        sequence.cached,
+        tuple(event.top for event in sampled),
+    )

@@ -107,7 +107,7 @@ def forward(
     real = (jnp.arange(size) < chunk.count[:, None]).astype(jnp.int32)
     x = Embedding(c).apply({"params": weights.embed}, chunk.tokens)
     if chunk.media is not None:
-        x = jnp.where(chunk.is_media[..., None], chunk.media.astype(x.dtype), x)
+        x = jnp.where(jnp.expand_dims(chunk.is_media, -1), chunk.media.astype(x.dtype), x)
     attention = MLA(c)
     for number, layer in enumerate(weights.layers):
         own = {"params": layer["attention"]}
@@ -134,7 +134,7 @@ def logits(config: ModelConfig, weights: Weights, hidden: Float[Array, "*b D"]) 
 def write(
     cache: Float[Array, "L P s C"], layer: int, latent: Float[Array, "B T C"], chunk: Chunk
 ) -> Float[Array, "L P s C"]:
-    """Put the chunk's latents where its rows' tables say, by windows that lie in one page; beyond the table: NOWHERE."""
+    """Put the chunk's latents where its rows' tables say, by windows within a page; beyond the table: NOWHERE."""
     layers, pages, size, width = cache.shape
     rows, length = chunk.tokens.shape
     window = math.gcd(length, size)
@@ -212,12 +212,12 @@ def _walk(config: ModelConfig, q: Array, look: Callable, axes: str, width: int, 
 
 def _mlp(config: ModelConfig, weights: Weights, number: int, x: Array, real: Array) -> Array:
     """Layer `number`'s MLP. All layers' experts are one bank, a view of the stack, and the layer's a range of it."""
-    own = {"params": weights.layers[number]["mlp"]}
-    if number < config.num_dense_layers:
+    own, moe = {"params": weights.layers[number]["mlp"]}, config.moe
+    if moe is None or number < config.num_dense_layers:
         return SwiGLU(config, config.intermediate_size).apply(own, x)
-    num = config.moe.n_routed_experts
+    num = moe.n_routed_experts
     banks = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), weights.banks)
-    few = x.shape[0] * x.shape[1] * config.moe.num_experts_per_tok < FEW_ROWS * num
+    few = x.shape[0] * x.shape[1] * moe.num_experts_per_tok < FEW_ROWS * num
 
     def experts(rows: Array, chosen: Array, gates: Array) -> ExpertsOut:
         first = num * (number - config.num_dense_layers)
