@@ -48,7 +48,6 @@ class MoEConfig:
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 2.827
     int4_group_size: int | None = None  # routed experts held as INT4, one scale for so many inputs; frozen
-    int4_group_size: int | None = None  # routed experts held as INT4, one scale for so many inputs; frozen
 
 
 @dataclass(frozen=True)
@@ -209,9 +208,13 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Device mesh. -1 takes all devices that are left."""
+    """Devices along each axis of the mesh (`kimi_jax.sharding`). -1 takes all devices that are left."""
 
-    fsdp: int = -1
+    fsdp: int = -1  # rows of the batch and every weight
+    expert: int = 1  # rows of the batch and the routed experts
+    tensor: int = 1  # heads and inner widths
+    context: int = 1  # tokens of a row
+    replica: int = 1  # copies of all weights; on several slices a multiple of their number
 
 
 @dataclass(frozen=True)

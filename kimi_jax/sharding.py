@@ -1,11 +1,18 @@
 """The whole sharding story: the mesh, one table from logical axis names to mesh axes, and what follows from it.
 
-Parameters name their axes where they are created (`nn.param.declare`); this file decides which mesh axis holds which
-name. Fully sharded data parallelism for now (shared/docs/design.md section 3): every parameter is cut once along
-`fsdp`, and the same axis cuts the batch by groups, so that rows and the vision bins beside them share a device. New
-kinds of parallelism are new axes of the mesh and new entries of the table, nothing else.
+Source: design.md sections 3 and 6. Parameters name their axes where they are created (`nn.param.declare`), the model
+names those of activations at the edges of blocks; this file decides which mesh axes hold which name
+(`nn.layout.Layout` applies it). Five axes:
 
-G  groups of the batch, a multiple of the devices
+    replica   copies of all weights, the only axis across slices: one all-reduce of the gradients a step on the slow net
+    fsdp      cuts rows of the batch and every weight
+    expert    cuts rows of the batch too; the routed experts live on it and tokens travel to them
+    context   cuts the tokens of a row (long sequences); keys' latents are gathered
+    tensor    cuts heads and inner widths; activations at block edges are whole
+
+Rows and the vision bins beside them are cut by whole groups, so no feature crosses devices.
+
+G  groups of the batch, a multiple of the devices along its axes
 """
 
 from __future__ import annotations
@@ -17,85 +24,91 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kimi_jax.config import ConfigError, MeshConfig
+from kimi_jax.nn.layout import Layout, ShardingError
 from kimi_jax.nn.param import ParamInfo
 
-# Logical name -> mesh axis. The order is a preference: of the axes of one array that want the same mesh axis, the first
-# entry whose size divides gets it. None: never cut.
-RULES: dict[str, str | None] = {
-    "batch": "fsdp",
-    "embed": "fsdp",
-    "vision_embed": "fsdp",
-    "mlp": "fsdp",
-    "expert_mlp": "fsdp",
-    "vision_mlp": "fsdp",
-    "merged": "fsdp",
-    "q_lora": "fsdp",
-    "kv_lora": "fsdp",
-    "vocab": "fsdp",
-    "expert": "fsdp",
-    "heads": "fsdp",
-    "vision_heads": None,
-    "head_dim": None,
-    "vision_head_dim": None,
-    "router": None,
-    "norm": None,
-    "pixels": None,
-    "qkv": None,
-    "grid": None,
-    "layers": None,
-    "lora": None,
+AXES = ("replica", "fsdp", "expert", "context", "tensor")  # outermost first: neighbours on the chip net come last
+SPREAD = ("fsdp", "expert", "context")  # what a weight may be cut by just to need less room
+
+# Logical name -> mesh axes. The order is a preference: of the axes of one array that want the same mesh axis, the first
+# entry whose size divides gets it. (): never cut.
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("replica", "fsdp", "expert"),
+    "sequence": ("context",),
+    "expert": ("expert",),
+    "embed": SPREAD,
+    "vision_embed": SPREAD,
+    "mlp": ("tensor", *SPREAD),
+    "expert_mlp": ("tensor", *SPREAD),
+    "vision_mlp": ("tensor", *SPREAD),
+    "merged": SPREAD,
+    "q_lora": SPREAD,
+    "kv_lora": SPREAD,
+    "vocab": ("tensor", *SPREAD),
+    "heads": ("tensor", *SPREAD),
+    "vision_heads": (),
+    "head_dim": (),
+    "vision_head_dim": (),
+    "router": (),
+    "norm": (),
+    "pixels": (),
+    "qkv": (),
+    "grid": (),
+    "layers": (),
+    "lora": (),
 }
-ACTIVATIONS = ("batch",)  # names that no parameter has
+ACTIVATIONS = ("batch", "sequence")  # names that no parameter has
 
 
-class ShardingError(ValueError):
-    """A logical name without a rule, a rule without a name or mesh axis, or a size that does not divide."""
-
-
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh, one axis for each field of `config`; a field of -1 takes all devices that are left.
+def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
+    """Devices along each axis, in the order of `AXES`; a field of -1 takes all devices that are left.
 
     Raises ConfigError if the sizes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else list(devices)
-    sizes = dataclasses.asdict(config)
+    given = dataclasses.asdict(config)
+    sizes = {axis: given[axis] for axis in AXES}
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1:
         raise ConfigError(f"config.mesh: only one axis may be -1, not {' and '.join(free)}")
     if free:
-        taken = math.prod(size for size in sizes.values() if size != -1)
-        sizes[free[0]] = len(devices) // taken
-    if math.prod(sizes.values()) != len(devices):
-        raise ConfigError(f"config.mesh: {sizes} does not make {len(devices)} devices; set one axis to -1")
-    axes = tuple(sizes)
-    return jax.make_mesh(tuple(sizes.values()), axes, axis_types=(AxisType.Auto,) * len(axes), devices=devices)
+        sizes[free[0]] = num_devices // math.prod(size for size in sizes.values() if size != -1)
+    if math.prod(sizes.values()) != num_devices:
+        raise ConfigError(f"config.mesh: {sizes} does not make {num_devices} devices; set one axis to -1")
+    return sizes
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh. Of several TPU slices the replicas lie across the slices, everything else within one.
+
+    Raises ConfigError if the sizes do not multiply to the number of devices, or replicas cannot be dealt to slices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = mesh_sizes(config, len(devices))
+    types = (AxisType.Auto,) * len(sizes)
+    slices = len({getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"})
+    if slices <= 1:
+        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
+    if sizes["replica"] % slices:
+        raise ConfigError(
+            f"config.mesh.replica={sizes['replica']} cannot be dealt to {slices} slices; make it a multiple of {slices}"
+        )
+    inside = (sizes["replica"] // slices, *list(sizes.values())[1:])
+    across = (slices, *(1 for _ in inside[1:]))
+    return Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices), tuple(sizes), axis_types=types)
+
+
+def layout(mesh: Mesh | AbstractMesh, **settings: float) -> Layout:
+    """The rules applied to this mesh; settings: the other fields of `Layout`."""
+    return Layout(mesh, tuple(RULES.items()), **settings)
 
 
 def spec(info: ParamInfo, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """How one parameter is cut: each mesh axis at most once, and only where it divides evenly.
-
-    Raises ShardingError for a logical name that is not in `RULES` or a rule whose mesh axis does not exist.
-    """
-    out: list[str | None] = [None] * len(shape)
-    for name in sorted(set(info.axes), key=_preference):
-        axis = RULES[name]
-        if axis is None or axis in out:
-            continue
-        if axis not in mesh.shape:
-            raise ShardingError(f"RULES[{name!r}] is {axis!r}, but the mesh has only {tuple(mesh.shape)}")
-        place = info.axes.index(name)
-        if shape[place] % mesh.shape[axis] == 0:
-            out[place] = axis
-    return PartitionSpec(*out)
-
-
-def _preference(name: str) -> int:
-    if name not in RULES:
-        raise ShardingError(f"no rule for the logical axis {name!r}; add it to kimi_jax.sharding.RULES")
-    return list(RULES).index(name)
+    """How one parameter is cut, see `Layout.spec`. Raises ShardingError as it does."""
+    return layout(mesh).spec(info.axes, shape)
 
 
 def param_shardings(infos: Any, shapes: Any, mesh: Mesh) -> Any:
@@ -116,16 +129,22 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Axis 0 of every array of a batch is cut by whole groups."""
-    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    return NamedSharding(mesh, PartitionSpec(layout(mesh).axes("batch")))
 
 
-def check_groups(num_groups: int, mesh: Mesh) -> None:
-    """Raises ShardingError unless every device gets the same number of whole groups."""
-    parts = mesh.shape[RULES["batch"]]
-    if num_groups % parts:
+def batch_parts(mesh: Mesh) -> int:
+    """In how many parts the mesh cuts a batch."""
+    return layout(mesh).parts("batch")
+
+
+def check_groups(num_groups: int, mesh: Mesh, microbatches: int = 1) -> None:
+    """Raises ShardingError unless every device gets the same number of whole groups, in every microbatch."""
+    parts = batch_parts(mesh)
+    if num_groups % (parts * microbatches):
+        times = f" in {microbatches} microbatches" if microbatches > 1 else ""
         raise ShardingError(
-            f"config.data.num_groups={num_groups} cannot be cut over {parts} devices; "
-            f"make it a multiple of {parts}, or use fewer devices"
+            f"config.data.num_groups={num_groups} cannot be cut over {parts} devices{times}; "
+            f"make it a multiple of {parts * microbatches}, or use fewer devices"
         )
 
 

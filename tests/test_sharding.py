@@ -3,7 +3,8 @@
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
 
 from kimi_jax import sharding
 from kimi_jax.config import PRESETS, ConfigError, MeshConfig, preset
@@ -19,21 +20,61 @@ def mesh():
 
 
 def test_mesh_takes_all_devices_or_exactly_what_is_asked_for(mesh):
-    assert dict(mesh.shape) == {"fsdp": 8} and mesh.axis_types == (AxisType.Auto,)
+    assert dict(mesh.shape) == {"replica": 1, "fsdp": 8, "expert": 1, "context": 1, "tensor": 1}
+    assert mesh.axis_types == (AxisType.Auto,) * 5
     assert sharding.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]).size == 1
+    assert sharding.make_mesh(MeshConfig(expert=4)).shape["fsdp"] == 2
     with pytest.raises(ConfigError, match="does not make 8 devices"):
         sharding.make_mesh(MeshConfig(fsdp=3))
+    with pytest.raises(ConfigError, match="only one axis may be -1, not fsdp and tensor"):
+        sharding.make_mesh(MeshConfig(tensor=-1))
+
+
+class Chip:
+    """What `create_hybrid_device_mesh` asks of a TPU: two slices of eight chips in a cube."""
+
+    platform, device_kind, process_index = "tpu", "TPU v5", 0
+
+    def __init__(self, number):
+        self.slice_index, inside = divmod(number, 8)
+        self.id, self.coords, self.core_on_chip = number, (inside & 1, inside >> 1 & 1, inside >> 2), 0
+
+
+def test_slices_hold_whole_replicas():
+    """Everything but the replicas stays on the fast net of one slice."""
+    chips = [Chip(i) for i in range(16)]
+    mesh = sharding.make_mesh(MeshConfig(replica=2, fsdp=4, expert=2), chips)
+    assert [{c.slice_index for c in part.flat} for part in mesh.devices] == [{0}, {1}]
+    assert dict(mesh.shape)["fsdp"] == 4 and mesh.axis_types == (AxisType.Auto,) * 5
+    four = sharding.make_mesh(MeshConfig(replica=4), chips)
+    assert [{c.slice_index for c in part.flat} for part in four.devices] == [{0}, {0}, {1}, {1}]
+    with pytest.raises(ConfigError, match="make it a multiple of 2"):
+        sharding.make_mesh(MeshConfig(), chips)
 
 
 def test_an_array_is_cut_once_by_preference_and_only_where_it_divides(mesh):
     def cut(axes, shape):
         return sharding.spec(ParamInfo(axes, Muon()), shape, mesh)
 
-    assert cut(("embed", "mlp"), (16, 32)) == PartitionSpec("fsdp", None)
-    assert cut(("mlp", "embed"), (32, 16)) == PartitionSpec(None, "fsdp")
-    assert cut(("embed", "mlp"), (12, 32)) == PartitionSpec(None, "fsdp")  # 12 does not divide by 8
-    assert cut(("embed", "mlp"), (12, 12)) == PartitionSpec(None, None)
-    assert cut(("layers", "norm"), (8, 16)) == PartitionSpec(None, None)
+    assert cut(("embed", "mlp"), (16, 32)) == P("fsdp", None)
+    assert cut(("mlp", "embed"), (32, 16)) == P(None, "fsdp")
+    assert cut(("embed", "mlp"), (12, 32)) == P(None, "fsdp")  # 12 does not divide by 8
+    assert cut(("embed", "mlp"), (12, 12)) == P(None, None)
+    assert cut(("layers", "norm"), (8, 16)) == P(None, None)
+
+
+def test_axes_share_an_array_by_preference():
+    """A bank lives on `expert`; the rest of it is cut like any weight. One mesh axis never cuts an array twice."""
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
+
+    def cut(axes, shape):
+        return sharding.spec(ParamInfo(axes, Muon()), shape, mesh)
+
+    assert cut(("layers", "expert", "embed", "expert_mlp"), (3, 4, 8, 8)) == P(None, "expert", "fsdp", "tensor")
+    assert cut(("expert", "expert_mlp", "embed"), (3, 8, 8)) == P(None, "tensor", ("fsdp", "expert"))
+    assert cut(("embed", "heads", "head_dim"), (8, 4, 4)) == P(("fsdp", "expert"), "tensor", None)
+    assert cut(("embed", "heads", "head_dim"), (6, 8, 4)) == P("fsdp", ("tensor", "expert"), None)
+    assert cut(("embed", "norm"), (7, 8)) == P(None, None)
 
 
 def test_name_without_a_rule_is_an_error(mesh):
@@ -41,10 +82,9 @@ def test_name_without_a_rule_is_an_error(mesh):
         sharding.spec(ParamInfo(("embd", "mlp"), AdamW()), (8, 8), mesh)
 
 
-def test_rule_without_a_mesh_axis_is_an_error(mesh, monkeypatch):
-    monkeypatch.setitem(sharding.RULES, "embed", "tensor")
-    with pytest.raises(sharding.ShardingError, match="'tensor', but the mesh has only"):
-        sharding.spec(ParamInfo(("embed",), AdamW()), (8,), mesh)
+def test_rule_without_a_mesh_axis_is_an_error():
+    with pytest.raises(sharding.ShardingError, match="'fsdp', but the mesh has only"):
+        sharding.spec(ParamInfo(("embed",), AdamW()), (8,), AbstractMesh((8,), ("data",)))
 
 
 def test_every_parameter_of_every_preset_has_rules_and_every_rule_a_parameter(mesh):
@@ -75,6 +115,8 @@ def test_uneven_groups_are_refused(mesh):
     sharding.check_groups(16, mesh)
     with pytest.raises(sharding.ShardingError, match="multiple of 8"):
         sharding.check_groups(12, mesh)
+    with pytest.raises(sharding.ShardingError, match="8 devices in 4 microbatches; make it a multiple of 32"):
+        sharding.check_groups(16, mesh, microbatches=4)
 
 
 def test_weights_do_not_depend_on_the_mesh():

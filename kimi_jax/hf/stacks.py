@@ -6,7 +6,6 @@ Source: design.md section 9. A chunk is written once, by one piece. With a mesh 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import jax
@@ -68,14 +67,16 @@ class Stacks:
 
 def _parts(config: ModelConfig, mesh: MeshConfig) -> dict[str, tuple[int, ...]]:
     """In how many parts the rules of `kimi_jax.sharding` cut each axis of each leaf. Raises ConfigError for a -1."""
-    sizes = dataclasses.asdict(mesh)
+    sizes = {axis: getattr(mesh, axis) for axis in sharding.AXES}
     if min(sizes.values()) < 1:
         raise ConfigError(f"the mesh needs a number of devices for every axis, not {sizes}")
     axes = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     boxed = abstract_params(config)
     specs = jax.tree.map(lambda info, a: sharding.spec(info, a.shape, axes), metadata(boxed), unbox(boxed))
     return {
-        jax.tree_util.keystr(path, simple=True, separator="."): tuple(sizes.get(axis, 1) for axis in spec)
+        jax.tree_util.keystr(path, simple=True, separator="."): tuple(
+            math.prod(sizes[axis] for axis in ((part,) if isinstance(part, str) else part or ())) for part in spec
+        )
         for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
     }
 
