@@ -36,11 +36,16 @@ def parse(argv: Sequence[str]) -> list[str]:
         config_flags.DEFINE_config_file("config", None, "Settings: a file with get_config().", sys_argv=kept)
         rest = flags.FLAGS(kept)
         _switch_off(flags.FLAGS["config"].value, off)
-        if flags.FLAGS["verbosity"].using_default_value:  # absl's own default lets libraries tell their life
-            logging.set_verbosity(logging.WARNING)
+        quiet()
     except (ConfigError, flags.Error, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     return rest
+
+
+def quiet() -> None:
+    """Logs warnings and errors only, unless the command line says otherwise: by default libraries tell their life."""
+    if flags.FLAGS["verbosity"].using_default_value:
+        logging.set_verbosity(logging.WARNING)
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:

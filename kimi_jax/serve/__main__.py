@@ -26,7 +26,7 @@ from kimi_jax.serve.addresses import opener
 from kimi_jax.serve.worker import EngineWorker
 from kimi_jax.sharding import make_mesh
 
-_MODEL = flags.DEFINE_string("model", None, "A released directory or a workdir, with its tokenizer.", required=True)
+_MODEL = flags.DEFINE_string("model", None, "A released directory or a workdir, with its tokenizer.")
 _NAME = flags.DEFINE_string("name", "", "What clients call the model; default: the last part of --model.")
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 for all.")
 _PORT = flags.DEFINE_integer("port", 8000, "Port to listen on.", 0, 65535)
@@ -44,14 +44,15 @@ _GRACE = flags.DEFINE_integer("grace_seconds", 30, "How long running answers may
 
 def main(argv: list[str]) -> None:
     """Loads, compiles, serves; exits with status 1 and the reason if it cannot."""
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected argument {argv[1]!r}   (--help for more)")
+    if len(argv) > 1 or not _MODEL.value:
+        sys.exit(f"error: {f'unexpected argument {argv[1]!r}' if argv[1:] else 'which model? Give --model=DIR'}")
     try:
         import uvicorn
 
         import kimi_jax.serve.app as http
     except ModuleNotFoundError as error:
         sys.exit(f'error: {error}; the server needs the extra [serve]: pip install "kimi_jax[serve]"')
+    cli.quiet()
     cli.enable_compilation_cache()
     try:
         engine, tokenizer = _load()
