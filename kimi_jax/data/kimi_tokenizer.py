@@ -87,6 +87,7 @@ class KimiTokenizer(Tokenizer):
         self._encoding = tiktoken.Encoding(
             "kimi", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=self._ids
         )
+        self._encode_ordinary = self._encoding.encode_ordinary
         self._encode_special = functools.partial(
             self._encoding.encode, allowed_special=frozenset(self._ids), disallowed_special=()
         )
@@ -114,7 +115,7 @@ class KimiTokenizer(Tokenizer):
         allow_special_tokens: what spells a special token becomes it, the released default. Never for text that comes
         from data or from strangers.
         """
-        encode = self._encoding.encode_ordinary
+        encode = self._encode_ordinary
         if allow_special_tokens and any(first in text for first in self._first):
             encode = self._encode_special  # handing tiktoken the 256 names takes as long as encoding a page
         if len(text) <= LONGEST_RUN:
