@@ -1,0 +1,121 @@
+"""Prefill and decoding here against transformers' DeepseekV3 on torch: tokens a second and their ratio, from one run.
+
+Run:    python -m benchmarks.decode [--repeats=5] [--prompt=512] [--new=16]     (needs torch and transformers)
+Goal:   prefill 1.5 times as fast; decoding 3 times at batch 1, 8 times at batch 8.
+
+Both run the same random model in float32 on the same two threads: 12 layers of width 512, 32 experts, 4 a token, 188 M
+parameters, written once in the released layout. The two take turns, so that a busy machine slows both, and a ratio is
+the median of the ratios of neighbours. Before that both must agree on the logits. Prompts are random and new each time,
+so no prefix is ever known. Prefill is the time until every prompt has its first token, decoding that of `new` further
+tokens of all rows at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import tempfile
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from absl import app, flags
+from transformers import DeepseekV3ForCausalLM
+
+import kimi_jax as kimi
+from kimi_jax.hf import stream
+from kimi_jax.infer.engine import Engine
+from kimi_jax.infer.request import Request, Sampling
+from kimi_jax.nn.kimi import count_params, init_params
+from kimi_jax.nn.param import unbox
+
+FLAGS = flags.FLAGS
+flags.DEFINE_integer("repeats", 5, "Turns of each side.", lower_bound=1)
+flags.DEFINE_integer("prompt", 512, "Tokens of a prompt.", lower_bound=1)
+flags.DEFINE_integer("new", 16, "Tokens decoded after it.", lower_bound=1)
+flags.DEFINE_integer("threads", 2, "Of torch; jax takes as many as the process may use (taskset).", lower_bound=1)
+flags.DEFINE_multi_integer("batch", [1, 8], "Prompts at once.", lower_bound=1)
+
+
+def random_model(folder: str) -> None:
+    """The benchmark's model as a released checkpoint."""
+    small = kimi.preset("small")
+    config = dataclasses.replace(small, num_hidden_layers=12, vision=None, dtype="float32")
+    print(f"{count_params(config)['total'] / 1e6:.0f} M parameters")
+    params = unbox(jax.jit(init_params, static_argnums=0)(config, jax.random.key(0)))
+    stream.save(folder, config, params, "deepseek_v3", dtype="float32")
+
+
+def ours(engine: Engine, prompts: np.ndarray, new: int) -> tuple[float, float]:
+    """Seconds of prefill and of decoding."""
+    start = time.perf_counter()
+    engine.run([Request(prompt, sampling=Sampling(temperature=0.0, max_new_tokens=1)) for prompt in prompts])
+    prefill = time.perf_counter() - start
+    # once more, now mostly from the prefix cache, and long enough that the first ones last until the others are read
+    sampling = Sampling(temperature=0.0, max_new_tokens=new + 4 * len(prompts))
+    numbers = [engine.submit(Request(prompt, sampling=sampling)) for prompt in prompts]
+    while len(engine.step()) < len(prompts):
+        pass
+    start = time.perf_counter()
+    tokens = sum(len(engine.step()) for _ in range(new))
+    decode = time.perf_counter() - start
+    assert tokens == new * len(prompts)
+    for number in numbers:
+        engine.cancel(number)
+    engine.step()
+    return prefill, decode
+
+
+@torch.inference_mode()
+def theirs(model: Any, prompts: np.ndarray, new: int) -> tuple[float, float]:
+    """Seconds of prefill and of decoding, greedy, with transformers' own key-value cache."""
+    start = time.perf_counter()
+    out = model(torch.tensor(prompts), use_cache=True, logits_to_keep=1)
+    token = out.logits[:, -1:].argmax(-1)
+    prefill = time.perf_counter() - start
+    start = time.perf_counter()
+    for _ in range(new):
+        out = model(token, past_key_values=out.past_key_values, use_cache=True)
+        token = out.logits[:, -1:].argmax(-1)
+    return prefill, time.perf_counter() - start
+
+
+def compare(model: kimi.Model, peer: Any, batch: int, rng: np.random.Generator) -> None:
+    """Prints the two rows of one batch size."""
+    engine = Engine(model, slots=batch, max_sequence_length=FLAGS.prompt + FLAGS.new + 4 * batch)
+    engine.warmup()
+    times = []
+    for turn in range(FLAGS.repeats + 1):
+        prompts = rng.integers(0, model.config.vocab_size, (batch, FLAGS.prompt)).astype(np.int32)
+        pair = np.array([ours(engine, prompts, FLAGS.new), theirs(peer, prompts.astype(np.int64), FLAGS.new)])
+        if turn:  # the first one warms caches of both
+            times.append(pair)
+    for column, (name, tokens) in enumerate((("prefill", FLAGS.prompt), ("decode", FLAGS.new))):
+        mine, other = (statistics.median(batch * tokens / pair[side, column] for pair in times) for side in (0, 1))
+        ratio = statistics.median(pair[1, column] / pair[0, column] for pair in times)
+        print(f"{name:8} {batch:5} {mine:14.1f} {other:14.1f} {ratio:7.2f}", flush=True)
+
+
+def main(argv: list[str]) -> None:
+    """Prints the table."""
+    del argv
+    torch.set_num_threads(FLAGS.threads)
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        random_model(folder)
+        model, peer = kimi.load(folder), DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = rng.integers(0, model.config.vocab_size, (1, 64))
+    with torch.inference_mode():
+        other = peer(torch.tensor(ids)).logits.numpy()
+    error = np.abs(model.logits(ids) - other).max() / np.abs(other).max()
+    print(f"largest difference of the logits: {error:.1e} of the largest")
+    assert error < 1e-4, "not the same model"
+    print(f"{'':8} {'batch':>5} {'here tokens/s':>14} {'transformers':>14} {'ratio':>7}")
+    for batch in FLAGS.batch:
+        compare(model, peer, batch, rng)
+
+
+if __name__ == "__main__":
+    app.run(main)
