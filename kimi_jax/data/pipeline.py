@@ -19,10 +19,12 @@ from __future__ import annotations
 import json
 import logging
 import math
+import mmap
 import multiprocessing
 import multiprocessing.process
 import os
 import signal
+import tempfile
 import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,7 +37,7 @@ from kimi_jax.config import ConfigError, DataConfig, ModelConfig
 from kimi_jax.data import DataError
 from kimi_jax.data.example import Source
 from kimi_jax.data.packing import Batch, GroupShape, concatenate
-from kimi_jax.data.shard import NAMED, Shard, check_bad
+from kimi_jax.data.shard import NAMED, Quarantine, Shard, check_bad
 from kimi_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 VERSION = 1  # of the state
@@ -54,9 +56,10 @@ class _Shards(grain.IterDataset):
         total_steps: int,
         sources: Mapping[str, Source] | None,
         tokenizer: Tokenizer | None,
+        whereabouts: str,
     ):
         super().__init__()
-        self._shards, self._states = tuple(shards), states
+        self._shards, self._states, self._whereabouts = tuple(shards), states, whereabouts
         self._settings = (data, model, total_steps)
         self._sources, self._tokenizer = sources, tokenizer
 
@@ -68,7 +71,12 @@ class _Shards(grain.IterDataset):
         data = self._settings[0]
         tokenizer = self._tokenizer or load_tokenizer(data.tokenizer)
         sources = self._sources if self._sources is not None else _open_sources(data)
-        return [Shard(k, *self._settings, sources, tokenizer, self._states.get(str(k))) for k in self._shards]
+        quarantine = Quarantine(self._states.values(), _Note(self._whereabouts).write)
+        states = [self._states.get(str(k)) for k in self._shards]
+        return [
+            Shard(k, *self._settings, sources, tokenizer, state, quarantine)
+            for k, state in zip(self._shards, states, strict=True)
+        ]
 
 
 class _ShardsIterator(grain.DatasetIterator):
@@ -99,6 +107,22 @@ def _open_sources(data: DataConfig) -> dict[str, Source]:
     from kimi_jax.data.sources import open_source  # readers may themselves import this package
 
     return {name: open_source(config) for name, config in data.sources.items()}
+
+
+class _Note:
+    """A line in a small file that both a worker and its parent have in memory: what the worker is reading."""
+
+    SIZE = 256
+
+    def __init__(self, path: str):
+        with open(path, "r+b") as file:
+            self._memory = mmap.mmap(file.fileno(), self.SIZE)
+
+    def write(self, text: str) -> None:
+        self._memory[:] = text.encode()[: self.SIZE].ljust(self.SIZE)
+
+    def read(self) -> str:
+        return self._memory[:].decode(errors="replace").strip("\0 ")
 
 
 def _leave_with_parent(worker_index: int, worker_count: int) -> None:
@@ -151,8 +175,18 @@ class BatchStream:
         workers = min(data.num_workers, len(self._shards))
         self._has_workers = workers > 0
         parts = [list(map(int, p)) for p in np.array_split(self._shards, max(1, workers))]
+        self._parts, self._at, self._stuck = parts, 0, ""
+        self._folder = tempfile.TemporaryDirectory(prefix="kimi_data_")
+        notes = [os.path.join(self._folder.name, str(n)) for n in range(len(parts))]
+        for note in notes:
+            with open(note, "wb") as file:
+                file.truncate(_Note.SIZE)
+        self._notes = [_Note(note) for note in notes]
         settings = (data, model, total_steps, sources, tokenizer)
-        self._iterators = [self._start(_Shards(part, self._states, *settings), len(part)) for part in parts]
+        self._iterators = [
+            self._start(_Shards(part, self._states, *settings, note), len(part))
+            for part, note in zip(parts, notes, strict=True)
+        ]
         self._before = set(multiprocessing.active_children())
         # at the latest when the interpreter ends, and before Grain's own modules are taken down
         self._finalizer = weakref.finalize(self, _close_all, self._iterators)
@@ -174,14 +208,19 @@ class BatchStream:
         return self
 
     def __next__(self) -> Batch:
-        """The next batch: arrays of this host's rows. Raises DataError, RuntimeError for a worker that died."""
+        """The next batch: arrays of this host's rows.
+
+        Raises DataError (also for a worker that hangs, naming what it was reading), RuntimeError for one that died.
+        """
         if self._closed:
             raise ValueError("this BatchStream is closed")
         watch = threading.Timer(self._stall_seconds, self._give_up)
         watch.daemon = True
         watch.start()
         try:
-            elements = [next(iterator) for iterator in self._iterators]
+            elements = [self._element(n) for n in range(len(self._iterators))]
+        except Exception as error:
+            raise (DataError(self._stuck) if self._stuck else error) from error
         finally:
             watch.cancel()
         self._workers = self._own_workers()
@@ -190,8 +229,18 @@ class BatchStream:
         self._check_bad()
         return _owned(concatenate([element["batch"] for element in elements]), self._has_workers)
 
+    def _element(self, number: int) -> dict:
+        self._at = number
+        return next(self._iterators[number])
+
     def _give_up(self) -> None:
-        log.error("no batch for %.0f s from %d data workers", self._stall_seconds, len(self._own_workers()))
+        worker = f"data worker {self._at} of {len(self._parts)}" if self._has_workers else "the data thread"
+        reading = self._notes[self._at].read() or "opening its sources"
+        self._stuck = (
+            f"{worker} (shards {self._parts[self._at]}) has delivered nothing for {self._stall_seconds:.0f} s; it "
+            f"hangs at: {reading}"
+        )
+        log.error(self._stuck)
         for process in self._own_workers():
             process.kill()
 
@@ -232,7 +281,8 @@ class BatchStream:
         included).
 
         {"batches", "tokens", "vision_tokens", "documents": int, "ratio", "token_fill": float, "patch_fill": [K] floats,
-         "bad": {source: {reason: count}}, "bad_examples": {source: [text]}, "epochs": {source: float}}
+         "bad": {source: {reason: count}}, "bad_examples": {source: [text]}, "epochs": {source: float},
+         "quarantined": {source: {index: [reason, key, detail]}}}
         """
         states = list((state["shards"] if state else self._states).values())
         used = [state["used"] for state in states]
@@ -252,6 +302,7 @@ class BatchStream:
             "patch_fill": [n / max(1, groups * p * v) for n, (p, v) in zip(patches, self._shape.bins, strict=True)],
             "bad": {name: bad for name, (_, _, bad, _) in sources.items() if bad},
             "bad_examples": {name: named for name, (_, _, _, named) in sources.items() if named},
+            "quarantined": {name: met for name in self._data.sources if (met := _quarantined(name, states))},
             "epochs": {name: draws / max(1, size) / share for name, (draws, size, _, _) in sources.items()},
         }
 
@@ -285,6 +336,13 @@ def merge_states(states: Sequence[dict]) -> dict:
     if len(steps) > 1:
         raise DataError(f"data states of different batches ({sorted(steps)}); save all hosts after the same batch")
     return merged
+
+
+def _quarantined(name: str, states: Sequence[dict]) -> dict[str, list[str]]:
+    met: dict[str, list[str]] = {}
+    for state in states:
+        met |= state["sources"][name].get("quarantined", {})
+    return dict(sorted(met.items(), key=lambda item: int(item[0])))
 
 
 def _close_all(iterators: list) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import grain
 
@@ -25,6 +25,7 @@ from kimi_jax.data.packing import Batch, GroupShape, Waiting, fill_group
 from kimi_jax.data.tokenizer import Tokenizer
 
 NAMED = 5  # bad records that are remembered by name, for each source
+QUARANTINED = 1000  # bad records of a source that a shard remembers, so as not to open them again
 MOST_BAD = 8  # draws for one example that `min_per_group` asks for, before a group goes without it
 JUDGED = 100  # draws after which the share of bad records of a source is judged; fewer if it has fewer records
 
@@ -54,16 +55,38 @@ def check_bad(name: str, draws: int, size: int, bad: Mapping[str, int], named: l
         )
 
 
+class Quarantine:
+    """Bad records that the shards of one process have met, and what it reads just now.
+
+    A record in quarantine is not opened again: meeting it has the same effect on the stream as having read it and found
+    it bad, so the batches are the same whoever knows of it. The note about reading outlives a process that hangs.
+    """
+
+    def __init__(self, states: Iterable[dict] = (), note: Callable[[str], None] | None = None):
+        self.bad: dict[tuple[str, int], list[str]] = {}
+        self._note = note
+        for state in states:
+            for name, source in state["sources"].items():
+                for index, known in source.get("quarantined", {}).items():
+                    self.bad[name, int(index)] = known
+
+    def reading(self, name: str, index: int) -> None:
+        """Notes which record is being opened."""
+        if self._note is not None:
+            self._note(f"source {name!r}, record {index}")
+
+
 class _Reader:
     """A shard's part of one source: counters, and the order of its records."""
 
-    def __init__(self, name: str, source: Source, shard: int, num_shards: int, seed: int):
-        self.name, self.source, self.size = name, source, len(source)
+    def __init__(self, name: str, source: Source, shard: int, num_shards: int, seed: int, quarantine: Quarantine):
+        self.name, self.source, self.size, self._quarantine = name, source, len(source), quarantine
         if self.size == 0:
             raise DataError(f"source {name!r} has no records")
         self.drawn = 0  # reads so far, bad ones included
         self.bad: dict[str, int] = {}
         self.named: list[str] = []
+        self.met: dict[str, list[str]] = {}  # index -> reason, key, detail of the bad records it met
         self._shard, self._num_shards = shard, num_shards
         # its own seed for each source: equal ones would walk sources of one size in step
         order_seed = (seed * 1_000_003 + zlib.crc32(name.encode())) % 2**32
@@ -72,10 +95,17 @@ class _Reader:
     def encode(self, read: int, tokenizer: Tokenizer, limits: Limits, shape: GroupShape) -> list[Encoded]:
         """Pieces of read number `read`. Raises BadRecord; other errors become a DataError naming source and record."""
         index = int(self._order[read * self._num_shards + self._shard])
+        if known := self._quarantine.bad.get((self.name, index)):
+            self.met[str(index)] = known
+            raise BadRecord(*known)
+        self._quarantine.reading(self.name, index)
         try:
             pieces = split(encode(self.source[index], tokenizer, limits, shape.patch_size), shape.sequence_length)
         except BadRecord as bad:
-            raise BadRecord(bad.reason, bad.key or f"record {index}", bad.detail) from bad
+            known = [bad.reason, bad.key or f"record {index}", bad.detail[:300]]
+            if len(self.met) < QUARANTINED:
+                self.met[str(index)] = self._quarantine.bad[self.name, index] = known
+            raise BadRecord(*known) from bad
         except Exception as error:
             raise DataError(f"source {self.name!r}, record {index}: {type(error).__name__}: {error}") from error
         if not limits.bins and any(piece.media for piece in pieces):
@@ -91,7 +121,8 @@ class _Reader:
         check_bad(self.name, self.drawn, self.size, self.bad, self.named, max_fraction)
 
     def state(self) -> dict:
-        return {"drawn": self.drawn, "size": self.size, "bad": dict(self.bad), "named": list(self.named)}
+        counts = {"drawn": self.drawn, "size": self.size, "bad": dict(self.bad), "named": list(self.named)}
+        return counts | {"quarantined": dict(self.met)}
 
     def restore(self, state: dict) -> None:
         if state["size"] != self.size:
@@ -100,12 +131,14 @@ class _Reader:
                 "its order is another one. Restore the old files, or start with a fresh data state"
             )
         self.drawn, self.bad, self.named = state["drawn"], dict(state["bad"]), list(state["named"])
+        self.met = dict(state.get("quarantined", {}))
 
 
 class Shard:
     """Logical shard `index` of `data.num_groups`: an endless sequence of groups.
 
     sources: the opened sources by name, as in `data.sources`. state: of `state()`, to continue after that group.
+    quarantine: shared with the other shards of this process.
     Raises DataError for settings or a state that cannot work.
     """
 
@@ -118,12 +151,16 @@ class Shard:
         sources: Mapping[str, Source],
         tokenizer: Tokenizer,
         state: dict | None = None,
+        quarantine: Quarantine | None = None,
     ):
+        quarantine = quarantine or Quarantine()
         self._data, self._total_steps, self._tokenizer = data, total_steps, tokenizer
         self._limits = limits_of(data, model)
         self._shape = GroupShape.of(data, model)
         self._mixture = Mixture(data.sources, data.vision_ratio if model.vision else ((0.0, 0.0),))
-        self._readers = {name: _Reader(name, sources[name], index, data.num_groups, data.seed) for name in data.sources}
+        self._readers = {
+            name: _Reader(name, sources[name], index, data.num_groups, data.seed, quarantine) for name in data.sources
+        }
         self._pool: list[Waiting] = []
         self._step = 0
         self._used: dict = {"tokens": 0, "vision_tokens": 0, "documents": 0, "patches": [0] * len(self._shape.bins)}

@@ -19,6 +19,7 @@ n hosts
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import socket
@@ -38,6 +39,7 @@ from kimi_jax.config import ConfigError
 PORT = 8476  # jax's own default, 8482, is blocked between some TPU VMs (jax issue 35905)
 RESTART = 75  # exit status: nothing is lost, start me again (EX_TEMPFAIL); tpu_setup.sh does
 START_SECONDS = 300.0  # what a host may take to come
+_BARRIERS = itertools.count()  # a barrier's name may be used once
 HEARTBEAT_SECONDS = 100  # a host silent for so long is lost: jax ends the others, naming it
 
 
@@ -209,12 +211,18 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(row[:size].tobytes()) for row, size in zip(texts, sizes, strict=True)]
 
 
-def wait_for_all(name: str) -> None:
-    """Returns when every host has come to the point of this name."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
+def wait_for_all(name: str, seconds: float = 3600.0) -> None:
+    """Returns when every host has come to the point of this name. Raises HostMissing, naming those that did not come.
 
-        multihost_utils.sync_global_devices(name)
+    Unlike a sum over devices it does not mind hosts that are minutes apart, as after compiling.
+    """
+    if jax.process_count() > 1:
+        from jax._src import distributed  # jax has no public barrier without devices
+
+        try:
+            distributed.global_state.client.wait_at_barrier(f"{name} {next(_BARRIERS)}", int(seconds * 1000))
+        except jax.errors.JaxRuntimeError as error:
+            raise HostMissing(f"not all hosts came to {name!r} within {seconds:.0f} s: {error}") from error
 
 
 class Vote:

@@ -3,6 +3,7 @@
   metrics.jsonl   one row a log interval (kimi_jax.train.metrics)
   eval.jsonl      one line an evaluation: step, eval (task/metric -> score), rows (see kimi_jax.eval.runner)
   tensorboard/    the numbers of both
+  quarantine.jsonl  source, index, reason, key, detail of every record that could not be used, each once
 All of them may be on an object store (`gs://`), where nothing can be appended: a file is then written anew as a whole.
 """
 
@@ -27,6 +28,7 @@ class Log:
 
     def __init__(self, workdir: str, start_step: int, warn: Callable[[str], Any] = warnings.warn, active: bool = True):
         self._dir, self._warn, self._active = epath.Path(workdir), warn, active
+        self._quarantined = 0  # records listed
         if active:
             self._dir.mkdir(parents=True, exist_ok=True)
             self._files = {name: _Lines(self._dir / name, start_step) for name in ("metrics.jsonl", "eval.jsonl")}
@@ -48,6 +50,22 @@ class Log:
         self._files[name].add(row)
         self._board.add(row["step"], scalars)
         self.flush()
+
+    def quarantine(self, records: dict[str, dict[str, list[str]]]) -> None:
+        """Writes the list of unusable records, {source: {index: [reason, key, detail]}}, if it has grown."""
+        names = ("reason", "key", "detail")
+        rows = [
+            {"source": source, "index": int(index), **dict(zip(names, known, strict=True))}
+            for source, found in records.items()
+            for index, known in found.items()
+        ]
+        if not self._active or len(rows) == self._quarantined:
+            return
+        try:
+            write_atomic(self._dir / "quarantine.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+            self._quarantined = len(rows)
+        except OSError as error:
+            self._warn(f"WARNING: cannot write {self._dir / 'quarantine.jsonl'} ({error})")
 
     def flush(self) -> None:
         """Writes what could not be written before, if it can be now."""

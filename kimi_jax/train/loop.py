@@ -5,6 +5,7 @@ had never stopped.
   config.json               the settings
   checkpoints/N             the run after N steps (kimi_jax.train.checkpoint)
   metrics.jsonl, eval.jsonl one row a log interval, one an evaluation (kimi_jax.train.log); tensorboard/ the same
+  quarantine.jsonl          the records that could not be used
   results.json, samples/    the final evaluation
 
 With several hosts (kimi_jax.train.hosts) all of them run this same file on their part of the batch; host 0 alone speaks
@@ -173,9 +174,9 @@ def _train(
         state, metrics = compiled(state, batch)
         vote.ask(this.stop.signal)
         step += 1
-        _record(this, meter.push(step, metrics, _about_data(stream) if meter.due(step) else {}), rate)
+        _record(this, meter.push(step, metrics, _about_data(this, stream) if meter.due(step) else {}), rate)
         if meter.skipped_in_row >= config.recovery.max_skipped_in_row:
-            state = _roll_back(this, abstract, state, step)
+            state = _roll_back(this, abstract, state, step, rate)
         this.say.advance(step)
 
         stop = vote.answer()
@@ -210,6 +211,7 @@ def _compile(train_step: Any, state: TrainState, batch: Any, say: Reporter) -> A
     before = time.perf_counter()
     compiled = train_step.lower(state, batch).compile()
     say(f"training step compiled in {time.perf_counter() - before:.1f} s")
+    hosts.wait_for_all("training step compiled")
     return compiled
 
 
@@ -223,8 +225,9 @@ def _whole(stream: BatchStream) -> dict[str, Any]:
     return merge_states([s for s in states if s["shards"]]) if seen else states[0]
 
 
-def _about_data(stream: BatchStream) -> dict[str, Any]:
+def _about_data(this: _Run, stream: BatchStream) -> dict[str, Any]:
     report = stream.report(_whole(stream)) if jax.process_count() > 1 else stream.report()
+    this.log.quarantine(report.pop("quarantined", {}))
     return {"token_fill": report["token_fill"], "vision_ratio": report["ratio"], "data": report}
 
 
@@ -239,7 +242,7 @@ def _record(this: _Run, row: dict[str, Any] | None, rate: float) -> None:
         this.checkpoints.look()
 
 
-def _roll_back(this: _Run, abstract: TrainState, state: TrainState, step: int) -> TrainState:
+def _roll_back(this: _Run, abstract: TrainState, state: TrainState, step: int, rate: float) -> TrainState:
     """Weights and moments from before the trouble, with the counters of now. Raises Diverged if that is not allowed.
 
     The batches since then count as skipped, so that the learning rate goes on from the updates really made. Data and
@@ -258,6 +261,7 @@ def _roll_back(this: _Run, abstract: TrainState, state: TrainState, step: int) -
             "are sound; go on with a lower --config.optimizer.peak_lr, allow returns to a checkpoint with "
             "--config.recovery.max_rollbacks, or look at the batches with python -m kimi_jax.data inspect"
         )
+    _record(this, meter.flush(), rate)  # of the step under way, which counts as skipped like the others
     meter.rollbacks += 1
     meter.skipped_in_row = 0
     this.say(

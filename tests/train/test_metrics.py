@@ -1,11 +1,12 @@
 """Rows of the log: right sums, the same whether or not the run was interrupted, and files that survive a kill."""
 
+import contextlib
 import json
 
 import numpy as np
 import pytest
 
-from kimi_jax.train import flops
+from kimi_jax.train import flops, log
 from kimi_jax.train.log import Log, read_rows
 from kimi_jax.train.metrics import TIMED, Meter, progress_line
 from tests.train.tiny import MODEL
@@ -94,3 +95,22 @@ def test_progress_line_names_what_matters():
     for part in ("loss", "text", "image", "tok/s", "patch/s", "MFU 31.0%", "imbalance", "dropped 0", "max logit"):
         assert part in line
     assert "video" not in line
+
+
+def test_on_an_object_store_files_are_written_whole(tmp_path, monkeypatch):
+    """Nothing can be appended there: the old rows are written again with the new ones."""
+    monkeypatch.setattr(log, "_is_remote", lambda path: "tensorboard" not in str(path))
+    for start in (0, 2):
+        with contextlib.closing(Log(str(tmp_path), start)) as found:
+            for step in (start + 1, start + 2, start + 3):
+                found.train({"step": step})
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+
+
+def test_quarantine_lists_every_record_once(tmp_path):
+    with contextlib.closing(Log(str(tmp_path), 0)) as found:
+        for met in ({"3": ["broken_image", "a.png", "cut off"]}, {"3": ["broken_image", "a.png", "cut off"]}):
+            found.quarantine({"vqa": met})
+    assert read_rows(tmp_path / "quarantine.jsonl") == [
+        {"source": "vqa", "index": 3, "reason": "broken_image", "key": "a.png", "detail": "cut off"}
+    ]

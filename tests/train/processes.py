@@ -1,0 +1,71 @@
+"""Starts the real processes of the tests of hosts and faults: small programs, compiled fast rather than well."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.e2e.corpus import write_config, write_corpus
+from tests.fixtures import REPO
+from tests.train.tiny import CONFIG, MODEL
+
+PROGRAM = REPO / "tests" / "train" / "host_program.py"
+# a fifth of the compile time; all runs that are compared have it
+FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
+def make_config(folder: Path, **changes) -> Path:
+    """Settings of a text and image run of few and tiny programs, on a corpus in `folder`."""
+    import dataclasses
+
+    write_corpus(folder)
+    vision = dataclasses.replace(MODEL.vision, num_hidden_layers=1)
+    moe = dataclasses.replace(MODEL.moe, n_routed_experts=2, num_experts_per_tok=1)
+    model = dataclasses.replace(
+        MODEL, vocab_size=320, num_hidden_layers=2, moe=moe, vision=vision, max_position_embeddings=64
+    )
+    optimizer = dataclasses.replace(CONFIG.optimizer, newton_schulz_steps=1)
+    path = write_config(folder, log_interval=1, **changes)
+    text = path.read_text().replace(
+        "return c.thaw(", f"model = {model!r}\n    optimizer = {optimizer!r}\n    return c.thaw("
+    )
+    text = text.replace("model=model,", "model=model, optimizer=optimizer,")
+    names = "ModelConfig, MoEConfig, VisionConfig, OptimizerConfig"
+    path.write_text(f"from kimi_jax.config import {names}\n{text}")
+    return path
+
+
+def environment(devices: int, **more: str) -> dict[str, str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("KIMI_HOST")}
+    return clean | {
+        "XLA_FLAGS": f"{FAST} --xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(REPO),
+        "PYTHONUNBUFFERED": "1",
+        "JAX_PLATFORMS": "cpu",
+        **more,
+    }
+
+
+def start(config: Path, tasks: list, devices: int, **more: str) -> subprocess.Popen:
+    command = [sys.executable, str(PROGRAM), str(config), *map(json.dumps, tasks)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=REPO, env=environment(devices, **more), text=True, **pipes)
+
+
+def start_hosts(config: Path, tasks: list, count: int, devices: int, **more: str) -> list[subprocess.Popen]:
+    """`count` hosts with `devices` devices each, on a port that is free."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    names = ",".join(["127.0.0.1"] * count)
+    more = {"KIMI_HOSTS": names, "KIMI_PORT": port, "KIMI_HEARTBEAT_SECONDS": "20", **more}
+    return [start(config, tasks, devices, KIMI_HOST=str(n), **more) for n in range(count)]
+
+
+def results(process: subprocess.Popen) -> list:
+    """What the tasks of a process returned; fails with its output if it failed."""
+    out, errors = process.communicate(timeout=900)
+    assert process.returncode == 0, out + errors
+    return [json.loads(line.removeprefix("RESULT ")) for line in out.splitlines() if line.startswith("RESULT ")]
