@@ -12,16 +12,28 @@ import ml_collections
 
 from kimi_jax import config as c
 
-TEXT = {"wiki": 9.0, "factbook": 1.0, "python": 1.0, "arithmetic": 0.6}  # share of the text-only examples drawn
-# share of the examples with images or video
-VISION = {"easyvqa": 2.4, "easyvqa_large": 0.5, "digits": 1.0, "video": 1.4, "video_mixed": 0.5}
-STEPS = 550
+TEXT = {"wiki": 14.0, "factbook": 1.0, "python": 1.0, "arithmetic": 0.6}  # share of the text-only examples drawn
+# share of the examples with images or video: it learns to look first, then mostly reads
+VISION = {"easyvqa": (8.0, 6.0), "video": (8.0, 3.0), "easyvqa_large": 0.5, "digits": 1.0, "video_mixed": 0.5}
+VISION_RATIO = (0.12, 0.05)
+LOOKED = 0.28  # share of the run after which the second numbers hold
+EVERY_BATCH = ("easyvqa_large", "video_mixed")  # an image that fills a bin of 256 patches; chunks of one to four frames
+STEPS = 800
+
+
+def _source(name: str, weight: float | tuple[float, float], vision: bool) -> c.SourceConfig:
+    first, then = weight if isinstance(weight, tuple) else (weight, weight)
+    schedule = ((LOOKED, then),) if then != first else ()
+    least = int(name in EVERY_BATCH)
+    return c.SourceConfig(
+        kind="demo", path=name, weight=first, weight_schedule=schedule, min_per_group=least, vision=vision
+    )
 
 
 def get_config() -> ml_collections.ConfigDict:
     """Settings of the demo run."""
-    sources = {name: c.SourceConfig(kind="demo", path=name, weight=w) for name, w in TEXT.items()}
-    sources |= {name: c.SourceConfig(kind="demo", path=name, weight=w, vision=True) for name, w in VISION.items()}
+    sources = {name: _source(name, weight, vision=False) for name, weight in TEXT.items()}
+    sources |= {name: _source(name, weight, vision=True) for name, weight in VISION.items()}
     return c.thaw(
         c.TrainConfig(
             workdir="runs/demo",
@@ -31,15 +43,13 @@ def get_config() -> ml_collections.ConfigDict:
                 sources=sources,
                 tokenizer="runs/demo/tokenizer.json",
                 sequence_length=256,
-                # one group: every batch then holds some of every source, so images of many shapes, one that fills a bin
-                # of 256 patches, and chunks of one to four frames
                 num_groups=1,
-                rows_per_group=16,
-                vision_bins=((144, 20), (256, 5)),
-                vision_ratio=((0.0, 0.12), (0.3, 0.06)),  # it learns to look first, then mostly reads
+                rows_per_group=12,
+                vision_bins=((144, 16), (256, 3)),
+                vision_ratio=((0.0, VISION_RATIO[0]), (LOOKED, VISION_RATIO[1])),
                 lookahead=32,
             ),
-            optimizer=c.OptimizerConfig(peak_lr=8e-3, final_lr=3e-4, warmup_steps=25, decay_fraction=0.6),
+            optimizer=c.OptimizerConfig(peak_lr=8e-3, final_lr=1e-4, warmup_steps=25, decay_fraction=0.6),
             checkpoint=c.CheckpointConfig(interval=100, keep=2),
             eval=c.EvalConfig(tasks=("all",), final_limit=400),
         )

@@ -2,11 +2,12 @@
 
 Source: reference.md sections 2 and 3 (cast order of RMSNorm, fused bias, SwiGLU).
 
-D width   F inner width
+D width   F inner width   I, O widths of what goes into a matrix and of what comes out
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -23,6 +24,31 @@ from kimi_jax.nn.param import ADAPTERS, AdamW, Muon, declare
 def precision(dtype: jnp.dtype | str) -> lax.Precision | None:
     """HIGHEST for float32: on TPU a float32 matmul is otherwise made of bfloat16 products."""
     return lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def project(x: Float[Array, "*b I"], kernel: Float[Array, "I O"], wide: bool) -> Float[Array, "*b O"]:
+    """x @ kernel in their common dtype, or in float32 from there on if `wide`.
+
+    The gradients are those of autodiff, with the kernel's written [I, O] at once: left to itself it is made [O, I] and
+    turned, which takes XLA:CPU three times as long behind an activation function.
+    """
+    return jnp.matmul(x, kernel, precision=precision(x.dtype), preferred_element_type=jnp.float32 if wide else None)
+
+
+def _project_fwd(x: Array, kernel: Array, wide: bool) -> tuple[Array, tuple[Array, Array]]:
+    return project(x, kernel, wide), (x, kernel)
+
+
+def _project_bwd(wide: bool, residuals: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    x, kernel = residuals
+    exact = precision(x.dtype)
+    grad_x = jnp.einsum("...o,io->...i", grad, kernel, precision=exact, preferred_element_type=x.dtype)
+    grad_kernel = jnp.einsum("...i,...o->io", x, grad, precision=exact, preferred_element_type=kernel.dtype)
+    return grad_x, grad_kernel
+
+
+project.defvjp(_project_fwd, _project_bwd)
 
 
 def rms_norm(x: Float[Array, "*b D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*b D"]:
@@ -101,14 +127,12 @@ class Linear(nn.Module):
         lead = x.shape[: x.ndim - len(self.inputs)]
         x = x.reshape(*lead, math.prod(self.inputs))
         kernel = kernel.reshape(x.shape[-1], math.prod(self.outputs))
-        wide = jnp.float32 if self.use_bias else None
-        y = jnp.matmul(x, kernel, precision=precision(self.dtype), preferred_element_type=wide)
+        y = project(x, kernel, self.use_bias)
         if self.has_variable(ADAPTERS, "kernel"):
             adapter: Any = self.get_variable(ADAPTERS, "kernel")
             a = adapter["a"].astype(self.dtype).reshape(x.shape[-1], -1)
             b = adapter["b"].astype(self.dtype).reshape(a.shape[1], -1)
-            low = jnp.matmul(x, a, precision=precision(self.dtype))
-            y = y + jnp.matmul(low, b, precision=precision(self.dtype), preferred_element_type=wide)
+            y = y + project(project(x, a, False), b, self.use_bias)
         y = y.reshape(*lead, *self.outputs)
         if self.use_bias:
             y = (y + self.bias.astype(jnp.float32)).astype(self.dtype)

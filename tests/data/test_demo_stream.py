@@ -1,0 +1,49 @@
+"""Every batch of the demo has eight shapes of media or more, chunks of all lengths and a full bin."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from configs.demo import get_config
+from kimi_jax.config import TrainConfig, freeze
+from kimi_jax.data.pipeline import BatchStream
+from kimi_jax.data.vocabulary import tokenizer_for
+
+
+def demo(path, max_bytes: int) -> TrainConfig:
+    """The demo's settings with a tokenizer of its own texts, read in this process."""
+    config = freeze(get_config())
+    tokenizer_for(config, str(path), config.model.vocab_size, max_bytes)
+    data = dataclasses.replace(config.data, tokenizer=str(path), num_workers=0)
+    return dataclasses.replace(config, data=data)
+
+
+def check(config: TrainConfig, batches: int) -> dict:
+    """Looks at the first batches; the stream's report at their end."""
+    limit = max(patches for patches, _ in config.data.vision_bins)
+    with BatchStream(config.data, config.model, config.steps) as stream:
+        for number in range(batches):
+            grids = set()
+            for bins in next(stream)["vision"]:
+                real = bins["segment_ids"] > 0
+                grids |= {tuple(grid) for grid in np.unique(bins["grids"][real], axis=0).tolist()}
+            seen = f"batch {number}: {sorted(grids)}"
+            assert len(grids) >= 8, seen
+            assert {t for t, _, _ in grids} == {1, 2, 3, 4}, seen
+            assert any(h != w for _, h, w in grids), seen
+            assert any(t * h * w == limit for t, h, w in grids), seen
+        return stream.report()
+
+
+def test_the_first_batches_of_the_demo(tmp_path):
+    report = check(demo(tmp_path / "tokenizer.json", 500_000), 6)
+    assert report["token_fill"] >= 0.97
+
+
+@pytest.mark.slow
+def test_every_batch_of_the_demo(tmp_path):
+    """The whole run, with the tokenizer that `make demo` trains: the stream depends on the seed alone."""
+    config = demo(tmp_path / "tokenizer.json", 20_000_000)
+    report = check(config, config.steps)
+    assert report["token_fill"] >= 0.97 and not report["bad"]
