@@ -12,11 +12,12 @@ Commands: /image FILE and /video FILE for the next message, /thinking (on or off
 from __future__ import annotations
 
 import contextlib
+import io
 import signal
 import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 
 from absl import app, flags
 
@@ -46,6 +47,7 @@ _TOP_P = flags.DEFINE_float("top_p", 0.95, "Mass of the most probable tokens tha
 _SEED = flags.DEFINE_integer("seed", None, "The same one gives the same answers.")
 
 HELP = "/image FILE   /video FILE   /thinking   /reset   /exit"
+Output: TypeAlias = TextIO | io.TextIOBase
 DIM, PLAIN = "\033[2m", "\033[0m"
 
 
@@ -110,7 +112,7 @@ def command(conversation: Conversation, line: str) -> str:
     return HELP
 
 
-def talk(conversation: Conversation, lines: Iterator[str], out: TextIO, notes: TextIO, colours: bool = False) -> int:
+def talk(conversation: Conversation, lines: Iterator[str], out: Output, notes: Output, colours: bool = False) -> int:
     """Answers every line until /exit. Answers go to `out`, notes to `notes`. Returns how many could not be answered."""
     failed = 0
     for line in lines:
@@ -128,7 +130,7 @@ def talk(conversation: Conversation, lines: Iterator[str], out: TextIO, notes: T
     return failed
 
 
-def _answer(conversation: Conversation, text: str, out: TextIO, notes: TextIO, colours: bool) -> None:
+def _answer(conversation: Conversation, text: str, out: Output, notes: Output, colours: bool) -> None:
     reasoning = False
     with _interrupts() as interrupted, contextlib.closing(conversation.say(text)) as deltas:
         for delta in deltas:

@@ -1,14 +1,17 @@
 """What the README shows is there: commands, make targets, settings, links and files exist, and its code runs."""
 
 import json
+import math
 import re
 import subprocess
 from importlib.util import find_spec
 
 import pytest
 
-from kimi_jax.config import PRESETS, ConfigError, TrainConfig, freeze, thaw
+from kimi_jax.config import PRESETS, ConfigError, TrainConfig, freeze, preset, thaw
+from kimi_jax.hf.names import leaf_shapes
 from tests.fixtures import REPO, shared
+from tests.serve.server import checkpoint
 
 TEXT = (REPO / "README.md").read_text(encoding="utf-8")
 BLOCKS = [(kind, re.sub(r"(?m)^ {0,3}", "", body) if indent else body) for indent, kind, body in
@@ -93,20 +96,41 @@ def test_json_lines_are_examples(line):
 
 
 @pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.split("\n")[0])
-def test_code_runs(code):
+@pytest.mark.filterwarnings("ignore:.*is not the released K2.5 vocabulary")
+def test_code_runs(code, tmp_path):
     """As it stands in README; where it opens a released model, a tiny one and the released vocabulary stand in."""
     if "DIR" in code:
-        code = code.replace('load("DIR"', f'load("{shared("fixtures/tiny_fp32")}"')
+        code = code.replace('load("DIR"', f'load("{checkpoint(tmp_path / "tiny")}"')
         code = code.replace('load_tokenizer("DIR"', f'load_tokenizer("{shared("kimi_tokenizer")}"')
     scope: dict = {}
     exec(compile(code, "<README>", "exec"), scope)
     if "model" in scope:
         assert scope["logits"].shape == (1, 3, scope["model"].config.vocab_size) and len(scope["ids"]) > 5
+        assert scope["reply"].message()["role"] == "assistant"
     elif "get_config" in scope:
         config = freeze(scope["get_config"]())
         assert config.workdir == "runs/mine"
     else:
         assert scope["y"].shape == scope["x"].shape
+
+
+def test_memory_table_follows_from_the_shapes():
+    rows = re.findall(
+        r"(?m)^\| [\w. -]+ \| `(\w+)` \| ([\d.]+) B \| ([\d.]+) GB \| (.+?) \| ([\d.]+) kB \| (.+?) \|", TEXT
+    )
+    assert [row[0] for row in rows] == ["moonlight_16b_a3b", "kimi_vl_a3b", "kimi_k2_5"]
+    for name, parameters, bf16, int4, token, memory in rows:
+        config = preset(name)
+        sizes = {leaf: math.prod(shape) for leaf, shape in leaf_shapes(config).items()}
+        total, experts = sum(sizes.values()), sum(n for leaf, n in sizes.items() if ".mlp.experts." in leaf)
+        packed = 2 * (total - experts) + experts * 4.5 / 8
+        cache = config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim) * 2
+        assert (parameters, bf16, token) == (f"{total / 1e9:.1f}", f"{2 * total / 1e9:.1f}", f"{cache / 1e3:.1f}")
+        extra = 2 * (total - experts) + 8 * 4096 * cache
+        assert memory.startswith(f"{(2 * total + extra) / 1e9:.0f} GB")
+        if int4 != "not released":
+            assert int4 == f"{packed / 1e9:.1f} GB"
+            assert f"{(packed + extra) / 1e9:.0f} GB" in memory
 
 
 def test_a_misspelt_setting_names_the_nearest():

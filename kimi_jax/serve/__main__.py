@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     cli.quiet()
     cli.enable_compilation_cache()
     try:
-        engine, tokenizer = _load()
+        engine, tokenizer = _load(_MODEL.value)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     server = http.Server(
@@ -69,12 +69,12 @@ def main(argv: list[str]) -> None:
     uvicorn.run(server.app(), host=_HOST.value, port=_PORT.value, timeout_graceful_shutdown=_GRACE.value)
 
 
-def _load() -> tuple[Engine, Tokenizer]:
+def _load(path: str) -> tuple[Engine, Tokenizer]:
     """The model in an engine whose programs are compiled. Raises ValueError and OSError for what cannot be served."""
-    model = load(_MODEL.value, _DTYPE.value, _EXPERTS.value)
+    model = load(path, _DTYPE.value, _EXPERTS.value)
     tokenizer = model.tokenizer  # before anything is compiled: it may be missing
     mesh = make_mesh(MeshConfig()) if _MESH.value else None
-    print(f"{_MODEL.value} is loaded; compiling", file=sys.stderr)
+    print(f"{path} is loaded; compiling", file=sys.stderr)
     engine = Engine(
         model, slots=_SLOTS.value, num_pages=_PAGES.value, max_sequence_length=_LENGTH.value, mesh=mesh
     )  # fmt: skip
