@@ -5,6 +5,7 @@ argv; each prints one line `RESULT` with JSON.
   ["run", {changes}, devices]          a training run of the settings with changes, on so many of the devices (0: all)
   ["stop", {changes}, devices, n]      the same, and the last host gets a SIGTERM with its batch number n
   ["gather", value]                    what `hosts.gather` returns
+  ["die"]                              the last host kills itself without a word, the others wait for it
 """
 
 import json
@@ -53,6 +54,14 @@ def main(path: str, *tasks: str) -> None:
         name, *arguments = json.loads(text)
         if name == "gather":
             result = hosts.gather([jax.process_index(), *arguments])
+        elif name == "die":
+            if jax.process_index() == jax.process_count() - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            try:
+                result = hosts.wait_for_all("the end")
+            except hosts.HostMissing as error:
+                print(error, file=sys.stderr, flush=True)
+                os._exit(hosts.RESTART)  # the ordinary way out would wait for the dead
         elif name == "run" or jax.process_index() < jax.process_count() - 1:
             result = run(settings(path, arguments[0]), arguments[1])
         else:

@@ -1,6 +1,7 @@
 """Several hosts are one run: real processes with gloo between them, four virtual devices each."""
 
 import json
+import signal
 import socket
 import threading
 import time
@@ -98,6 +99,15 @@ def test_four_hosts_give_the_curve_of_one(folder, config):
     alone = start(config, [["run", changes(folder, "alone", groups), 8]], 8)
     assert [results(process) for process in [*four, alone]] == [[0]] * 5
     assert_same_curve(rows(folder, "four"), rows(folder, "alone"))
+
+
+def test_a_host_that_dies_ends_the_others_who_name_it(config):
+    """By an error of ours or by jax's abort, whichever comes first: tpu_setup.sh starts the run again after both."""
+    first, second = start_hosts(config, [["die"]], 2, 1, KIMI_HEARTBEAT_SECONDS="10")
+    assert second.wait(600) == -signal.SIGKILL
+    _, errors = first.communicate(timeout=600)
+    assert first.returncode in (hosts.RESTART, -signal.SIGABRT), errors
+    assert "Task 1 heartbeat timeout" in errors or "stopped sending heartbeats):\n1\n" in errors
 
 
 # ------------------------------------------------------------------------------------------------------------ start-up
