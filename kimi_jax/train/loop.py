@@ -83,31 +83,10 @@ def run(config: TrainConfig) -> int:
         this = _Run(config, mesh, checkpoints, log, meter, stop, say)
 
         # ------------------------------------------------------------------------------------------- train, end
-        signal = 0
-        if step < config.steps:
-            if _evaluation_due(config, step) and step not in this.evaluated():  # killed in the middle of it
-                this.evaluate(state, config.eval.limit)
-            rate = measure_matmul_rate(mesh, config.model.dtype)  # while no data worker competes
-            devices = f"{mesh.size} x {jax.devices()[0].device_kind}"
-            say(f"{devices}: plain {config.model.dtype} matmuls reach {rate / 1e9:,.0f} GFLOP/s (MFU 100 %)")
-            groups = sharding.local_groups(config.data.num_groups, mesh)
-            stream = stack.enter_context(
-                BatchStream(config.data, config.model, config.steps, shards=groups, state=host["data"])
-            )
-            state, step, signal = _train(this, train_step, abstract, stream, state, step, rate)
-        saved = checkpoints.settle()
-        if signal:
-            say(f"stopped at step {step} of {config.steps}; {'' if saved else 'NOT '}saved. The same command goes on.")
-            return exit_status(signal)
-        if not saved:
-            say(f"step {step} is NOT saved; make room in {config.workdir} and start again")
-            return NOT_SAVED
         try:
-            _evaluate_at_end(this, state)
-        except Interrupted:
+            return _work(this, train_step, abstract, state, step, host["data"])
+        except Interrupted:  # an evaluation, which the next start makes again
             return exit_status(stop.signal)
-        say(f"done: {step} steps, in {config.workdir}. For more, raise --config.steps and run again.")
-        return 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +130,31 @@ class _Run:
 
 
 # ---------------------------------------------------------------------------------------------------------------- steps
+
+
+def _work(this: _Run, train_step: Any, abstract: TrainState, state: TrainState, step: int, data: dict | None) -> int:
+    """From `step` to the end, evaluations included; the exit status. Raises Interrupted from an evaluation."""
+    config, say, signal = this.config, this.say, 0
+    if step < config.steps:
+        if _evaluation_due(config, step) and step not in this.evaluated():  # killed in the middle of it
+            this.evaluate(state, config.eval.limit)
+        rate = measure_matmul_rate(this.mesh, config.model.dtype)  # while no data worker competes
+        devices = f"{this.mesh.size} x {jax.devices()[0].device_kind}"
+        say(f"{devices}: plain {config.model.dtype} matmuls reach {rate / 1e9:,.0f} GFLOP/s (MFU 100 %)")
+        groups = sharding.local_groups(config.data.num_groups, this.mesh)
+        with BatchStream(config.data, config.model, config.steps, shards=groups, state=data) as stream:
+            state, step, signal = _train(this, train_step, abstract, stream, state, step, rate)
+    saved = this.checkpoints.settle()
+    if signal:
+        how = "saved" if saved else "NOT saved"
+        say(f"stopped at step {step} of {config.steps}; {how}. The same command goes on from there.")
+        return exit_status(signal)
+    if not saved:
+        say(f"step {step} is NOT saved; make room in {config.workdir} and start again")
+        return NOT_SAVED
+    _evaluate_at_end(this, state)
+    say(f"done: {step} steps, in {config.workdir}. For more, raise --config.steps and run again.")
+    return 0
 
 
 def _train(
