@@ -179,7 +179,6 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {f'unexpected argument {argv[1]!r}' if argv[1:] else 'which model? Give --model=DIR'}")
     from kimi_jax.infer.engine import Engine
 
-    cli.quiet()
     cli.enable_compilation_cache()
     temperature = _TEMPERATURE.value if _TEMPERATURE.value is not None else 1.0 if _THINKING.value else 0.6
     sampling = Sampling(temperature, _TOP_P.value, _SEED.value, _NEW.value)
@@ -201,4 +200,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     sys.modules["__main__"].__doc__ = __doc__
-    app.run(main)
+    app.run(main, flags_parser=cli.parse_plain)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import ml_collections
-from absl import flags, logging
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from kimi_jax.config import ConfigError, TrainConfig, freeze, nearest
@@ -36,13 +36,20 @@ def parse(argv: Sequence[str]) -> list[str]:
         config_flags.DEFINE_config_file("config", None, "Settings: a file with get_config().", sys_argv=kept)
         rest = flags.FLAGS(kept)
         _switch_off(flags.FLAGS["config"].value, off)
-        quiet()
+        _quiet()
     except (ConfigError, flags.Error, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     return rest
 
 
-def quiet() -> None:
+def parse_plain(argv: Sequence[str]) -> list[str]:
+    """The same for a command without `--config`."""
+    rest = app.parse_flags_with_usage(list(argv))
+    _quiet()
+    return rest
+
+
+def _quiet() -> None:
     """Logs warnings and errors only, unless the command line says otherwise: by default libraries tell their life."""
     if flags.FLAGS["verbosity"].using_default_value:
         logging.set_verbosity(logging.WARNING)

@@ -52,7 +52,6 @@ def main(argv: list[str]) -> None:
         import kimi_jax.serve.app as http
     except ModuleNotFoundError as error:
         sys.exit(f'error: {error}; the server needs the extra [serve]: pip install "kimi_jax[serve]"')
-    cli.quiet()
     cli.enable_compilation_cache()
     try:
         engine, tokenizer = _load(_MODEL.value)
@@ -84,4 +83,4 @@ def _load(path: str) -> tuple[Engine, Tokenizer]:
 
 if __name__ == "__main__":
     sys.modules["__main__"].__doc__ = __doc__
-    app.run(main)
+    app.run(main, flags_parser=cli.parse_plain)
