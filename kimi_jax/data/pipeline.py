@@ -41,6 +41,7 @@ from kimi_jax.data.shard import NAMED, Quarantine, Shard, check_bad
 from kimi_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 VERSION = 1  # of the state
+START_UP = 9  # times the stall time that a worker may take besides until it reads its first record
 log = logging.getLogger(__name__)
 
 
@@ -175,7 +176,7 @@ class BatchStream:
         workers = min(data.num_workers, len(self._shards))
         self._has_workers = workers > 0
         parts = [list(map(int, p)) for p in np.array_split(self._shards, max(1, workers))]
-        self._parts, self._at, self._stuck = parts, 0, ""
+        self._parts, self._at, self._stuck, self._extensions = parts, 0, "", START_UP
         self._folder = tempfile.TemporaryDirectory(prefix="kimi_data_")
         notes = [os.path.join(self._folder.name, str(n)) for n in range(len(parts))]
         for note in notes:
@@ -214,15 +215,13 @@ class BatchStream:
         """
         if self._closed:
             raise ValueError("this BatchStream is closed")
-        watch = threading.Timer(self._stall_seconds, self._give_up)
-        watch.daemon = True
-        watch.start()
+        self._watch()
         try:
             elements = [self._element(n) for n in range(len(self._iterators))]
         except Exception as error:
             raise (DataError(self._stuck) if self._stuck else error) from error
         finally:
-            watch.cancel()
+            self._timer.cancel()
         self._workers = self._own_workers()
         for element in elements:
             self._states.update(json.loads(element["states"]))
@@ -233,12 +232,21 @@ class BatchStream:
         self._at = number
         return next(self._iterators[number])
 
+    def _watch(self) -> None:
+        self._timer = threading.Timer(self._stall_seconds, self._give_up)
+        self._timer.daemon = True
+        self._timer.start()
+
     def _give_up(self) -> None:
         worker = f"data worker {self._at} of {len(self._parts)}" if self._has_workers else "the data thread"
-        reading = self._notes[self._at].read() or "opening its sources"
+        reading = self._notes[self._at].read()
+        if not reading and self._extensions:  # to start takes longer than to read
+            self._extensions -= 1
+            self._watch()
+            return
         self._stuck = (
             f"{worker} (shards {self._parts[self._at]}) has delivered nothing for {self._stall_seconds:.0f} s; it "
-            f"hangs at: {reading}"
+            f"hangs at: {reading or 'opening its sources'}"
         )
         log.error(self._stuck)
         for process in self._own_workers():
