@@ -98,6 +98,7 @@ class ModelConfig:
     param_dtype: str = "float32"  # stored weights
     scan_layers: bool = True  # False unrolls the same stacked weights
     remat: bool = False  # recompute each decoder and vision layer in the backward pass
+    remat_policy: str = "layer_inputs"  # what of a decoder layer is kept all the same: nn.decoder.REMAT_POLICIES
 
     @property
     def qk_head_dim(self) -> int:
@@ -168,6 +169,7 @@ class OptimizerConfig:
     adam_b1: float = 0.9
     adam_b2: float = 0.95
     adam_eps: float = 1e-8
+    momentum_dtype: str = "float32"  # of Muon's momentum and Adam's first moment; "bfloat16" halves them
     grad_clip_norm: float = 1.0  # 0 switches clipping off
     qk_clip_tau: float = 100.0  # 0 switches QK-clip off
     router_bias_rate: float = 1e-3
@@ -218,6 +220,14 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class MemoryConfig:
+    """What is traded for room on a device. What is recomputed: `ModelConfig.remat`, `remat_policy`."""
+
+    microbatches: int = 1  # parts of a batch that are computed one after the other, their gradients added up
+    expert_buffer: float = 1.25  # room for arriving rows over the mean; what does not fit takes further rounds
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One run. `workdir` holds the log, the checkpoints and the report."""
 
@@ -232,6 +242,7 @@ class TrainConfig:
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
 
 
 # -------------------------------------------------------------------------------------------------------------- presets

@@ -21,6 +21,7 @@ from kimi_jax.config import ModelConfig
 from kimi_jax.kernels.cross_entropy import chunked_cross_entropy
 from kimi_jax.nn.decoder import Aux, gather_aux, layer_stack
 from kimi_jax.nn.layers import RMSNorm, precision
+from kimi_jax.nn.layout import Layout
 from kimi_jax.nn.moonvit import MoonViT3D
 from kimi_jax.nn.param import AdamW, declare, unbox
 from kimi_jax.nn.projector import Projector
@@ -73,18 +74,22 @@ class Head(nn.Module):
 
 
 class KimiK25(nn.Module):
-    """The whole model. Text-only batches (`vision == ()`) use the same parameters."""
+    """The whole model. Text-only batches (`vision == ()`) use the same parameters.
+
+    layout: how it lies over a mesh; None on one device, or where the compiler shall decide.
+    """
 
     config: ModelConfig
+    layout: Layout | None = None
 
     def setup(self) -> None:
         """Parameters embed, dense_layers, moe_layers, final_norm, lm_head, vision, projector (those the config has)."""
         c = self.config
         self.embed = Embedding(c)
         if c.num_dense_layers:
-            self.dense_layers = layer_stack(c, routed=False)
+            self.dense_layers = layer_stack(c, routed=False, layout=self.layout)
         if c.num_moe_layers:
-            self.moe_layers = layer_stack(c, routed=True)
+            self.moe_layers = layer_stack(c, routed=True, layout=self.layout)
         self.final_norm = RMSNorm(c.rms_norm_eps, c.param_dtype)
         self.lm_head = Head(c)
         if c.vision:
@@ -108,6 +113,8 @@ class KimiK25(nn.Module):
         if batch["vision"]:
             features = self.vision_features(batch["vision"], num_groups)
             x = place_features(x, features, jnp.asarray(batch["feature_index"]))
+        if self.layout is not None:
+            x = self.layout.constrain(x, "batch", "sequence", None)
         dense = routed = None
         if self.config.num_dense_layers:
             x, dense = self.dense_layers(x, positions, segment_ids, None)

@@ -8,6 +8,7 @@ B rows   S tokens a row   N = B*S   D width   E experts   k choices   F inner wi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,18 +21,25 @@ from jaxtyping import Array, Float, Int
 
 from kimi_jax.config import ModelConfig, MoEConfig
 from kimi_jax.kernels.banks import CODES, Adapted, Bank, Int4
+from kimi_jax.kernels.expert_parallel import Cut, Report, expert_parallel
 from kimi_jax.kernels.grouped_matmul import combine, dispatch, grouped_swiglu, plan_blocks
 from kimi_jax.nn.layers import SwiGLU
+from kimi_jax.nn.layout import Layout, ShardingError
 from kimi_jax.nn.param import ADAPTERS, Frozen, Muon, RouterBias, declare
 
 
 @struct.dataclass
 class MoEAux:
-    """What one MoE layer reports. expert_load [E] float32, balance_loss [] float32, dropped [] int32."""
+    """What one MoE layer reports.
+
+    expert_load [E] float32, balance_loss [] float32, dropped [] int32, rounds [] int32, imbalance [] float32.
+    """
 
     expert_load: Any  # tokens sent to each expert, padding excluded
     balance_loss: Any  # sequence-wise, without its weight alpha
     dropped: Any  # choices of real tokens that no expert computed: 0 by construction, counted from the plan
+    rounds: Any  # of the exchange between expert devices; 1 if all fits
+    imbalance: Any  # rows of the fullest expert device over the mean of its group
 
 
 class Routing(NamedTuple):
@@ -168,13 +176,37 @@ def run_experts(
     return combine(rows, gates, plan), counts, computed
 
 
+BANK_AXES = {
+    "gate": ("expert", "embed", "expert_mlp"),
+    "up": ("expert", "embed", "expert_mlp"),
+    "down": ("expert", "expert_mlp", "embed"),
+}
+
+
+def cut_experts(layout: Layout, shape: tuple[int, int, int], banks: Banks) -> Cut:
+    """How tokens [B, S, D] and banks of floats lie over the mesh.
+
+    Raises ShardingError if the mesh cuts the tokens or the experts into parts of different size.
+    """
+    tokens = layout.spec(("batch", "sequence", None), shape)
+    specs = tuple(layout.spec(axes, bank.shape) for axes, bank in zip(BANK_AXES.values(), banks, strict=True))
+    for name, size in zip(("batch", "sequence", "expert"), (*shape[:2], banks.gate.shape[0]), strict=True):
+        if size % layout.parts(name):
+            raise ShardingError(f"{name} of {size} cannot be cut into {layout.parts(name)} equal parts by the mesh")
+    expert = next(iter(layout.axes("expert")), None)
+    inner = specs[0][2]
+    tensor = "tensor" if "tensor" in ((inner,) if isinstance(inner, str) else inner or ()) else None
+    return Cut(layout.mesh, tokens, specs, expert, tensor, layout.expert_buffer)
+
+
 class Experts(nn.Module):
     """The routed experts' three banks of matrices; with adapters, where the collection "lora" holds some."""
 
     config: ModelConfig
+    layout: Layout | None = None
 
-    def _bank(self, name: str, axes: tuple[str, str, str], shape: tuple[int, int, int]) -> Bank:
-        c = self.config
+    def _bank(self, name: str, shape: tuple[int, int, int]) -> Bank:
+        c, axes = self.config, BANK_AXES[name]
         bank: Bank
         if c.moe.int4_group_size:
             bank = Int4Bank(shape, axes, c.moe.int4_group_size, c.initializer_range, name=name)()
@@ -190,27 +222,44 @@ class Experts(nn.Module):
         """The matrices, in the activations' dtype if they are floats."""
         c = self.config
         num, inner = c.moe.n_routed_experts, c.moe.moe_intermediate_size
-        gate = self._bank("gate", ("expert", "embed", "expert_mlp"), (num, c.hidden_size, inner))
-        up = self._bank("up", ("expert", "embed", "expert_mlp"), (num, c.hidden_size, inner))
-        down = self._bank("down", ("expert", "expert_mlp", "embed"), (num, inner, c.hidden_size))
+        gate = self._bank("gate", (num, c.hidden_size, inner))
+        up = self._bank("up", (num, c.hidden_size, inner))
+        down = self._bank("down", (num, inner, c.hidden_size))
         return Banks(gate, up, down)
 
-    def __call__(self, x: Float[Array, "N D"], experts: Int[Array, "N k"], gates: Float[Array, "N k"]) -> ExpertsOut:
-        """See `run_experts`."""
-        c = self.config
-        return run_experts(x.astype(c.dtype), experts, gates, self.banks(), c.moe.n_routed_experts)
+    def __call__(
+        self, x: Float[Array, "B S D"], experts: Int[Array, "B S k"], gates: Float[Array, "B S k"]
+    ) -> tuple[Float[Array, "B S D"], Report]:
+        """See `run_experts`; over the devices of a layout, `expert_parallel`.
+
+        INT4 and adapted banks are left to the compiler on any mesh.
+        """
+        c, banks = self.config, self.banks()
+        x = x.astype(c.dtype)
+        if self.layout is not None and all(isinstance(bank, jax.Array) for bank in banks):
+            cut = cut_experts(self.layout, x.shape, banks)
+            return expert_parallel(cut, x, experts, gates, tuple(banks))
+        run = functools.partial(run_experts, banks=banks, num_experts=c.moe.n_routed_experts)
+        return _flat(run, x, experts, gates)
+
+
+def _flat(run: Callable[[Array, Array, Array], ExpertsOut], x: Array, experts: Array, gates: Array) -> tuple:
+    """All rows one after the other, on what is one device or looks like it."""
+    y, load, computed = run(*(a.reshape(-1, a.shape[-1]) for a in (x, experts, gates)))
+    return y.reshape(x.shape), Report(load, computed, jnp.int32(1), jnp.float32(1.0))
 
 
 class MoE(nn.Module):
     """Routed experts plus shared experts; the MLP of every layer but the first dense ones."""
 
     config: ModelConfig
+    layout: Layout | None = None
 
     def setup(self) -> None:
         """Parameters router, experts, shared."""
         moe = self.config.moe
         self.router = Router(self.config)
-        self.experts = Experts(self.config)
+        self.experts = Experts(self.config, self.layout)
         if moe.n_shared_experts:
             self.shared = SwiGLU(self.config, moe.moe_intermediate_size * moe.n_shared_experts)
 
@@ -223,17 +272,17 @@ class MoE(nn.Module):
     ) -> tuple[Float[Array, "B S D"], MoEAux]:
         """Same shape, in the activations' dtype. Padding (segment 0) is routed nowhere. `picks` pins the experts.
 
-        experts: stands in for the layer's own `Experts`, with the same signature.
+        experts: stands in for the layer's own `Experts`, see `run_experts`.
         """
         moe = self.config.moe
         routing = self.router(x, picks)
         real = segment_ids > 0
         chosen = jnp.where(real[..., None], routing.experts, moe.n_routed_experts)
-        flat = (a.reshape(-1, a.shape[-1]) for a in (x, chosen, routing.gates))
-        y, load, computed = (experts or self.experts)(*flat)
-        y = y.reshape(x.shape).astype(self.config.dtype)
+        run = functools.partial(_flat, experts) if experts else self.experts
+        y, report = run(x, chosen, routing.gates)
+        y = y.astype(self.config.dtype)
         if moe.n_shared_experts:
             y = y + self.shared(x)
-        dropped = real.sum(dtype=jnp.int32) * moe.num_experts_per_tok - computed
+        dropped = real.sum(dtype=jnp.int32) * moe.num_experts_per_tok - report.computed
         loss = balance_loss(routing.scores, segment_ids, moe.num_experts_per_tok)
-        return y, MoEAux(load.astype(jnp.float32), loss, dropped)
+        return y, MoEAux(report.load.astype(jnp.float32), loss, dropped, report.rounds, report.imbalance)

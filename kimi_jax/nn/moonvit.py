@@ -151,7 +151,8 @@ class MoonViT3D(nn.Module):
             c.initializer_range, c.dtype, c.param_dtype, True,
         )  # fmt: skip
         self.pos_emb = PositionTable(c)
-        self.blocks = stacked(VisionBlock, v.num_hidden_layers, 3, scan=c.scan_layers, remat=c.remat)(c)
+        remat = jax.checkpoint_policies.nothing_saveable if c.remat else None
+        self.blocks = stacked(VisionBlock, v.num_hidden_layers, 3, scan=c.scan_layers, remat=remat)(c)
         self.final_norm = LayerNorm(v.layer_norm_eps, c.param_dtype)
 
     def __call__(

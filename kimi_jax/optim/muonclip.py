@@ -23,10 +23,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
 from kimi_jax.config import OptimizerConfig
+from kimi_jax.nn.layout import Layout
 from kimi_jax.nn.param import AdamW, Muon, ParamInfo, RouterBias
 from kimi_jax.optim import newton_schulz, schedules
 
 LABELS = {Muon: "muon", AdamW: "adamw", RouterBias: "router_bias"}
+
+
+Leaf = tuple[Muon, tuple[str, ...]]  # of one parameter: its group and its logical axes
 
 
 class MuonState(NamedTuple):
@@ -36,25 +40,32 @@ class MuonState(NamedTuple):
 
 
 def muonclip(
-    config: OptimizerConfig, total_steps: int, infos: PyTree, ns_dtype: DTypeLike | None = None
+    config: OptimizerConfig,
+    total_steps: int,
+    infos: PyTree,
+    ns_dtype: DTypeLike | None = None,
+    layout: Layout | None = None,
 ) -> optax.GradientTransformation:
     """The optimizer of a run, global-norm clipping and WSD learning rate included.
 
     `infos` is `nn.param.metadata(boxed)`; parameters and gradients must be the same tree of arrays. `ns_dtype` is the
-    dtype of Newton-Schulz (default: `newton_schulz.default_dtype()`). The state is a pytree of arrays: momentum for
-    Muon leaves, two moments for AdamW leaves, counters. `update` needs `params` (weight decay).
+    dtype of Newton-Schulz (default: `newton_schulz.default_dtype()`). `layout` says how the parameters lie over a mesh;
+    whole matrices are then dealt to its devices (`newton_schulz.orthogonalize_dealt`). The state is a pytree of arrays:
+    momentum for Muon leaves, two moments for AdamW leaves, counters. `update` needs `params` (weight decay).
     Raises TypeError for a leaf without a known group, ValueError when `infos` and the parameters do not match, and
     ConfigError for a schedule that does not fit into `total_steps`. Source: paper section 2.4.
     """
     _check_groups(infos)
     labels = jax.tree.map(lambda info: LABELS[type(info.group)], infos)
-    muon_groups = [info.group for info in jax.tree.leaves(infos) if isinstance(info.group, Muon)]
+    matrices = [(info.group, info.axes) for info in jax.tree.leaves(infos) if isinstance(info.group, Muon)]
     transform = optax.chain(
         optax.clip_by_global_norm(config.grad_clip_norm) if config.grad_clip_norm > 0 else optax.identity(),
         optax.partition(
             {
-                "muon": scale_by_muon(config, muon_groups, ns_dtype),
-                "adamw": optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps),
+                "muon": scale_by_muon(config, matrices, ns_dtype, layout),
+                "adamw": optax.scale_by_adam(
+                    config.adam_b1, config.adam_b2, config.adam_eps, mu_dtype=_narrow(config.momentum_dtype)
+                ),
                 "router_bias": optax.set_to_zero(),
             },
             labels,
@@ -76,29 +87,41 @@ def muonclip(
     return optax.GradientTransformation(init, update)
 
 
+def _narrow(dtype: str) -> jnp.dtype | None:
+    """None, optax's word for the parameters' own dtype, unless the moments are to be narrower."""
+    return None if dtype == "float32" else jnp.dtype(dtype)
+
+
 def scale_by_muon(
-    config: OptimizerConfig, groups: list[Muon], ns_dtype: DTypeLike | None = None
+    config: OptimizerConfig, leaves: list[Leaf], ns_dtype: DTypeLike | None = None, layout: Layout | None = None
 ) -> optax.GradientTransformation:
     """Momentum, Newton-Schulz and RMS matching, without learning rate and decay.
 
-    `groups` holds one entry for each leaf of the tree, in tree order. Source: paper section 2.4.
+    `leaves` holds group and logical axes of each leaf of the tree, in tree order. Source: paper section 2.4.
     """
+    kept = _narrow(config.momentum_dtype)
 
     def init(params: PyTree) -> MuonState:
-        return MuonState(jax.tree.map(jnp.zeros_like, params))
+        return MuonState(jax.tree.map(lambda p: jnp.zeros_like(p, dtype=kept), params))
 
     def update(updates: PyTree, state: MuonState, params: PyTree | None = None) -> tuple[PyTree, MuonState]:
         mu = config.muon_momentum
-        momentum = jax.tree.map(lambda m, g: mu * m + g, state.momentum, updates)
+        momentum = jax.tree.map(lambda m, g: mu * m.astype(g.dtype) + g, state.momentum, updates)
         ahead = jax.tree.map(lambda m, g: mu * m + g, momentum, updates) if config.muon_nesterov else momentum
-        leaves, treedef = jax.tree.flatten(ahead)
+        arrays, treedef = jax.tree.flatten(ahead)
         scaled = []
-        for leaf, group in zip(leaves, groups, strict=True):
-            matrices = as_matrices(leaf, group)
+        for array, (group, axes) in zip(arrays, leaves, strict=True):
+            matrices = as_matrices(array, group)
             scale = config.update_rms * math.sqrt(max(matrices.shape[1:]))
-            direction = newton_schulz.orthogonalize(matrices, config.newton_schulz_steps, ns_dtype)
-            scaled.append((scale * direction).reshape(leaf.shape))
-        return jax.tree.unflatten(treedef, scaled), MuonState(momentum)
+            if layout is None:
+                direction = newton_schulz.orthogonalize(matrices, config.newton_schulz_steps, ns_dtype)
+            else:
+                where = newton_schulz.Dealing(group.batch, group.rows, layout.mesh, layout.spec(axes, array.shape))
+                direction = newton_schulz.orthogonalize_dealt(array, where, config.newton_schulz_steps, ns_dtype)
+            scaled.append((scale * direction).reshape(array.shape))
+        return jax.tree.unflatten(treedef, scaled), MuonState(
+            jax.tree.map(lambda m: m.astype(kept or m.dtype), momentum)
+        )
 
     return optax.GradientTransformation(init, update)
 
@@ -125,7 +148,8 @@ def group_rms(tree: PyTree[Float[Array, "..."]], infos: PyTree[ParamInfo]) -> di
         if label in squares:
             squares[label].append(jnp.sum(jnp.square(leaf.astype(jnp.float32))))
             sizes[label] += leaf.size
-    return {label: jnp.sqrt(sum(squares[label]) / sizes[label]) for label in squares if sizes[label]}
+    # a float: a released model has more values than an int32 counts
+    return {label: jnp.sqrt(sum(squares[label]) / float(sizes[label])) for label in squares if sizes[label]}
 
 
 def step_metrics(grads: PyTree, updates: PyTree, infos: PyTree[ParamInfo]) -> dict[str, Float[Array, ""]]:

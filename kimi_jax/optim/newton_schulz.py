@@ -9,19 +9,27 @@ Shape letters: N matrices, R rows, C columns.
 from __future__ import annotations
 
 import functools
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+ROOM = 2**27  # bytes of whole matrices on a device at a time; about five times as much while they are iterated
 EPSILON = 1e-7  # added to the Frobenius norm, so that a zero matrix stays zero
 
 
-def default_dtype() -> jnp.dtype:
-    """Dtype of the iteration on this backend: bfloat16 as in the paper, float32 on a CPU, where bfloat16 is slower."""
-    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+def default_dtype(platform: str | None = None) -> jnp.dtype:
+    """Dtype of the iteration: bfloat16 as in the paper, float32 on a CPU, where bfloat16 is slower.
+
+    platform: of the devices that will run it ("cpu", "tpu"), where they are not those of this process.
+    """
+    return jnp.dtype(jnp.float32 if (platform or jax.default_backend()) == "cpu" else jnp.bfloat16)
 
 
 def orthogonalize(
@@ -47,3 +55,51 @@ def orthogonalize(
         poly = b * gram + c * matmul(gram, gram)
         x = a * x + (matmul(poly, x) if wide else matmul(x, poly))
     return x.astype(matrices.dtype)
+
+
+class Dealing(NamedTuple):
+    """How the matrices of a parameter lie: its leading axes are `batch` axes of matrices, then `rows` axes of their
+    rows, the rest are their columns; `spec` cuts it over `mesh`."""
+
+    batch: int
+    rows: int
+    mesh: Mesh | AbstractMesh
+    spec: PartitionSpec
+
+
+def orthogonalize_dealt(
+    leaf: Float[Array, "..."], where: Dealing, steps: int = 5, dtype: DTypeLike | None = None
+) -> Float[Array, "..."]:
+    """`orthogonalize` of every matrix of a parameter that is cut over a mesh, without gathering the parameter.
+
+    A device has parts of many matrices and needs whole ones: an all-to-all gives each device of a
+    group that shares matrices a few whole ones of them, a second one takes the results back. That is done for so many
+    matrices at a time that a device holds about ROOM bytes of whole ones. Where the matrices cannot be dealt evenly,
+    zeros fill up.
+    """
+    batch, rows, mesh, spec = where
+    dtype = jnp.dtype(dtype) if dtype is not None else default_dtype()
+    inner = leaf.shape[batch:]
+    # axes of one matrix, after one axis for all matrices here: (which, mesh axes that cut it)
+    cuts = [(i + 1, part) for i, part in enumerate(spec[batch:]) if part is not None]
+    group = math.prod(mesh.shape[axis] for _, part in cuts for axis in ((part,) if isinstance(part, str) else part))
+    shape = math.prod(inner[:rows]), math.prod(inner[rows:])
+    each = max(1, ROOM // (math.prod(shape) * dtype.itemsize))  # whole matrices a device holds at a time
+
+    def deal(x: Array) -> Array:
+        for axis, part in cuts:
+            x = lax.all_to_all(x, part, 0, axis, tiled=True)
+        whole = orthogonalize(x.reshape(-1, *shape), steps, dtype).reshape(x.shape)
+        for axis, part in reversed(cuts):
+            whole = lax.all_to_all(whole, part, axis, 0, tiled=True)
+        return whole
+
+    def here(local: Array) -> Array:
+        x = local.reshape(-1, *local.shape[batch:])
+        count = x.shape[0]
+        portion = min(each, -(-count // group)) * group
+        x = jnp.pad(x.astype(dtype), ((0, -count % portion), *((0, 0) for _ in x.shape[1:])))
+        out = lax.map(deal, x.reshape(-1, portion, *x.shape[1:]))
+        return out.reshape(x.shape)[:count].reshape(local.shape).astype(local.dtype)
+
+    return jax.shard_map(here, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(leaf)

@@ -8,18 +8,22 @@ B rows, S tokens, L layers, Lm layers with experts, E experts, H heads, 3 modali
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jax.sharding import Mesh
 
 from kimi_jax import sharding
 from kimi_jax.config import TrainConfig
+from kimi_jax.nn.decoder import merge_aux
 from kimi_jax.nn.kimi import KimiK25
-from kimi_jax.optim import qk_clip, router_bias, schedules
+from kimi_jax.nn.layout import Layout
+from kimi_jax.optim import newton_schulz, qk_clip, router_bias, schedules
 from kimi_jax.optim.muonclip import muonclip, step_metrics
 from kimi_jax.train import flops, spikes
 from kimi_jax.train import state as state_lib
@@ -29,9 +33,15 @@ MODALITIES = ("text", "image", "video")
 Metrics = dict[str, Any]
 
 
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """MuonClip for this model's parameter groups."""
-    return muonclip(config.optimizer, config.steps, state_lib.infos(config.model))
+def make_optimizer(
+    config: TrainConfig, platform: str | None = None, layout: Layout | None = None
+) -> optax.GradientTransformation:
+    """MuonClip for this model's parameter groups; platform: of the devices, if not those of this process.
+
+    layout: deals Newton-Schulz to the devices. The state is the same with and without.
+    """
+    dtype = newton_schulz.default_dtype(platform)
+    return muonclip(config.optimizer, config.steps, state_lib.infos(config.model), dtype, layout)
 
 
 def make_train_step(
@@ -42,16 +52,18 @@ def make_train_step(
     init_state() makes the state of `config.seed` directly in its shardings. train_step(state, batch) returns (state,
     metrics) and gives up (donates) the state it is passed; `batch` is a packed batch, on the host or from
     `sharding.put_batch`.
-    Both are jitted. Raises ShardingError if the groups of a batch cannot be cut evenly over the mesh.
+    Both are jitted; `train_step.lower` also takes a mesh of devices that are not there (kimi_jax.plan).
+    Raises ShardingError if the groups of a batch cannot be cut evenly over the mesh.
     """
     mesh = mesh or sharding.make_mesh(config.mesh)
-    sharding.check_groups(config.data.num_groups, mesh)
-    tx = make_optimizer(config)
+    sharding.check_groups(config.data.num_groups, mesh, config.memory.microbatches)
+    layout = make_layout(config, mesh)
+    tx = make_optimizer(config, mesh.devices.flat[0].platform, layout)
     shardings = state_lib.shardings(config.model, tx, mesh)
     whole = sharding.replicated(mesh)
     init = jax.jit(lambda key: state_lib.create(config.model, tx, key), out_shardings=shardings)
     step = jax.jit(
-        lambda state, batch: _train_step(config, tx, state, batch),
+        lambda state, batch: _train_step(config, tx, layout, state, batch),
         donate_argnums=0,
         in_shardings=(shardings, sharding.batch_sharding(mesh)),
         out_shardings=(shardings, whole),
@@ -59,28 +71,90 @@ def make_train_step(
     return lambda: init(jax.random.key(config.seed)), step
 
 
-def loss_fn(params: Any, batch: dict[str, Any], config: TrainConfig) -> tuple[jax.Array, Metrics]:
+def make_layout(config: TrainConfig, mesh: Mesh) -> Layout | None:
+    """How model and optimizer lie over the mesh; None on one device."""
+    if mesh.size == 1:
+        return None
+    # maximum logits below tau need not be exact: nothing follows from them
+    tau = config.optimizer.qk_clip_tau or math.inf
+    return sharding.layout(mesh, expert_buffer=config.memory.expert_buffer, exact_above=tau)
+
+
+def loss_fn(
+    params: Any,
+    batch: dict[str, Any],
+    config: TrainConfig,
+    layout: Layout | None = None,
+    whole: tuple[jax.Array, jax.Array] | None = None,
+) -> tuple[jax.Array, Metrics]:
     """Next-token loss of a batch, normalised by its global weight, plus the weighted balance loss.
 
+    whole: (loss weights, rows with tokens) of the batch that this one is a part of; the result is then its summand.
     Returns (float32 [], {"nll_sum" [3], "weight_sum" [3]: by modality, "balance_loss" [], "aux": the model's Aux}).
     """
-    model = KimiK25(config.model)
-    nll, aux = model.apply({"params": params}, batch, num_groups=config.data.num_groups, method=model.token_nll)
+    model = KimiK25(config.model, layout)
+    groups = config.data.num_groups // (config.memory.microbatches if whole is not None else 1)
+    nll, aux = model.apply({"params": params}, batch, num_groups=groups, method=model.token_nll)
     weights = batch["loss_weights"]
     of_modality = batch["modality"][None] == jnp.arange(len(MODALITIES))[:, None, None]  # [3, B, S]
     nll_sum = jnp.sum(jnp.where(of_modality, weights * nll, 0.0), axis=(1, 2))
     weight_sum = jnp.sum(jnp.where(of_modality, weights, 0.0), axis=(1, 2))
+    total, balance = jnp.sum(weight_sum), aux.balance_loss
+    if whole is not None:
+        total, balance = whole[0], balance * _rows(batch) / whole[1]
     # a batch without any target has loss 0, not 0/0
-    loss = jnp.sum(nll_sum) / jnp.maximum(jnp.sum(weight_sum), 1e-6)
-    total = loss + config.optimizer.balance_loss_weight * aux.balance_loss
-    return total, {"nll_sum": nll_sum, "weight_sum": weight_sum, "balance_loss": aux.balance_loss, "aux": aux}
+    loss = jnp.sum(nll_sum) / jnp.maximum(total, 1e-6) + config.optimizer.balance_loss_weight * balance
+    return loss, {"nll_sum": nll_sum, "weight_sum": weight_sum, "balance_loss": balance, "aux": aux}
+
+
+def _rows(batch: dict[str, Any]) -> jax.Array:
+    """How many rows hold a token; at least 1."""
+    return jnp.maximum(jnp.any(batch["segment_ids"] > 0, axis=1).sum(), 1).astype(jnp.float32)
+
+
+def gradients(
+    params: Any, batch: dict[str, Any], config: TrainConfig, layout: Layout | None = None
+) -> tuple[tuple[jax.Array, Metrics], Any]:
+    """((loss, what `loss_fn` returns beside it), gradients) of a batch, in one go or summed over microbatches.
+
+    Every device takes the same number of its own groups in each microbatch; sums are kept in the weights' dtype.
+    """
+    parts = config.memory.microbatches
+    fn = jax.value_and_grad(loss_fn, has_aux=True)
+    if parts == 1:
+        return fn(params, batch, config, layout)
+    whole = jnp.sum(batch["loss_weights"]), _rows(batch)
+
+    def add(total: Any, part: dict[str, Any]) -> tuple[Any, tuple[jax.Array, Metrics]]:
+        out, grads = fn(params, part, config, layout, whole)
+        return jax.tree.map(jnp.add, total, grads), out
+
+    grads, (loss, out) = lax.scan(add, jax.tree.map(jnp.zeros_like, params), microbatches(batch, parts, layout))
+    aux = merge_aux(out.pop("aux"))
+    return (loss.sum(), {**jax.tree.map(lambda x: x.sum(axis=0), out), "aux": aux}), grads
+
+
+def microbatches(batch: dict[str, Any], parts: int, layout: Layout | None = None) -> dict[str, Any]:
+    """Every array [G*n, ...] as [parts, G*n/parts, ...]; groups stay whole and on their device."""
+    devices = layout.parts("batch") if layout is not None else 1
+
+    def cut(x: jax.Array) -> jax.Array:
+        x = x.reshape(devices, parts, -1, *x.shape[1:]).swapaxes(0, 1)
+        x = x.reshape(parts, -1, *x.shape[3:])
+        return x if layout is None else layout.constrain(x, None, "batch", *(None,) * (x.ndim - 2))
+
+    return jax.tree.map(cut, batch)
 
 
 def _train_step(
-    config: TrainConfig, tx: optax.GradientTransformation, state: TrainState, batch: dict[str, Any]
+    config: TrainConfig,
+    tx: optax.GradientTransformation,
+    layout: Layout | None,
+    state: TrainState,
+    batch: dict[str, Any],
 ) -> tuple[TrainState, Metrics]:
     options = config.optimizer
-    (loss, out), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, config)
+    (loss, out), grads = gradients(state.params, batch, config, layout)
     aux = out.pop("aux")
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -104,6 +178,8 @@ def _train_step(
         "clipped_heads": clip["clipped_heads"],
         "expert_load": aux.expert_load,
         "dropped": aux.dropped,
+        "rounds": aux.rounds,
+        "imbalance": aux.imbalance,
         # the optimizer counts the updates it made, not the batches it saw
         "lr": schedules.wsd(options, config.steps)(state.step - state.skipped),
     }

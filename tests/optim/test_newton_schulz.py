@@ -1,12 +1,22 @@
 """Newton-Schulz moves singular values by a known polynomial, keeps singular vectors, and stays cheap and finite."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from kimi_jax import sharding
+from kimi_jax.config import MeshConfig
+from kimi_jax.nn.param import Muon
+from kimi_jax.optim import newton_schulz
+from kimi_jax.optim.muonclip import as_matrices
 from kimi_jax.optim.newton_schulz import default_dtype, orthogonalize
 
 # float32 rounding (6e-8) grows by at most 3.4445 a step for five steps (485) and by the few dozen terms of a product.
@@ -69,3 +79,37 @@ def test_bfloat16_iteration_stays_in_the_band_and_keeps_the_dtype_of_the_input()
 
 def test_default_dtype_on_cpu_is_float32():
     assert default_dtype() == jnp.float32
+
+
+@pytest.mark.parametrize(
+    "shape, batch, rows, spec",
+    [
+        ((2, 4, 6, 8), 2, 1, P(None, "expert", "fsdp", None)),  # a bank: 4 matrices a device, 2 of them whole
+        ((3, 8, 4, 2), 1, 2, P(None, ("fsdp", "expert"), "tensor", None)),  # 3 matrices for 8 devices: zeros fill up
+        ((6, 10), 0, 1, P("fsdp", "tensor")),
+        ((5, 3, 3), 1, 1, P(None, None, None)),
+    ],
+    ids=str,
+)
+def test_dealt_over_devices_equals_one_device(shape, batch, rows, spec, monkeypatch):
+    """Whatever is cut, and however few matrices a device may hold at a time (here one)."""
+    monkeypatch.setattr(newton_schulz, "ROOM", 1)
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
+    leaf = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    where = newton_schulz.Dealing(batch, rows, mesh, spec)
+    fn = jax.jit(lambda x: newton_schulz.orthogonalize_dealt(x, where))
+    got = fn(jax.device_put(leaf, NamedSharding(mesh, spec)))
+    assert got.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim)
+    want = orthogonalize(as_matrices(leaf, Muon(batch, rows))).reshape(shape)
+    np.testing.assert_allclose(got, want, atol=TOLERANCE)
+
+
+def test_no_device_gathers_a_bank():
+    """The compiled program exchanges parts; nothing in it is as large as what all devices hold together."""
+    mesh = sharding.make_mesh(MeshConfig(fsdp=4, expert=2))
+    where = newton_schulz.Dealing(2, 1, mesh, P(None, "expert", "fsdp", None))
+    bank = jax.ShapeDtypeStruct((6, 8, 32, 16), jnp.float32, sharding=NamedSharding(mesh, where.spec))
+    text = jax.jit(lambda x: newton_schulz.orthogonalize_dealt(x, where)).lower(bank).compile().as_text()
+    sizes = [math.prod(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", text)]
+    assert "all-to-all" in text and "all-gather" not in text
+    assert max(sizes) <= 6 * 8 * 32 * 16 // 8

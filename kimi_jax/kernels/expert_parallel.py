@@ -1,0 +1,321 @@
+"""The routed experts of many devices: tokens travel to their experts and back, none is dropped, memory is bounded.
+
+Source: paper.md section 1.5 (the layer); design.md section 9 (rounds). Experts are dealt to the devices of one mesh
+axis. A device sorts its assignments by expert, which is also by device, and knows from one small all-gather of counts
+where each stretch of rows belongs at its receiver. The receiver's order is by expert, then by sender: rows arrive
+ready for a grouped matmul. The receiver has room for W rows, a little more than the mean; one round moves the window
+[r W, r W + W) of every receiver's order there and back, and there are as many rounds as the fullest device of the
+whole mesh needs. The backward pass does the same rounds again from the inputs; nothing else is kept.
+
+On TPU rows travel by `ragged_all_to_all`, which a CPU does not have: `_emulated` does there what its documentation
+says, poisons what breaks its contract with NaN, and shares every other line.
+
+B rows, S tokens a row of the whole batch   n tokens here   k choices   M = n*k assignments here   D, F widths
+X devices of the expert axis   E experts   W room of a receiver
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from kimi_jax.kernels.sorted_experts import Banks, sorted_swiglu, sorted_swiglu_grads
+
+LANES = 128  # a number that travels beside its row takes a vector of the TPU, which moves nothing narrower
+
+
+class Cut(NamedTuple):
+    """How the arrays lie over the mesh; hashable.
+
+    tokens: of [B, S, .]; banks: of gate, up and down; expert, tensor: mesh axes (None: not cut) of experts and of F.
+    buffer: W over the mean number of rows.
+    """
+
+    mesh: Mesh | AbstractMesh
+    tokens: PartitionSpec
+    banks: tuple[PartitionSpec, PartitionSpec, PartitionSpec]
+    expert: str | None
+    tensor: str | None
+    buffer: float
+
+
+class Report(NamedTuple):
+    """Of the whole mesh. load: tokens of each expert; computed: rows that an expert computed; rounds: of the exchange;
+    imbalance: rows of the fullest expert device over the mean of its group."""
+
+    load: Int[Array, " E"]
+    computed: Int[Array, ""]
+    rounds: Int[Array, ""]
+    imbalance: Float[Array, ""]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def expert_parallel(
+    cut: Cut, x: Float[Array, "B S D"], experts: Int[Array, "B S k"], gates: Float[Array, "B S k"], banks: Banks
+) -> tuple[Float[Array, "B S D"], Report]:
+    """Sum over a token's choices of gate * expert(token), float32. An expert number of E means nowhere (padding).
+
+    Differentiable by x, gates and banks. Every mesh axis that cuts tokens must divide them.
+    """
+    specs = (cut.tokens,) * 3 + (cut.banks,)
+    out = cut.tokens, Report(*(PartitionSpec(),) * 4)
+    return jax.shard_map(
+        functools.partial(_forward, cut), mesh=cut.mesh, in_specs=specs, out_specs=out, check_vma=False
+    )(x, experts, gates, banks)
+
+
+def _fwd(cut: Cut, x: Array, experts: Array, gates: Array, banks: Banks) -> tuple[Any, tuple]:
+    return expert_parallel(cut, x, experts, gates, banks), (x, experts, gates, banks)
+
+
+def _bwd(cut: Cut, residuals: tuple, grads: tuple) -> tuple[Any, ...]:
+    specs = (cut.tokens,) * 3 + (cut.banks, cut.tokens)
+    dx, dgates, dbanks = jax.shard_map(
+        functools.partial(_backward, cut),
+        mesh=cut.mesh,
+        in_specs=specs,
+        out_specs=(cut.tokens, cut.tokens, cut.banks),
+        check_vma=False,
+    )(*residuals, grads[0])
+    return dx, None, dgates, dbanks
+
+
+expert_parallel.defvjp(_fwd, _bwd)
+
+# ------------------------------------------------------------------------------------------------------- on each device
+
+
+class Sorted(NamedTuple):
+    """A device's assignments in the order of their experts."""
+
+    order: Int[Array, " M"]  # assignment of each sorted row
+    rank: Int[Array, "n k"]  # sorted row of each assignment; M for those that go nowhere
+    counts: Int[Array, " E"]
+
+
+def _sort(experts: Array, num_experts: int) -> Sorted:
+    ids = jnp.minimum(experts.reshape(-1), num_experts)
+    order = jnp.argsort(ids)
+    places = jnp.arange(ids.size, dtype=jnp.int32)
+    rank = jnp.zeros(ids.size, jnp.int32).at[order].set(places, unique_indices=True)
+    rank = jnp.where(ids < num_experts, rank, ids.size)
+    edges = jnp.searchsorted(ids[order], jnp.arange(num_experts + 1, dtype=ids.dtype)).astype(jnp.int32)
+    return Sorted(order, rank.reshape(experts.shape), jnp.diff(edges))
+
+
+def _take(rows: Array, index: Array) -> Array:
+    """Rows of each assignment, float32; zero for those that went nowhere."""
+    return rows.at[index].get(mode="fill", fill_value=0).astype(jnp.float32)
+
+
+class Traffic(NamedTuple):
+    """Who has how many rows for whom, known to all devices of an expert group."""
+
+    counts: Int[Array, "X E"]  # rows of each sender for each expert
+    source: Int[Array, "X E"]  # first of them in the sender's order
+    target: Int[Array, "X E"]  # first of them in the order of the expert's device
+    received: Int[Array, " X"]  # rows of each device
+
+
+def _traffic(cut: Cut, counts: Array) -> Traffic:
+    every = lax.all_gather(counts, cut.expert) if cut.expert else counts[None]
+    devices, experts = every.shape
+    of_expert = every.sum(axis=0).reshape(devices, -1)
+    first = (jnp.cumsum(of_expert, axis=1) - of_expert).reshape(experts)
+    target = first + jnp.cumsum(every, axis=0) - every
+    return Traffic(every, jnp.cumsum(every, axis=1) - every, target, of_expert.sum(axis=1))
+
+
+class Window(NamedTuple):
+    """One round. Arguments of `ragged_all_to_all` after the arrays, both ways, and rows of each expert here."""
+
+    there: tuple[Array, Array, Array, Array]
+    back: tuple[Array, Array, Array, Array]
+    sizes: Int[Array, " E/X"]
+
+
+def _window(cut: Cut, traffic: Traffic, turn: Array, room: int) -> Window:
+    devices, experts = traffic.counts.shape
+    me = lax.axis_index(cut.expert) if cut.expert else 0
+    low = turn * room
+    start = jnp.clip(traffic.target - low, 0, room)  # where each stretch begins in the window
+    size = jnp.clip(traffic.target + traffic.counts - low, 0, room) - start
+    source = traffic.source + jnp.maximum(low - traffic.target, 0)
+    source = jnp.where(size > 0, source, 0)
+
+    def mine(x: Array) -> Array:
+        """What all senders have for the experts of this device."""
+        each = experts // devices
+        return lax.dynamic_slice_in_dim(x, me * each, each, axis=1)
+
+    there = source[me], size[me], start[me], mine(size).reshape(-1)
+    back = mine(start).reshape(-1), mine(size).reshape(-1), mine(source).reshape(-1), size[me]
+    return Window(there, back, mine(size).sum(axis=0))
+
+
+def _room(cut: Cut, assignments: int) -> int:
+    """W, in whole tiles. Without an expert axis nothing travels and everything fits."""
+    if cut.expert is None:
+        return assignments
+    tile = 512 if assignments >= 4096 else 8
+    most = assignments * cut.mesh.shape[cut.expert]
+    return min(-(-math.ceil(assignments * cut.buffer) // tile) * tile, -(-most // tile) * tile)
+
+
+def _rounds(cut: Cut, traffic: Traffic, room: int) -> Array:
+    """As many as the fullest device of the mesh needs: collectives want every device in every round."""
+    if cut.expert is None:
+        return jnp.int32(1)
+    return lax.pmax(-(-jnp.max(traffic.received) // room), tuple(cut.mesh.axis_names))
+
+
+def _repeat(cut: Cut, rounds: Array, body: Callable[[Array, Any], Any], carry: Any) -> Any:
+    if cut.expert is None:
+        return body(jnp.int32(0), carry)
+    return lax.fori_loop(0, rounds, body, carry)
+
+
+def _forward(cut: Cut, x: Array, experts: Array, gates: Array, banks: Banks) -> tuple[Array, Report]:
+    shape, picks = x.shape, experts.shape[-1]
+    x, experts, gates = (a.reshape(-1, a.shape[-1]) for a in (x, experts, gates))
+    banks = _whole(cut, banks)
+    num_experts = banks[0].shape[0] * (cut.mesh.shape[cut.expert] if cut.expert else 1)
+    order = _sort(experts, num_experts)
+    traffic = _traffic(cut, order.counts)
+    room = _room(cut, x.shape[0] * picks)
+    rows = x[order.order // picks]
+
+    def turn(i: Array, carry: tuple) -> tuple:
+        results, received, computed = carry
+        window = _window(cut, traffic, i, room)
+        received = _exchange(cut, rows, received, window.there)
+        out = sorted_swiglu(received, window.sizes, banks)
+        return _exchange(cut, out, results, window.back), received, computed + window.sizes.sum()
+
+    rounds = _rounds(cut, traffic, room)
+    start = jnp.zeros_like(rows), jnp.zeros((room, x.shape[1]), x.dtype), jnp.int32(0)
+    results, _, computed = _repeat(cut, rounds, turn, start)
+    y = jnp.einsum("nkd,nk->nd", _take(results, order.rank), gates.astype(jnp.float32))
+    return _sum(y, (cut.tensor,)).reshape(shape), _report(cut, traffic, order.counts, computed, rounds)
+
+
+def _report(cut: Cut, traffic: Traffic, counts: Array, computed: Array, rounds: Array) -> Report:
+    cutting = tuple(axis for part in cut.tokens for axis in _names(part))
+    mean = jnp.maximum(jnp.mean(traffic.received.astype(jnp.float32)), 1.0)
+    imbalance = lax.pmax(jnp.max(traffic.received) / mean, tuple(cut.mesh.axis_names))
+    return Report(_sum(counts, cutting), _sum(computed, cutting), rounds, imbalance)
+
+
+def _backward(cut: Cut, x: Array, experts: Array, gates: Array, banks: Banks, grad: Array) -> tuple[Any, ...]:
+    shape, picks = x.shape, experts.shape
+    x, experts, gates, grad = (a.reshape(-1, a.shape[-1]) for a in (x, experts, gates, grad))
+    banks = _whole(cut, banks)
+    num_experts = banks[0].shape[0] * (cut.mesh.shape[cut.expert] if cut.expert else 1)
+    order = _sort(experts, num_experts)
+    traffic = _traffic(cut, order.counts)
+    room = _room(cut, x.shape[0] * picks[-1])
+    token = order.order // picks[-1]
+    rows, grad_rows = x[token], grad.astype(x.dtype)[token]
+    gate_rows = gates.reshape(-1)[order.order].astype(jnp.float32)
+    gate_rows = jnp.broadcast_to(gate_rows[:, None], (gates.size, LANES))
+
+    def turn(i: Array, carry: tuple) -> tuple:
+        drows, dgates, totals, (got, got_grad, got_gates) = carry
+        window = _window(cut, traffic, i, room)
+        got = _exchange(cut, rows, got, window.there)
+        got_grad = _exchange(cut, grad_rows, got_grad, window.there)
+        got_gates = _exchange(cut, gate_rows, got_gates, window.there)
+        here, dscale, dbanks = sorted_swiglu_grads(got, got_gates[:, 0], window.sizes, banks, got_grad)
+        drows = _exchange(cut, here, drows, window.back)
+        dgates = _exchange(cut, jnp.broadcast_to(dscale[:, None], (room, LANES)), dgates, window.back)
+        return drows, dgates, jax.tree.map(jnp.add, totals, dbanks), (got, got_grad, got_gates)
+
+    received = tuple(jnp.zeros((room, a.shape[1]), a.dtype) for a in (rows, grad_rows, gate_rows))
+    totals = jax.tree.map(lambda bank: jnp.zeros(bank.shape, jnp.float32), banks)
+    start = jnp.zeros_like(rows), jnp.zeros_like(gate_rows), totals, received
+    drows, dgates, totals, _ = _repeat(cut, _rounds(cut, traffic, room), turn, start)
+    dx = _sum(_take(drows, order.rank).sum(axis=1), (cut.tensor,)).astype(x.dtype)
+    dgates = _sum(_take(dgates[:, 0], order.rank), (cut.tensor,)).astype(gates.dtype)
+    totals = jax.tree.map(lambda total, bank: total.astype(bank.dtype), totals, banks)
+    return dx.reshape(shape), dgates.reshape(picks), _parts(cut, totals)
+
+
+# -------------------------------------------------------------------------------------------------- between the devices
+
+
+def _exchange(cut: Cut, operand: Array, output: Array, window: tuple[Array, Array, Array, Array]) -> Array:
+    """The rows that the window names, each at its place in the output of its receiver; the rest of output stays."""
+    if cut.expert is None:
+        return operand
+    travel = functools.partial(lax.ragged_all_to_all, axis_name=cut.expert)
+    stand_in = functools.partial(_emulated, cut.expert)
+    return lax.platform_dependent(operand, output, *window, tpu=travel, default=stand_in)
+
+
+def _emulated(
+    axis: str, operand: Array, output: Array, input_offsets: Array, send: Array, output_offsets: Array, receive: Array
+) -> Array:
+    """`lax.ragged_all_to_all` by its documentation, with an all-gather of everything."""
+    devices, me = lax.axis_size(axis), lax.axis_index(axis)
+    slices = send.shape[0] // devices
+    table = lax.all_gather(jnp.stack([input_offsets, send, output_offsets]), axis)  # [X, 3, X * slices]
+    table = lax.dynamic_slice_in_dim(table, me * slices, slices, axis=2).swapaxes(1, 2).reshape(-1, 3)
+    first, size, place = table.T
+    at = jnp.arange(output.shape[0])[:, None] - place
+    hit = (at >= 0) & (at < size)
+    sender = jnp.arange(table.shape[0]) // slices
+    index = jnp.where(hit, sender * operand.shape[0] + first + at, 0).sum(axis=1)
+    every = lax.all_gather(operand, axis).reshape(-1, operand.shape[1])
+    out = jnp.where(hit.any(axis=1)[:, None], every[index], output)
+    inside = (first + size <= operand.shape[0]) & (place + size <= output.shape[0])
+    kept = jnp.all(size == receive) & jnp.all(inside | (size == 0)) & jnp.all(hit.sum(axis=1) <= 1)
+    return jnp.where(kept, out, jnp.nan)
+
+
+def _names(part: Any) -> tuple[str, ...]:
+    return () if part is None else (part,) if isinstance(part, str) else tuple(part)
+
+
+def _sum(x: Array, axes: tuple[str | None, ...]) -> Array:
+    axes = tuple(axis for axis in axes if axis is not None)
+    return lax.psum(x, axes) if axes else x
+
+
+def _spread(cut: Cut, part: Any) -> tuple[str, ...]:
+    """The axes that cut a bank only to need less room: not those on which the work is dealt."""
+    return tuple(axis for axis in _names(part) if axis not in (cut.expert, cut.tensor))
+
+
+def _whole(cut: Cut, banks: tuple) -> tuple:
+    """The experts of this device, gathered from those who keep a part of them."""
+
+    def gather(bank: Array, spec: PartitionSpec) -> Array:
+        for dim, part in enumerate(spec):
+            if axes := _spread(cut, part):
+                bank = lax.all_gather(bank, axes, axis=dim, tiled=True)
+        return bank
+
+    return tuple(gather(bank, spec) for bank, spec in zip(banks, cut.banks, strict=True))
+
+
+def _parts(cut: Cut, totals: tuple) -> tuple:
+    """The reverse for gradients: summed over all devices whose tokens met these experts, everyone keeps its part."""
+    cutting = [axis for part in cut.tokens for axis in _names(part) if axis != cut.expert]
+
+    def scatter(total: Array, spec: PartitionSpec) -> Array:
+        done: set[str] = set()
+        for dim, part in enumerate(spec):
+            if axes := _spread(cut, part):
+                total = lax.psum_scatter(total, axes, scatter_dimension=dim, tiled=True)
+                done.update(axes)
+        return _sum(total, tuple(axis for axis in cutting if axis not in done))
+
+    return tuple(scatter(total, spec) for total, spec in zip(totals, cut.banks, strict=True))
