@@ -12,11 +12,12 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 # with CI=true a missing Python is an error, elsewhere a reason to skip
 NO_PYTHON = if [ "$$CI" = true ]; then echo "FAILED: $@ needs Python $(1)" >&2; exit 1; else echo "SKIPPED: $@ needs Python $(1)"; fi
 
-.PHONY: help demo setup test lint quick test-slow test-long test-tfds test-lm-eval test-py312 run-tfds run-lm-eval run-py312 clean
+.PHONY: help demo plan setup test test-plan lint quick test-slow test-long test-tfds test-lm-eval test-py312 run-tfds run-lm-eval run-py312 clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo          train the whole model on text, images and video, evaluate it, write $(WORKDIR)/report.html"
+	@echo "make plan          what Kimi K2.5 needs of three TPU pods: memory, predicted time and traffic (no TPU needed)"
 	@echo "make test          style, types and the quick tests (at most 12 minutes on 2 cores)"
 	@echo "make test-slow     long proofs, TFDS and seqio sources, lm-eval, the Python 3.12 stack"
 	@echo "make lint          ruff and mypy only;   make quick    the quick tests only"
@@ -47,6 +48,18 @@ demo: setup
 	@$(VENV)/bin/python -m kimi_jax.train --config=$(CONFIG)
 	@$(VENV)/bin/python -m kimi_jax.report --workdir=$(WORKDIR)
 
+# -------------------------------------------------------------------------------------------------------------- plan
+
+# The TPU compiler has an environment of its own: where it is installed, jax looks for a TPU first.
+.venv-plan/.ready-tpu-test: setup.py constraints/py311.txt constraints/py312.txt
+	@.ci/venv .venv-plan "3.11 3.12" tpu,test
+
+plan: .venv-plan/.ready-tpu-test
+	@.venv-plan/bin/python -m benchmarks.plan
+
+test-plan: .venv-plan/.ready-tpu-test
+	.venv-plan/bin/python -m pytest tests/plan
+
 # ------------------------------------------------------------------------------------------------------------- tests
 
 test: lint quick
@@ -63,6 +76,7 @@ test-slow:
 	@$(MAKE) --no-print-directory test-long
 	@$(MAKE) --no-print-directory test-tfds
 	@$(MAKE) --no-print-directory test-lm-eval
+	@$(MAKE) --no-print-directory test-plan
 	@$(MAKE) --no-print-directory test-py312
 
 test-long: setup
@@ -87,4 +101,4 @@ run-py312: .venv312/.ready-demo-test
 	.venv312/bin/python -m pytest -n $(WORKERS) -m "$(QUICK)"
 
 clean:
-	rm -rf .venv .venv312 .venv-tfds .venv-lm-eval .cache build dist *.egg-info
+	rm -rf .venv .venv312 .venv-plan .venv-tfds .venv-lm-eval .cache build dist *.egg-info

@@ -91,14 +91,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     types = (AxisType.Auto,) * len(sizes)
     slices = len({getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"})
     if slices <= 1:
-        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
+        # an axis of 16 on an 8 x 8 x 8 torus takes one side and a part of another, which `jax.make_mesh` refuses
+        placed = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+        return Mesh(placed, tuple(sizes), axis_types=types)
     if sizes["replica"] % slices:
         raise ConfigError(
             f"config.mesh.replica={sizes['replica']} cannot be dealt to {slices} slices; make it a multiple of {slices}"
         )
     inside = (sizes["replica"] // slices, *list(sizes.values())[1:])
     across = (slices, *(1 for _ in inside[1:]))
-    return Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices), tuple(sizes), axis_types=types)
+    placed = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
+    return Mesh(placed, tuple(sizes), axis_types=types)
 
 
 def layout(mesh: Mesh | AbstractMesh, **settings: float) -> Layout:
@@ -132,7 +135,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(layout(mesh).axes("batch")))
 
 
-def batch_parts(mesh: Mesh) -> int:
+def batch_parts(mesh: Mesh | AbstractMesh) -> int:
     """In how many parts the mesh cuts a batch."""
     return layout(mesh).parts("batch")
 

@@ -1,0 +1,150 @@
+"""The training step of a configuration, lowered and compiled for devices that need not exist.
+
+It is the function that `train.loop` jits (`train.step.make_train_step`), given shapes instead of arrays. The compiler
+of the `libtpu` wheel runs on any machine; `TPU_SKIP_MDS_QUERY` keeps it from asking the cloud which TPU it is on.
+
+G groups   R rows a group   S tokens a row
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+import time
+from typing import Any, cast
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import AbstractMesh, Mesh
+
+from kimi_jax import sharding
+from kimi_jax.config import ConfigError, TrainConfig
+from kimi_jax.data.packing import Group, GroupShape
+from kimi_jax.plan.chips import Topology
+from kimi_jax.train import state as state_lib
+from kimi_jax.train.step import make_optimizer, make_train_step
+
+
+class PlanError(RuntimeError):
+    """The plan cannot be made on this machine; the message says what to do."""
+
+
+class DoesNotFit(Exception):
+    """The compiler gave up for lack of memory. `needed` and `available` are bytes a device."""
+
+    def __init__(self, needed: int, available: int, seconds: float):
+        super().__init__(f"needs {needed / 2**30:.2f} GiB of {available / 2**30:.2f} GiB a device")
+        self.needed, self.available, self.seconds = needed, available, seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a step: its text, and bytes a device."""
+
+    text: str
+    arguments: int  # parameters, optimizer state, batch
+    outputs: int  # of which `aliased` lie where an argument was
+    aliased: int
+    temporaries: int
+    seconds: float  # to compile, without tracing
+    trace_seconds: float
+
+    @property
+    def peak(self) -> int:
+        """Bytes that a device must have."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries
+
+
+def devices_of(topology: Topology) -> list[jax.Device]:
+    """The devices of that pod, as the compiler describes them. Raises PlanError without libtpu or for a bad name."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    try:
+        import libtpu  # noqa: F401
+    except ImportError:
+        raise PlanError("the TPU compiler is not installed: pip install 'kimi_jax[tpu]' (Linux, x86-64)") from None
+    slices = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.slice_name, **slices).devices)
+    except Exception as error:  # jax passes on whatever the plug-in raises
+        raise PlanError(f"the TPU compiler does not know {topology.slice_name!r}: {error}") from None
+
+
+def scaled(config: TrainConfig, mesh: Mesh | AbstractMesh, rows: int | None) -> TrainConfig:
+    """`config` with `rows` rows for each device of the mesh (None: its global batch), one group a part and microbatch.
+
+    The vision bins of a group grow or shrink with its rows, each class by itself and at least one bin, so that a row
+    has the patches beside it that the configuration gives it. Raises ConfigError if the batch does not divide.
+    """
+    data = config.data
+    total = data.num_groups * data.rows_per_group if rows is None else rows * mesh.size
+    groups = sharding.batch_parts(mesh) * config.memory.microbatches
+    if not total or total % groups:
+        raise ConfigError(
+            f"{total} rows cannot be cut into {groups} groups ({groups // config.memory.microbatches} parts of the "
+            f"mesh, {config.memory.microbatches} microbatches); give another --sequences_per_chip"
+        )
+    share = total / groups / data.rows_per_group
+    bins = tuple((patches, max(1, math.ceil(count * share))) for patches, count in data.vision_bins)
+    data = dataclasses.replace(data, num_groups=groups, rows_per_group=total // groups, vision_bins=bins)
+    return dataclasses.replace(config, data=data)
+
+
+def abstract_batch(config: TrainConfig, mesh: Mesh) -> Any:
+    """Shapes, dtypes and shardings of a packed batch."""
+    group = Group(GroupShape.of(config.data, config.model)).arrays()
+    cut, groups = sharding.batch_sharding(mesh), config.data.num_groups
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((groups * x.shape[0], *x.shape[1:]), x.dtype, sharding=cut), group
+    )
+
+
+def lower(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
+    """The training step for the devices of `mesh`, before compilation."""
+    tx = make_optimizer(config, mesh.devices.flat[0].platform)
+    _, step = make_train_step(config, mesh)
+    return cast(Any, step).lower(state_lib.abstract(config.model, tx, mesh), abstract_batch(config, mesh))
+
+
+def compile_step(config: TrainConfig, mesh: Mesh) -> Compiled:
+    """Lowers and compiles. Raises DoesNotFit when the compiler runs out of the chip's memory."""
+    start = time.perf_counter()
+    lowered = lower(config, mesh)
+    traced = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        too_large = memory_error(error, time.perf_counter() - traced)
+        if too_large is None:
+            raise
+        raise too_large from None
+    seconds = time.perf_counter() - traced
+    memory = compiled.memory_analysis()
+    return Compiled(
+        text=compiled.as_text(),
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes,
+        aliased=memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        seconds=seconds,
+        trace_seconds=traced - start,
+    )
+
+
+def memory_error(error: Exception, seconds: float) -> DoesNotFit | None:
+    """What the compiler says about a program that is too large; None if the error is about something else.
+
+    The two ways in which it says so (libtpu 0.0.42 to 0.0.52): the temporaries alone, or the whole program.
+    """
+    text = str(error)
+    found = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)", text)
+    found = found or re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", text)
+    if "RESOURCE_EXHAUSTED" not in text or not found:
+        return None
+    number, unit, limit, limit_unit = found.groups()
+    return DoesNotFit(_bytes(number, unit), _bytes(limit, limit_unit), seconds)
+
+
+def _bytes(number: str, unit: str) -> int:
+    return int(float(number) * 1024 ** ("KMGT".index(unit) + 1))
