@@ -12,19 +12,20 @@ import ml_collections
 
 from kimi_jax import config as c
 
-TEXT = {"wiki": 14.0, "factbook": 1.0, "python": 1.0, "arithmetic": 0.6}  # share of the text-only examples drawn
+TEXT = {"wiki": 20.0, "factbook": 1.0, "python": 1.0, "arithmetic": 0.6}  # share of the text-only examples drawn
 # share of the examples with images or video: it learns to look first, then mostly reads
-VISION = {"easyvqa": (8.0, 6.0), "video": (8.0, 3.0), "easyvqa_large": 0.5, "digits": 1.0, "video_mixed": 0.5}
+VISION = {"easyvqa": (8.0, 6.0), "video": (8.0, 3.0), "easyvqa_large": 0.2, "digits": 1.0, "video_mixed": 0.2}
 VISION_RATIO = (0.12, 0.05)
-LOOKED = 0.28  # share of the run after which the second numbers hold
-EVERY_BATCH = ("easyvqa_large", "video_mixed")  # an image that fills a bin of 256 patches; chunks of one to four frames
-STEPS = 800
+LOOKED = 0.25  # share of the run after which the second numbers hold
+# examples of a source that every batch holds: eight shapes, chunks of one to four frames, an image that fills a bin
+EVERY_BATCH = {"easyvqa_large": 1, "video_mixed": 1, "easyvqa": 3}
+STEPS = 860
 
 
 def _source(name: str, weight: float | tuple[float, float], vision: bool) -> c.SourceConfig:
     first, then = weight if isinstance(weight, tuple) else (weight, weight)
     schedule = ((LOOKED, then),) if then != first else ()
-    least = int(name in EVERY_BATCH)
+    least = EVERY_BATCH.get(name, 0)
     return c.SourceConfig(
         kind="demo", path=name, weight=first, weight_schedule=schedule, min_per_group=least, vision=vision
     )
@@ -47,7 +48,7 @@ def get_config() -> ml_collections.ConfigDict:
                 rows_per_group=12,
                 vision_bins=((144, 16), (256, 3)),
                 vision_ratio=((0.0, VISION_RATIO[0]), (LOOKED, VISION_RATIO[1])),
-                lookahead=32,
+                lookahead=128,
             ),
             optimizer=c.OptimizerConfig(peak_lr=8e-3, final_lr=1e-4, warmup_steps=25, decay_fraction=0.6),
             checkpoint=c.CheckpointConfig(interval=100, keep=2),

@@ -4,7 +4,7 @@ The first frame shows the digit anywhere, whatever the direction, so one frame c
 digit goes its way and may leave the picture. So the places it is seen at, even without their order, mostly tell where.
 (A digit that comes back on the other side needs the order itself: training of this length learns only its axis.)
 
-n      frames (1 to 7: chunks of one to four frames)
+n      frames (4 to 7: chunks of one to four frames)
 h, w   pixels of a frame
 """
 
@@ -27,8 +27,7 @@ DIRECTIONS = tuple(STEPS)
 DIRECTION_QUESTION = "which way does the digit move?"
 SIZE = (56, 56)  # h, w: four frames fill a bin of 64 patches
 OTHER_SIZES = ((56, 56), (56, 84), (84, 56))
-OTHER_COUNTS = ((2, 6), (3, 7), (1, 5))  # frames of the three clips of a document, one of them the longer: chunks of
-# all lengths in every document
+OTHER_COUNTS = (5, 6, 7)  # frames of the three clips of a mixed document: chunks of one to four frames
 DIMMED = 0.4  # brightness of the clip behind the card: at full brightness the demo is too short to find the card
 SECONDS = 0.04  # between frames: neighbouring frames of the clips, 25 a second
 STORED_HEIGHT = 120  # pixels that decoded frames are kept at
@@ -96,7 +95,7 @@ def timestamps(n: int) -> list[float]:
 class MovingDigit:
     """Documents of one video of four frames, its direction, sometimes the digit's name.
 
-    `mixed` documents hold three videos instead, of other lengths and shapes.
+    `mixed` documents hold three videos instead, of three lengths and three shapes: six different grids in each.
     """
 
     split: str
@@ -108,9 +107,8 @@ class MovingDigit:
     def __getitem__(self, i: int) -> Example:
         rng = generator("video/pixels", self.split, i)
         parts: list[Text | Video] = []
-        for number, direction, n, questions in self._asked(i):
+        for number, direction, n, size, questions in self._asked(i):
             background = clip(CLIPS[self.split][rng.integers(len(CLIPS[self.split]))])
-            size = OTHER_SIZES[rng.integers(len(OTHER_SIZES))] if self.mixed else SIZE
             frames = moving_digit(background, digits(self.split)[0][number], direction, n, size, rng)
             parts += [Video(list(frames), timestamps(n)), *questions]
         return Example(tuple(parts), f"video/{self.split}/{i}")
@@ -120,19 +118,19 @@ class MovingDigit:
         parts = tuple(part for *_, questions in self._asked(i) for part in questions)
         return Example(parts, f"video/{self.split}/{i}")
 
-    def _asked(self, i: int) -> list[tuple[int, str, int, list[Text]]]:
-        """For each clip of item i: number of the digit, direction, frames, and the questions as parts."""
+    def _asked(self, i: int) -> list[tuple[int, str, int, tuple[int, int], list[Text]]]:
+        """For each clip of item i: number of the digit, direction, frames, their size, and the questions as parts."""
         rng = generator("video", self.split, i)
         labels = digits(self.split)[1]
+        shapes = [(4, SIZE)]
+        if self.mixed:
+            sizes = [OTHER_SIZES[k] for k in rng.permutation(len(OTHER_SIZES))]
+            shapes = list(zip(OTHER_COUNTS, sizes, strict=True))
         clips = []
-        longer = int(rng.integers(len(OTHER_COUNTS)))
-        for index, counts in enumerate(OTHER_COUNTS if self.mixed else ((4,),)):
+        for n, size in shapes:
             number, direction = int(rng.integers(len(labels))), DIRECTIONS[rng.integers(len(DIRECTIONS))]
-            n = max(counts) if index == longer else int(counts[rng.integers(len(counts))])
-            questions = [Text("\n", 0.0)]
-            if n > 1:
-                questions += question_parts(DIRECTION_QUESTION, direction)
-            if n == 1 or rng.random() < 0.2:
+            questions = [Text("\n", 0.0), *question_parts(DIRECTION_QUESTION, direction)]
+            if rng.random() < 0.2:
                 questions += question_parts(NAME_QUESTION, str(labels[number]))
-            clips.append((number, direction, n, questions))
+            clips.append((number, direction, n, size, questions))
         return clips
