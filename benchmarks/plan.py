@@ -15,11 +15,11 @@ from typing import Any
 from absl import app, flags
 
 CONFIG = "configs/kimi_k2_5.py"
-# pod -> (mesh, sequences a chip): the layouts of docs/scale.md
+# pod -> (mesh, sequences a chip)
 PODS = {
-    "v5p:4x8x8": ({"fsdp": 8, "expert": 32}, 4),
-    "v5p:8x8x8": ({"fsdp": 16, "expert": 32}, 4),
-    "v5p:8x8x16": ({"fsdp": 32, "expert": 32}, 4),
+    "v5p:4x8x8": ({"fsdp": 16, "expert": 16}, 4),
+    "v5p:8x8x8": ({"fsdp": 32, "expert": 16}, 4),
+    "v5p:8x8x16": ({"fsdp": 64, "expert": 16}, 4),
 }
 _DIR = flags.DEFINE_string("dir", "runs/plan", "Where the plans go.")
 _PODS = flags.DEFINE_list("pods", list(PODS), "Which pods.")

@@ -8,31 +8,39 @@ layouts before any of them is compiled. A device and a step, T tokens, forward, 
     reduce     float32 gradients back, a microbatch; replicas add theirs up once a step
     tokens     k choices of each token travel to their expert and back (bfloat16), forward, recomputed and backward:
                6 T k D values a layer
+    tensor     the block edges of all tokens that a tensor axis shares, summed twice a layer and pass
     muon       every matrix is made whole somewhere and cut again, once a step
     memory     parameters and optimizer state read and written, gradients written and read, and each gathered weight
                written once and read once
 
-Bytes are those that one device sends; time is as in `plan.network` for an axis that lies along whole sides of the
-torus. T tokens a device   k choices a token   D width
+The least memory is the state, the float32 gradients, the input of every layer of one microbatch and one layer's
+gathered weights; what the compiler needs beside that is for it to say. The step takes the longest of these if they
+overlap perfectly, compute and traffic together if they do not overlap at all.
+
+Bytes are those that one device sends; time is as in `plan.network`: weights travel over all links, tokens and block
+edges over those between the neighbours that share them.
+
+T tokens a device   k choices a token   D width
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from kimi_jax import sharding
-from kimi_jax.config import TrainConfig
-from kimi_jax.nn.param import Muon
+from kimi_jax.config import ModelConfig, TrainConfig
+from kimi_jax.nn.kimi import abstract_params
+from kimi_jax.nn.param import AdamW, Muon, ParamInfo, metadata, unbox
 from kimi_jax.plan.chips import Topology
 from kimi_jax.plan.program import scaled
 from kimi_jax.plan.report import full_counts
 from kimi_jax.train import flops
-from kimi_jax.train import state as state_lib
-from kimi_jax.train.step import make_optimizer
 
 EXPERT_AXES, ALL_AXES = ("fsdp", "context"), ("fsdp", "expert", "context")  # what a weight is gathered along
 
@@ -43,10 +51,11 @@ def estimate(config: TrainConfig, topology: Topology, rows: int | None = None) -
     Raises ConfigError if the mesh does not make the pod or the batch does not divide.
     """
     sizes = sharding.mesh_sizes(config.mesh, topology.devices)
-    config = scaled(config, AbstractMesh(tuple(sizes.values()), tuple(sizes)), rows)
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    config = scaled(config, mesh, rows)
     chip, model = topology.chip, config.model
     counts = full_counts(config, topology.devices)
-    weights, experts, matrices, state_bytes = _sizes(config, sizes)
+    weights, experts, matrices, state_bytes = _sizes(config, mesh)
     inner = math.prod(sizes[a] for a in ALL_AXES)
     per_expert = math.prod(sizes[a] for a in EXPERT_AXES)
     held = weights / sizes["tensor"], experts / (sizes["tensor"] * sizes["expert"])
@@ -57,19 +66,25 @@ def estimate(config: TrainConfig, topology: Topology, rows: int | None = None) -
         "gather": passes * times * gathered,
         "reduce": times * 2 * gathered,
         "tokens": _token_bytes(config, counts["tokens"], sizes["expert"]),
-        "muon": 2 * 2.0 * matrices / topology.devices * sizes["replica"],
+        "tensor": _tensor_bytes(config, counts["tokens"], sizes["tensor"]),
+        "muon": 2 * 2.0 * matrices / (inner * sizes["tensor"]) * (inner - 1) / inner,
     }
     across = 2 * 4.0 * (weights + experts) / (inner * sizes["tensor"]) * (1 - 1 / sizes["replica"])
-    links = 2 * chip.torus_axes * chip.link_rate
+    links = _links(topology, topology.devices)
     seconds = {
         "compute": flops.train_flops(model, counts) / chip.flops * (4 / 3 if model.remat else 1),
         "hbm": (2 * state_bytes + 4 * times * 2 * sum(held) + 2 * 4 * sum(held) / inner) / chip.hbm_rate,
         "ici": (sent["gather"] + sent["reduce"] + sent["muon"]) / links
-        + sent["tokens"] * _detour(topology, sizes["expert"]),
+        + sent["tokens"] * _detour(topology, sizes["expert"])
+        + sent["tensor"] / _links(topology, sizes["tensor"]),
         "dcn": across / (chip.dcn_rate if topology.slices > 1 else links),
     }
+    saved = counts["tokens"] / times * model.hidden_size * 2 * model.num_hidden_layers
+    least = state_bytes + 4 * sum(held) / inner + saved + 2 * sum(held) / model.num_hidden_layers
     regime = max(seconds, key=lambda name: seconds[name])
-    rate = chip.devices_per_chip * counts["tokens"] / max(seconds.values())
+    low, high = max(seconds.values()), seconds["compute"] + seconds["ici"] + seconds["dcn"]
+    slow, fast = (chip.devices_per_chip * counts["tokens"] / t for t in (high, low))
+    ideal = flops.train_flops(model, counts) / chip.flops
     return {
         "mesh": sizes,
         "rows": config.data.num_groups * config.data.rows_per_group / topology.devices,
@@ -77,29 +92,42 @@ def estimate(config: TrainConfig, topology: Topology, rows: int | None = None) -
         "tokens": counts["tokens"],
         "parameters": weights + experts,
         "state_bytes": state_bytes,
+        "least_bytes": least,
+        "available": chip.hbm,
         "model_flops": flops.train_flops(model, counts),
         "wire_bytes": {**sent, "replicas": across},
         "seconds": seconds,
         "regime": regime,
-        "tokens_per_second_per_chip": rate,
-        "mfu": flops.train_flops(model, counts) / chip.flops / max(seconds.values()),
-        "chip_hours_per_trillion_tokens": 1e12 / rate / 3600,
+        "tokens_per_second_per_chip": [slow, fast],
+        "mfu": [ideal / high, ideal / low],
+        "chip_hours_per_trillion_tokens": [1e12 / slow / 3600, 1e12 / fast / 3600],
     }
 
 
-def _sizes(config: TrainConfig, sizes: dict[str, int]) -> tuple[int, int, int, int]:
+@functools.cache
+def _parameters(model: ModelConfig) -> list[tuple[ParamInfo, jax.ShapeDtypeStruct]]:
+    """What each parameter says of itself, and its shape. Kept: tracing the model is slow and a search asks often."""
+    boxed = abstract_params(model)
+    return list(zip(jax.tree.leaves(metadata(boxed)), jax.tree.leaves(unbox(boxed)), strict=True))
+
+
+def _sizes(config: TrainConfig, mesh: AbstractMesh) -> tuple[int, int, int, float]:
     """(values outside and inside routed experts, values of Muon matrices, bytes of state a device)."""
-    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-    state = state_lib.abstract(config.model, make_optimizer(config, "tpu"), mesh)  # type: ignore[arg-type]
-    infos = jax.tree.leaves(state_lib.infos(config.model))
+    layout = sharding.layout(mesh)
+    narrow = jnp.dtype(config.optimizer.momentum_dtype).itemsize
     weights = experts = matrices = 0
-    for info, x in zip(infos, jax.tree.leaves(state.params), strict=True):
+    held = 0.0
+    for info, x in _parameters(config.model):
+        size = math.prod(x.shape)
         if "expert" in info.axes:
-            experts += math.prod(x.shape)
+            experts += size
         else:
-            weights += math.prod(x.shape)
-        matrices += math.prod(x.shape) if isinstance(info.group, Muon) else 0
-    held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
+            weights += size
+        parts = [part if isinstance(part, tuple) else (part,) for part in layout.spec(info.axes, x.shape) if part]
+        cut = math.prod(mesh.shape[axis] for part in parts for axis in part)
+        moments = {Muon: narrow, AdamW: narrow + 4}.get(type(info.group), 0)
+        held += size / cut * (x.dtype.itemsize + moments)
+        matrices += size if isinstance(info.group, Muon) else 0
     return weights, experts, matrices, held
 
 
@@ -109,6 +137,26 @@ def _token_bytes(config: TrainConfig, tokens: float, expert_parallel: int) -> fl
         return 0.0
     once = tokens * model.moe.num_experts_per_tok * model.hidden_size * 2.0 * model.num_moe_layers
     return (6 if model.remat else 4) * once * (1 - 1 / expert_parallel)
+
+
+def _tensor_bytes(config: TrainConfig, tokens: float, parts: int) -> float:
+    """Two sums over the tensor axis a layer and pass, of the block edges of all tokens that its devices share."""
+    edges = tokens * parts * config.model.hidden_size * 2.0 * config.model.num_hidden_layers
+    return (3 if config.model.remat else 2) * 2 * 2 * edges * (parts - 1) / parts
+
+
+def _links(topology: Topology, devices: int) -> float:
+    """Bytes a second that one of so many neighbours sends over all links between them.
+
+    They fill whole sides of the torus, the last side first; a whole side is a ring of two links a chip, a part of one
+    or a side that does not wrap is a line of one.
+    """
+    chip, left, links = topology.chip, devices // topology.chip.devices_per_chip, 0
+    for side in reversed(topology.shape):
+        if left > 1 and side > 1:
+            links += 2 if left >= side and side % chip.wraps_at == 0 else 1
+            left = -(-left // side)
+    return max(links, 1) * chip.link_rate / chip.devices_per_chip
 
 
 def _detour(topology: Topology, devices: int) -> float:
@@ -121,14 +169,17 @@ def _detour(topology: Topology, devices: int) -> float:
 
 def table(estimate_: dict[str, Any]) -> str:
     """The estimate as text."""
-    e, gb = estimate_, 1e9
+    e, gb, gib = estimate_, 1e9, 2**30
     mesh = " x ".join(f"{name} {size}" for name, size in e["mesh"].items() if size > 1) or "one device"
-    sent = ", ".join(f"{name} {size / gb:,.0f}" for name, size in e["wire_bytes"].items() if size)
+    sent = ", ".join(f"{name} {size / gb:,.0f}" for name, size in e["wire_bytes"].items() if size) or "none"
     seconds = ", ".join(f"{name} {value:.2f}" for name, value in e["seconds"].items())
+    (slow, fast), (dear, cheap) = e["tokens_per_second_per_chip"], e["chip_hours_per_trillion_tokens"]
+    memory = f"state {e['state_bytes'] / gib:.1f}, in all at least {e['least_bytes'] / gib:.1f}"
     return "\n".join([
-        f"on paper: {mesh}; {e['parameters']:,} parameters, state {e['state_bytes'] / 2**30:.1f} GiB a device",
-        f"  {e['tokens']:,.0f} tokens, {e['model_flops'] / 1e12:,.0f} model TFLOP a device; GB sent: {sent or 'none'}",
+        f"on paper: {mesh}; {e['parameters']:,} parameters; {memory} of {e['available'] / gib:.1f} GiB a device",
+        f"  {e['rows']:g} rows ({e['tokens']:,.0f} tokens) in {e['microbatches']} microbatches, "
+        f"{e['model_flops'] / 1e12:,.0f} model TFLOP a device; GB sent: {sent}",
         f"  seconds: {seconds}; regime {e['regime']}",
-        f"  at best {e['tokens_per_second_per_chip']:,.0f} tokens/s/chip, MFU {e['mfu']:.1%}, "
-        f"{e['chip_hours_per_trillion_tokens']:,.0f} chip-hours a trillion tokens",
+        f"  {slow:,.0f} (nothing overlapped) to {fast:,.0f} tokens/s/chip, MFU {e['mfu'][0]:.1%} to {e['mfu'][1]:.1%}, "
+        f"{dear:,.0f} to {cheap:,.0f} chip-hours a trillion tokens",
     ])  # fmt: skip

@@ -110,8 +110,8 @@ def search(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(plans of the best layouts, the fastest that fits first; every layout on paper, the fastest first).
 
-    Layouts, sequences a device and microbatches are ranked on paper (`plan.paper`); of those whose state leaves room
-    the first `compiled` are compiled and ranked again by predicted tokens/s/chip if nothing overlapped.
+    Layouts, sequences a device and microbatches are ranked on paper (`plan.paper`); of those that need less than
+    the chip has the first `compiled` are compiled and ranked again by predicted tokens/s/chip if nothing overlapped.
     """
     devices = program.devices_of(topology) if compiled else []
     candidates = []
@@ -121,8 +121,8 @@ def search(
             candidate = dataclasses.replace(config, mesh=mesh, memory=memory)
             with contextlib.suppress(ConfigError):  # so many microbatches do not divide these rows
                 candidates.append((candidate, count, paper.estimate(candidate, topology, count)))
-    candidates = [c for c in candidates if c[2]["state_bytes"] < topology.chip.hbm]
-    candidates.sort(key=lambda c: -c[2]["tokens_per_second_per_chip"])
+    candidates = [c for c in candidates if c[2]["least_bytes"] < topology.chip.hbm]
+    candidates.sort(key=lambda c: -c[2]["tokens_per_second_per_chip"][0])
     plans = [make(candidate, topology, count, (1,), devices)[0] for candidate, count, _ in candidates[:compiled]]
     return sorted(plans, key=_rank), [estimate for _, _, estimate in candidates]
 
