@@ -140,7 +140,7 @@ def batch_parts(mesh: Mesh | AbstractMesh) -> int:
     return layout(mesh).parts("batch")
 
 
-def check_groups(num_groups: int, mesh: Mesh, microbatches: int = 1) -> None:
+def check_groups(num_groups: int, mesh: Mesh | AbstractMesh, microbatches: int = 1) -> None:
     """Raises ShardingError unless every device gets the same number of whole groups, in every microbatch."""
     parts = batch_parts(mesh)
     if num_groups % (parts * microbatches):

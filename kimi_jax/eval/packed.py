@@ -58,9 +58,9 @@ def make_apply(config: ModelConfig, num_groups: int, mesh_config: MeshConfig) ->
     """The compiled function (params, batch, ends int32 [N], candidates int32 [N, A]) -> (nll f32 [B, S],
     likeliest int32 [B, S], log-probabilities f32 [N, A]), all on every device. `ends` index the flat [B*S] positions.
     """
-    model = KimiK25(config)
     mesh = sharding.make_mesh(mesh_config)
     sharding.check_groups(num_groups, mesh)
+    model = KimiK25(config, sharding.layout(mesh) if mesh.size > 1 else None)
 
     def apply(params: Any, batch: Batch, ends: jax.Array, candidates: jax.Array) -> tuple[jax.Array, ...]:
         x, _ = model.apply({"params": params}, batch, num_groups=num_groups, method=model.hidden)

@@ -81,7 +81,7 @@ class DecoderLayer(nn.Module):
         """Parameters input_norm, attention, post_attention_norm, mlp."""
         c = self.config
         self.input_norm = RMSNorm(c.rms_norm_eps, c.param_dtype)
-        self.attention = MLA(c)
+        self.attention = MLA(c, self.layout)
         self.post_attention_norm = RMSNorm(c.rms_norm_eps, c.param_dtype)
         self.mlp = MoE(c, self.layout) if self.routed else SwiGLU(c, c.intermediate_size)
 

@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from kimi_jax.config import ModelConfig
 from kimi_jax.kernels.cross_entropy import chunked_cross_entropy
+from kimi_jax.kernels.vocabulary import dealt_cross_entropy, look_up
 from kimi_jax.nn.decoder import Aux, gather_aux, layer_stack
 from kimi_jax.nn.layers import RMSNorm, precision
 from kimi_jax.nn.layout import Layout
@@ -46,6 +48,7 @@ class Embedding(nn.Module):
     """Token embeddings [V, D]."""
 
     config: ModelConfig
+    layout: Layout | None = None
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "*b"]) -> Float[Array, "*b D"]:
@@ -53,13 +56,16 @@ class Embedding(nn.Module):
         c = self.config
         init = declare(nn.initializers.normal(c.initializer_range), ("vocab", "embed"), AdamW())
         table = self.param("embedding", init, (c.vocab_size, c.hidden_size), c.param_dtype)
-        return table[tokens].astype(c.dtype)
+        if self.layout is None:
+            return table[tokens].astype(c.dtype)
+        return look_up(self.layout.vocabulary(("vocab", "embed"), table.shape), table.astype(c.dtype), tokens)
 
 
 class Head(nn.Module):
     """The untied output matrix [D, V]."""
 
     config: ModelConfig
+    layout: Layout | None = None
 
     def setup(self) -> None:
         """Parameter kernel."""
@@ -71,6 +77,14 @@ class Head(nn.Module):
         """Float32 logits."""
         kernel = self.kernel.astype(x.dtype)
         return jnp.matmul(x, kernel, precision=precision(x.dtype), preferred_element_type=jnp.float32)
+
+    def token_nll(self, x: Float[Array, "B S D"], targets: Int[Array, "B S"]) -> Float[Array, "B S"]:
+        """-log p(target), float32, without holding the logits."""
+        if self.layout is not None:
+            cut = self.layout.vocabulary(("embed", "vocab"), self.kernel.shape)
+            return dealt_cross_entropy(cut, x, self.kernel.astype(x.dtype), targets)
+        nll = chunked_cross_entropy(x.reshape(-1, x.shape[-1]), self.kernel, targets.reshape(-1))
+        return nll.reshape(targets.shape)
 
 
 class KimiK25(nn.Module):
@@ -85,15 +99,15 @@ class KimiK25(nn.Module):
     def setup(self) -> None:
         """Parameters embed, dense_layers, moe_layers, final_norm, lm_head, vision, projector (those the config has)."""
         c = self.config
-        self.embed = Embedding(c)
+        self.embed = Embedding(c, self.layout)
         if c.num_dense_layers:
             self.dense_layers = layer_stack(c, routed=False, layout=self.layout)
         if c.num_moe_layers:
             self.moe_layers = layer_stack(c, routed=True, layout=self.layout)
         self.final_norm = RMSNorm(c.rms_norm_eps, c.param_dtype)
-        self.lm_head = Head(c)
+        self.lm_head = Head(c, self.layout)
         if c.vision:
-            self.vision = MoonViT3D(c)
+            self.vision = MoonViT3D(c, self.layout)
             self.projector = Projector(c)
 
     def vision_features(self, vision_bins: tuple, num_groups: int = 1) -> Float[Array, "G F D"]:
@@ -112,7 +126,13 @@ class KimiK25(nn.Module):
         x = self.embed(tokens)
         if batch["vision"]:
             features = self.vision_features(batch["vision"], num_groups)
-            x = place_features(x, features, jnp.asarray(batch["feature_index"]))
+            place = place_features
+            if self.layout is not None:  # features lie beside the rows of their group
+                rows = PartitionSpec(self.layout.axes("batch"))
+                place = jax.shard_map(
+                    place_features, mesh=self.layout.mesh, in_specs=rows, out_specs=rows, check_vma=False
+                )
+            x = place(x, features, jnp.asarray(batch["feature_index"]))
         if self.layout is not None:
             x = self.layout.constrain(x, "batch", "sequence", None)
         dense = routed = None
@@ -131,8 +151,7 @@ class KimiK25(nn.Module):
         """-log p(target) of every position, float32, without holding the logits. Also reads targets."""
         x, aux = self.hidden(batch, num_groups)
         targets = jnp.asarray(batch["targets"])
-        nll = chunked_cross_entropy(x.reshape(-1, x.shape[-1]), self.lm_head.kernel, targets.reshape(-1))
-        return nll.reshape(targets.shape), aux
+        return self.lm_head.token_nll(x, targets), aux
 
 
 # ------------------------------------------------------------------------------------------------------- initialisation

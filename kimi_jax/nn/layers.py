@@ -121,6 +121,15 @@ class Linear(nn.Module):
             init = declare(nn.initializers.zeros, self.output_axes, AdamW())
             self.bias = self.param("bias", init, self.outputs, self.param_dtype)
 
+    def matrix(self) -> Float[Array, "..."]:
+        """The whole matrix [*inputs, *outputs] in `dtype`, adapters added."""
+        kernel = self.kernel.astype(self.dtype)
+        if self.has_variable(ADAPTERS, "kernel"):
+            adapter: Any = self.get_variable(ADAPTERS, "kernel")
+            a, b = (adapter[name].astype(self.dtype) for name in ("a", "b"))
+            kernel = kernel + jnp.tensordot(a, b, axes=1, precision=precision(self.dtype))
+        return kernel
+
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """The product in `dtype`; with a bias the sum is rounded once, after the bias."""
         x, kernel = x.astype(self.dtype), self.kernel.astype(self.dtype)

@@ -15,6 +15,8 @@ import jax
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from kimi_jax.kernels.vocabulary import VocabularyCut
+
 
 class ShardingError(ValueError):
     """A logical name without a rule, a rule without a name or mesh axis, or a size that does not divide."""
@@ -67,6 +69,11 @@ class Layout:
     def parts(self, name: str) -> int:
         """Into how many parts they cut it."""
         return math.prod(self.mesh.shape[axis] for axis in self.axes(name))
+
+    def vocabulary(self, names: tuple[str, str], shape: tuple[int, ...]) -> VocabularyCut:
+        """How token ids and a table or output matrix with these logical axes lie over the mesh."""
+        sequence = (*self.axes("sequence"), *(("tensor",) if self.mesh.shape["tensor"] > 1 else ()))
+        return VocabularyCut(self.mesh, self.axes("batch"), self.axes("sequence"), sequence, self.spec(names, shape))
 
     def constrain(self, x: jax.Array, *names: str | None) -> jax.Array:
         """The same array, cut by these names; for the edges of blocks, where the compiler should not choose."""

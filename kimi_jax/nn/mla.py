@@ -15,8 +15,10 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from kimi_jax.config import ModelConfig
+from kimi_jax.kernels.latent_attention import Cut, join_heads, latent_attention
 from kimi_jax.kernels.segment_attention import segment_attention
 from kimi_jax.nn.layers import RMSNorm, text_linear
+from kimi_jax.nn.layout import Layout, ShardingError
 from kimi_jax.nn.rope import rotate_to_halves, softmax_scale, text_rotary
 
 
@@ -24,6 +26,7 @@ class MLA(nn.Module):
     """Low-rank queries (direct if `q_lora_rank` is None); keys and values from one latent; one rotary key."""
 
     config: ModelConfig
+    layout: Layout | None = None
 
     def setup(self) -> None:
         """Parameters q_a, q_a_norm, q_b (or q), kv_a, kv_a_norm, kv_b, o."""
@@ -63,9 +66,7 @@ class MLA(nn.Module):
         """Keys (part without rotary, then the rotary part) and values of every head."""
         c = self.config
         latent, k_rope = jnp.split(latent, [c.kv_lora_rank], axis=-1)
-        k_nope, v = jnp.split(self.kv_b(latent), [c.qk_nope_head_dim], axis=-1)
-        k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:-1], c.qk_rope_head_dim))
-        return jnp.concatenate([k_nope, k_rope], axis=-1), v
+        return join_heads(self.kv_b(latent), k_rope, c.qk_nope_head_dim)
 
     def __call__(
         self, x: Float[Array, "B S D"], positions: Int[Array, "B S"], segment_ids: Int[Array, "B S"]
@@ -78,8 +79,26 @@ class MLA(nn.Module):
         q_nope, q_rope, latent = self.project(x, positions)
         q = jnp.concatenate([q_nope, q_rope], axis=-1)
         scale = softmax_scale(self.config)
-        out, max_logits = segment_attention(q, *self.expand(latent), segment_ids, causal=True, scale=scale)
+        if self.layout is None:
+            out, max_logits = segment_attention(q, *self.expand(latent), segment_ids, causal=True, scale=scale)
+        else:
+            cut = cut_attention(self.layout, q.shape, scale)
+            out, max_logits = latent_attention(cut, q, latent, self.kv_b.matrix(), segment_ids)
         return self.o(out), max_logits
+
+
+def cut_attention(layout: Layout, shape: tuple[int, ...], scale: float) -> Cut:
+    """How queries [B, S, H, d] lie over the mesh. Heads that do not divide are whole on every device.
+
+    Raises ShardingError if the mesh cuts rows or their tokens into parts of different size.
+    """
+    for name, size in zip(("batch", "sequence"), shape[:2], strict=True):
+        if size % layout.parts(name):
+            raise ShardingError(f"{name} of {size} cannot be cut into {layout.parts(name)} equal parts by the mesh")
+    context = next(iter(layout.axes("sequence")), None)
+    tensor = layout.mesh.shape["tensor"]
+    heads = "tensor" if tensor > 1 and shape[2] % tensor == 0 else None
+    return Cut(layout.mesh, layout.axes("batch"), context, heads, scale, layout.exact_above)
 
 
 def clip_attention(attention_params: dict[str, Any], gamma: Float[Array, " H"]) -> dict[str, Any]:

@@ -9,17 +9,21 @@ V bins   P patches a bin   W = P/4 windows   C = 3*14*14 pixels of a patch   D w
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Num
 
 from kimi_jax.config import ModelConfig
 from kimi_jax.kernels.segment_attention import segment_attention
 from kimi_jax.nn.decoder import stacked
 from kimi_jax.nn.layers import LayerNorm, Linear
+from kimi_jax.nn.layout import Layout
 from kimi_jax.nn.param import AdamW, declare
 from kimi_jax.nn.rope import rotate_interleaved, vision_rotary
 
@@ -112,6 +116,7 @@ class VisionBlock(nn.Module):
     """Pre-norm block: full attention inside an item, then a GELU (tanh) MLP."""
 
     config: ModelConfig
+    layout: Layout | None = None
 
     def setup(self) -> None:
         """Parameters norm0, qkv, o, norm1, fc0, fc1."""
@@ -133,7 +138,15 @@ class VisionBlock(nn.Module):
         """The new x. ids: 0 padding, 1.. items of the bin."""
         q, k, v = jnp.moveaxis(self.qkv(self.norm0(x)), 2, 0)
         q, k = rotate_interleaved(q, cos, sin), rotate_interleaved(k, cos, sin)
-        out, _ = segment_attention(q, k, v, ids, causal=False, scale=q.shape[-1] ** -0.5)
+        attention = functools.partial(segment_attention, causal=False, scale=q.shape[-1] ** -0.5)
+        if self.layout is None:
+            out = attention(q, k, v, ids)[0]
+        else:  # bins lie whole on the devices of their group
+            rows = PartitionSpec(self.layout.axes("batch"))
+            here = jax.shard_map(
+                lambda *a: attention(*a)[0], mesh=self.layout.mesh, in_specs=rows, out_specs=rows, check_vma=False
+            )
+            out = here(q, k, v, ids)
         x = x + self.o(out)
         return x + self.fc1(jax.nn.gelu(self.fc0(self.norm1(x)), approximate=True)), None
 
@@ -142,6 +155,7 @@ class MoonViT3D(nn.Module):
     """The vision tower."""
 
     config: ModelConfig
+    layout: Layout | None = None
 
     def setup(self) -> None:
         """Parameters patch_embed, pos_emb, blocks (stacked), final_norm."""
@@ -152,7 +166,7 @@ class MoonViT3D(nn.Module):
         )  # fmt: skip
         self.pos_emb = PositionTable(c)
         remat = jax.checkpoint_policies.nothing_saveable if c.remat else None
-        self.blocks = stacked(VisionBlock, v.num_hidden_layers, 3, scan=c.scan_layers, remat=remat)(c)
+        self.blocks = stacked(VisionBlock, v.num_hidden_layers, 3, scan=c.scan_layers, remat=remat)(c, self.layout)
         self.final_norm = LayerNorm(v.layer_norm_eps, c.param_dtype)
 
     def __call__(

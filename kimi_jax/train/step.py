@@ -127,6 +127,8 @@ def gradients(
 
     def add(total: Any, part: dict[str, Any]) -> tuple[Any, tuple[jax.Array, Metrics]]:
         out, grads = fn(params, part, config, layout, whole)
+        # XLA:TPU would move the reduction of gradients out of this loop and gets it wrong (openxla/xla#49143)
+        grads = lax.optimization_barrier(grads)
         return jax.tree.map(jnp.add, total, grads), out
 
     grads, (loss, out) = lax.scan(add, jax.tree.map(jnp.zeros_like, params), microbatches(batch, parts, layout))

@@ -81,19 +81,14 @@ def test_microbatches_hold_whole_groups_of_every_device():
     assert parts.tolist() == [[0, 1, 4, 5, 8, 9, 12, 13], [2, 3, 6, 7, 10, 11, 14, 15]]
 
 
-def test_mesh_of_several_axes_equals_one_device(plain):
-    """Tokens travel to experts in several rounds, weights are gathered, heads are cut."""
-    config = changed(expert_buffer=0.5)
-    assert_same(run(config, c.MeshConfig(replica=2, fsdp=1, expert=2, tensor=2)), plain)
-
-
-def test_mesh_and_microbatches_together(plain):
-    config = changed(microbatches=2)
-    mesh = sharding.make_mesh(c.MeshConfig(fsdp=2, expert=2), jax.devices()[:4])
-    layout = make_layout(config, mesh)
-    params = unbox(init_params(MODEL, jax.random.key(0)))
-    fn = jax.jit(lambda p, b: gradients(p, b, config, layout), compiler_options=QUICK)
-    assert_same(jax.device_get(fn(params, sharding.put_batch(uneven_batch(), mesh))), plain)
+@pytest.mark.parametrize(
+    "axes",
+    [{"replica": 2, "fsdp": 1, "expert": 2, "tensor": 2}, {"fsdp": 2, "context": 4}, {"expert": 4, "context": 2}],
+    ids=str,
+)
+def test_mesh_of_several_axes_equals_one_device(plain, axes):
+    """Tokens travel to experts in several rounds, weights are gathered, heads and the tokens of a row are cut."""
+    assert_same(run(changed(expert_buffer=0.5), c.MeshConfig(**axes)), plain)
 
 
 @pytest.mark.parametrize("policy", ["layer_inputs", "attention_output", "expert_inputs"])
