@@ -2,6 +2,7 @@
 
 Bytes are what one device sends (ring volumes; n devices, V bytes a device before the operation):
     all-gather (n-1) V     reduce-scatter, all-to-all (n-1)/n V     all-reduce 2 (n-1)/n V     permute V
+A ragged all-to-all counts with its whole buffer, the most that it can send: how full it is depends on the routing.
 Time is bytes over the bandwidth of the wires that the group can use at once, nothing taken off for latency: a ring or a
 line along each side of the torus on which the group's chips differ. An all-to-all on a torus goes through the middle:
 its longest side of length m takes V m / (4 W) with W both directions of a link, a line twice that. A group that spans

@@ -172,6 +172,8 @@ def _timing_lines(t: dict[str, Any], rounds: str, plan: dict[str, Any]) -> list[
                      f"{row['wire_bytes'] / 1e9:>9,.2f} GB  {row['seconds']:>8.3f} s")  # fmt: skip
     lines.append("    top contributors")
     lines += [f"      {row['seconds']:>8.3f} s  {row['what']:<24} {row['where']}" for row in t["top"]]
+    if t["dynamic_loops"]:
+        lines.append(f"    {rounds} round(s) of   {'; '.join(t['dynamic_loops'])}")
     if t["conditionals"]:
         saved = sum(c["dearest"] - c["cheapest"] for c in t["conditionals"])
         lines.append(f"    conditionals   counted at their dearest branch; {saved:.3f} s less at the cheapest")

@@ -192,3 +192,24 @@ def test_prediction_is_between_full_overlap_and_none(network):
     assert slow == pytest.approx(32 / high) and fast == pytest.approx(32 / low)
     assert timed["mfu"][1] == pytest.approx(timed["model_flops"] / 459e12 / low)
     np.testing.assert_allclose(sum(row["wire_bytes"] for row in timed["traffic"]), found.wire)
+
+
+def test_the_table_says_what_is_predicted_and_what_fits(network):
+    """Every figure of the plan that people decide by, for a plan that fits and for one that does not."""
+    from tests.train.tiny import CONFIG
+
+    plan = {
+        "config": "tiny", "topology": "v5p:4x4x4", "chips": 64, "mesh": {"fsdp": 64, "tensor": 1}, "rows": 0.5,
+        "sequence_length": 32, "microbatches": 1, "jax": "0", "libtpu": "0", "params": 10**9,
+        "params_bytes": 2**30, "state_bytes": 3 * 2**30,
+        "memory": {"arguments": 3 * 2**30, "temporaries": 2**30, "peak": 4 * 2**30, "available": 95 * 2**30,
+                   "fits": True, "spare": 91 * 2**30, "compile_seconds": 12.0},
+        "rounds": {"2": report.timing(CONFIG, network.topology, cost.price(hlo.parse(PROGRAM), V5P, network, 2))},
+    }  # fmt: skip
+    text = report.table(plan)
+    for part in ("64 chips, mesh fsdp 64", "4.0 of 95.0 GiB", "fits, 91.0 GiB to spare", "1,000,000,000 in all",
+                 "PREDICTED", "2 round(s) of   forward moe", "ragged-all-to-all", "cheapest"):  # fmt: skip
+        assert part in text
+    small = {"peak": 4 * 2**30, "available": 3 * 2**30, "fits": False, "spare": -(2**30), "compile_seconds": 1.0}
+    refused = report.table({k: v for k, v in plan.items() if k != "rounds"} | {"memory": small})
+    assert "DOES NOT FIT: 1.0 GiB too much" in refused and "PREDICTED" not in refused
