@@ -327,6 +327,8 @@ cloud_watch() {
         elif [ -z "$setup" ] && [ "$now" = "done" ]; then
             say "the program is done"
             return 0
+        elif [ -z "$setup" ] && [ "$now" != again ] && [ "$(state)" != ACTIVE ]; then
+            say "the TPU was taken away" # which ends programs in many ways, and shows after they have ended
         elif [ -z "$setup" ] && [ "$now" != again ]; then
             say "the program ended with status ${now#exit }; look at: ./tpu_setup.sh --name=$name logs"
             return "${now#exit }"

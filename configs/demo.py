@@ -15,7 +15,9 @@ from kimi_jax import config as c
 
 TEXT = {"wiki": 20.0, "factbook": 1.0, "python": 1.0, "arithmetic": 0.6}  # share of the text-only examples drawn
 # share of the examples with images or video: it learns to look first, then mostly reads
-VISION = {"easyvqa": (8.0, 6.0), "video": (8.0, 3.0), "easyvqa_large": 0.2, "digits": 1.0, "video_mixed": 0.2}
+VISION: dict[str, float | tuple[float, float]] = {
+    "easyvqa": (8.0, 6.0), "video": (8.0, 3.0), "easyvqa_large": 0.2, "digits": 1.0, "video_mixed": 0.2,
+}  # fmt: skip
 VISION_RATIO = (0.12, 0.05)
 LOOKED = 0.25  # share of the run after which the second numbers hold
 # examples of a source that every batch holds: eight shapes, chunks of one to four frames, an image that fills a bin

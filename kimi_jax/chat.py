@@ -33,19 +33,6 @@ from kimi_jax.model import load
 if TYPE_CHECKING:
     from kimi_jax.infer.engine import Engine
 
-_MODEL = flags.DEFINE_string("model", None, "A released directory or a workdir, with its tokenizer.")
-_IMAGE = flags.DEFINE_multi_string("image", [], "A picture for the first message.")
-_VIDEO = flags.DEFINE_multi_string("video", [], "A video for the first message.")
-_THINKING = flags.DEFINE_bool("thinking", True, "Whether the model reasons before it answers.")
-_SYSTEM = flags.DEFINE_string("system", "", "What a system message says first.")
-_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32", "float16"], "Of weights and activations.")
-_EXPERTS = flags.DEFINE_enum("experts", "float", ["float", "int4"], "int4: packed experts stay packed in memory.")
-_LENGTH = flags.DEFINE_integer("max_sequence_length", 4096, "Most tokens of the whole conversation.", 2)
-_NEW = flags.DEFINE_integer("max_new_tokens", 2048, "Most tokens of an answer.", 1)
-_TEMPERATURE = flags.DEFINE_float("temperature", None, "0 is greedy; default: 1.0, 0.6 without thinking.", 0.0)
-_TOP_P = flags.DEFINE_float("top_p", 0.95, "Mass of the most probable tokens that are drawn from.", 0.0, 1.0)
-_SEED = flags.DEFINE_integer("seed", None, "The same one gives the same answers.")
-
 HELP = "/image FILE   /video FILE   /thinking   /reset   /exit"
 Output: TypeAlias = TextIO | io.TextIOBase
 DIM, PLAIN = "\033[2m", "\033[0m"
@@ -173,20 +160,37 @@ def _typed() -> Iterator[str]:
             return
 
 
+def define_flags() -> None:
+    """The command's flags."""
+    flags.DEFINE_string("model", None, "A released directory or a workdir, with its tokenizer.")
+    flags.DEFINE_multi_string("image", [], "A picture for the first message.")
+    flags.DEFINE_multi_string("video", [], "A video for the first message.")
+    flags.DEFINE_bool("thinking", True, "Whether the model reasons before it answers.")
+    flags.DEFINE_string("system", "", "What a system message says first.")
+    flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32", "float16"], "Of weights and activations.")
+    flags.DEFINE_enum("experts", "float", ["float", "int4"], "int4: packed experts stay packed in memory.")
+    flags.DEFINE_integer("max_sequence_length", 4096, "Most tokens of the whole conversation.", 2)
+    flags.DEFINE_integer("max_new_tokens", 2048, "Most tokens of an answer.", 1)
+    flags.DEFINE_float("temperature", None, "0 is greedy; default: 1.0, 0.6 without thinking.", 0.0)
+    flags.DEFINE_float("top_p", 0.95, "Mass of the most probable tokens that are drawn from.", 0.0, 1.0)
+    flags.DEFINE_integer("seed", None, "The same one gives the same answers.")
+
+
 def main(argv: list[str]) -> None:
     """Loads the model and talks; exits with status 1 and the reason if it cannot, or if a piped line had no answer."""
-    if len(argv) > 1 or not _MODEL.value:
+    f = flags.FLAGS
+    if len(argv) > 1 or not f.model:
         sys.exit(f"error: {f'unexpected argument {argv[1]!r}' if argv[1:] else 'which model? Give --model=DIR'}")
     from kimi_jax.infer.engine import Engine
 
     cli.enable_compilation_cache()
-    temperature = _TEMPERATURE.value if _TEMPERATURE.value is not None else 1.0 if _THINKING.value else 0.6
-    sampling = Sampling(temperature, _TOP_P.value, _SEED.value, _NEW.value)
+    temperature = f.temperature if f.temperature is not None else 1.0 if f.thinking else 0.6
+    sampling = Sampling(temperature, f.top_p, f.seed, f.max_new_tokens)
     try:
-        model = load(_MODEL.value, _DTYPE.value, _EXPERTS.value)
-        engine = Engine(model, slots=1, max_sequence_length=_LENGTH.value)
-        conversation = Conversation(engine, model.tokenizer, sampling, _THINKING.value, _SYSTEM.value)
-        for kind, paths in (("image", _IMAGE.value), ("video", _VIDEO.value)):
+        model = load(f.model, f.dtype, f.experts)
+        engine = Engine(model, slots=1, max_sequence_length=f.max_sequence_length)
+        conversation = Conversation(engine, model.tokenizer, sampling, f.thinking, f.system)
+        for kind, paths in (("image", f.image), ("video", f.video)):
             for path in paths:
                 conversation.attach(kind, path)
     except (ConfigError, ValueError, OSError) as error:
@@ -200,4 +204,5 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     sys.modules["__main__"].__doc__ = __doc__
+    define_flags()
     app.run(main, flags_parser=cli.parse_plain)

@@ -100,7 +100,10 @@ def test_killed_anywhere_a_run_continues_bit_for_bit(found, folder):
 
 
 def test_a_full_disk_is_said_and_training_goes_on(found, folder):
-    """Full while batches 3 to 6 are made: the checkpoints of steps 4 and 6 are lost, nothing else, and it is said."""
+    """Full while batches 3 to 6 are made: the checkpoint of step 4 is lost, nothing else, and it is said.
+
+    That of step 6 is written while training goes on: it is lost too, or written when there is room again.
+    """
     disk = folder / "disk"
     disk.mkdir()
     mounts = shutil.which("unshare") and subprocess.run([*SMALL_DISK, str(disk), "true"]).returncode == 0
@@ -108,9 +111,10 @@ def test_a_full_disk_is_said_and_training_goes_on(found, folder):
     (result,), status, errors = launch([{"workdir": str(disk / "run"), "disk": [3, 7]}], before)
     assert status == 0 and result["status"] == 0, errors
     assert result["rows"] == found["sound"]["rows"]
-    assert result["checkpoints"] == [2, 8, 10] and result["digest"] == found["sound"]["digest"]
+    assert result["checkpoints"] in ([2, 8, 10], [6, 8, 10]) and result["digest"] == found["sound"]["digest"]
     warned = [line for line in result["said"] if "was NOT saved" in line]
-    assert any("step 4" in line for line in warned) and any("step 6" in line for line in warned), result["said"]
+    lost = [4] if 6 in result["checkpoints"] else [4, 6]
+    assert all(any(f"step {step}" in line for line in warned) for step in lost), result["said"]
     if mounts:
         assert any("cannot write" in line and "metrics.jsonl" in line for line in result["said"])
 

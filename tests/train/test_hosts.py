@@ -18,6 +18,7 @@ from tests.train.processes import make_config, results, start, start_hosts
 STEPS = 6
 # sums over devices are added in another order, and every step builds on the one before
 TOLERANCE = 1e-4
+UPDATE_TOLERANCE = 1e-2  # Newton-Schulz lifts small singular values, and their rounding with them
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,8 @@ def assert_same_curve(found: list[dict], wanted: list[dict]) -> None:
         for key in a:
             if key in ("expert_load", "load_imbalance"):  # a token at the border may go to another expert
                 continue
-            assert a[key] == pytest.approx(b[key], rel=TOLERANCE) if _numbers(a[key]) else a[key] == b[key], key
+            rel = UPDATE_TOLERANCE if key == "update_rms_muon" else TOLERANCE
+            assert a[key] == pytest.approx(b[key], rel=rel) if _numbers(a[key]) else a[key] == b[key], key
     assert sum(row["loss_image"] is not None for row in wanted) == STEPS  # the images took part
 
 
