@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import runpy
 
 import pytest
 
@@ -13,9 +14,7 @@ CONFIGS = sorted((REPO / "configs").glob("*.py"))
 
 
 def get_config(path):
-    scope: dict = {}
-    exec(compile(path.read_text(), path.name, "exec"), scope)
-    return scope["get_config"]()
+    return runpy.run_path(str(path))["get_config"]()
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
