@@ -12,7 +12,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 # with CI=true a missing Python is an error, elsewhere a reason to skip
 NO_PYTHON = if [ "$$CI" = true ]; then echo "FAILED: $@ needs Python $(1)" >&2; exit 1; else echo "SKIPPED: $@ needs Python $(1)"; fi
 
-.PHONY: help demo plan setup test test-plan lint quick test-slow test-long test-tfds test-lm-eval test-py312 run-tfds run-lm-eval run-py312 clean
+.PHONY: help demo plan setup test lint quick test-slow test-long test-tfds test-lm-eval test-py312 run-tfds run-lm-eval run-py312 clean
 .DEFAULT_GOAL := help
 
 help:
@@ -51,14 +51,11 @@ demo: setup
 # -------------------------------------------------------------------------------------------------------------- plan
 
 # The TPU compiler has an environment of its own: where it is installed, jax looks for a TPU first.
-.venv-plan/.ready-tpu-test: setup.py constraints/py311.txt constraints/py312.txt
-	@.ci/venv .venv-plan "3.11 3.12" tpu,test
+.venv-plan/.ready-tpu: setup.py constraints/py311.txt constraints/py312.txt
+	@.ci/venv .venv-plan "3.11 3.12" tpu
 
-plan: .venv-plan/.ready-tpu-test
+plan: .venv-plan/.ready-tpu
 	@.venv-plan/bin/python -m benchmarks.plan
-
-test-plan: .venv-plan/.ready-tpu-test
-	.venv-plan/bin/python -m pytest tests/plan
 
 # ------------------------------------------------------------------------------------------------------------- tests
 
@@ -76,7 +73,6 @@ test-slow:
 	@$(MAKE) --no-print-directory test-long
 	@$(MAKE) --no-print-directory test-tfds
 	@$(MAKE) --no-print-directory test-lm-eval
-	@$(MAKE) --no-print-directory test-plan
 	@$(MAKE) --no-print-directory test-py312
 
 test-long: setup
