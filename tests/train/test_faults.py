@@ -115,8 +115,6 @@ def test_a_full_disk_is_said_and_training_goes_on(found, folder):
     warned = [line for line in result["said"] if "was NOT saved" in line]
     lost = [4] if 6 in result["checkpoints"] else [4, 6]
     assert all(any(f"step {step}" in line for line in warned) for step in lost), result["said"]
-    if mounts:
-        assert any("cannot write" in line and "metrics.jsonl" in line for line in result["said"])
 
 
 # ------------------------------------------------------------------------------------------------------------- signals
