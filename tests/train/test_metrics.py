@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -95,6 +96,22 @@ def test_progress_line_names_what_matters():
     for part in ("loss", "text", "image", "tok/s", "patch/s", "MFU 31.0%", "imbalance", "dropped 0", "max logit"):
         assert part in line
     assert "video" not in line
+
+
+def test_rows_wait_while_files_cannot_grow(tmp_path):
+    """A limit on the size of files cuts the second row in half: it is said, and written whole when there is room."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    said: list[str] = []
+    with contextlib.closing(Log(str(tmp_path), 0, said.append)) as found:
+        found.train({"step": 1})
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 5, hard))
+        try:
+            found.train({"step": 2})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert any("cannot write" in line and "metrics.jsonl" in line and "1 lines wait" in line for line in said)
+        found.train({"step": 3})
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(json.dumps({"step": n}) + "\n" for n in (1, 2, 3))
 
 
 def test_on_an_object_store_files_are_written_whole(tmp_path, monkeypatch):
