@@ -44,8 +44,9 @@ def _project_bwd(wide: bool, residuals: tuple[Array, Array], grad: Array) -> tup
     x, kernel = residuals
     exact = precision(x.dtype)
     grad_x = jnp.einsum("...o,io->...i", grad, kernel, precision=exact, preferred_element_type=x.dtype)
-    grad_kernel = jnp.einsum("...i,...o->io", x, grad, precision=exact, preferred_element_type=kernel.dtype)
-    return grad_x, grad_kernel
+    # over several axes XLA:CPU may sum in parts, and would round each of them to bfloat16
+    grad_kernel = jnp.einsum("...i,...o->io", x, grad, precision=exact, preferred_element_type=jnp.float32)
+    return grad_x, grad_kernel.astype(kernel.dtype)
 
 
 project.defvjp(_project_fwd, _project_bwd)

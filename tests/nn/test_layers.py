@@ -32,8 +32,8 @@ def test_project_has_the_gradients_of_autodiff(dtype, wide, lead):
     assert y.dtype == (jnp.float32 if wide else x.dtype)
     np.testing.assert_array_equal(y, plain(x, kernel))
     got = jax.grad(loss(lambda *a: project(*a, wide)), argnums=(0, 1))(x, kernel)
-    want = jax.grad(loss(plain), argnums=(0, 1))(x, kernel)
-    for a, b in zip(got, want, strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape
-        scale = np.abs(np.asarray(b, np.float32)).max()
-        np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=0, atol=TOLERANCE[dtype] * scale)
+    # of the same numbers in float32: autodiff in bfloat16 is itself less exact than the tolerance
+    want = jax.grad(loss(plain), argnums=(0, 1))(x.astype("float32"), kernel.astype("float32"))
+    for a, b, of in zip(got, want, (x, kernel), strict=True):
+        assert a.dtype == of.dtype and a.shape == b.shape
+        np.testing.assert_allclose(np.float32(a), b, rtol=0, atol=TOLERANCE[dtype] * np.abs(b).max())
