@@ -30,7 +30,9 @@ case "$3 $4" in
         [ -f state ] || { echo "ERROR: NOT_FOUND: Resource was not found" >&2; exit 1; }
         cat state; [ "$(cat state)" != WAITING_FOR_RESOURCES ] || echo ACTIVE >state ;;
     "queued-resources create") [ ! -f state ]; echo WAITING_FOR_RESOURCES >state; mkdir w0 w1 ;;
-    "queued-resources delete") rm -rf state w0 w1 ;;
+    "queued-resources delete") # `run --detach` starts a session of its own on each worker, which ends with the machine
+        for w in w0 w1; do kill -KILL -- "-$(cat "$w/kimi_jax/.run/pid")" || true; done 2>/dev/null
+        rm -rf state w0 w1 ;;
     "tpu-vm scp") for w in $(homes "$@"); do cp "$5" "$w/${6#*:}"; done ;;
     "tpu-vm ssh")
         [ "$(cat state)" = ACTIVE ]
@@ -138,7 +140,11 @@ def test_watch_survives_a_request_to_restart_and_a_preemption(cloud):
     """Status 75 first; then the TPU is taken away under the program; then it runs to its end. One command for all."""
     body = """
 [ "$1" = "an argument with 'quotes' and \\$signs" ] || exit 3
-case $N in 1) exit 75 ;; 2) echo SUSPENDED >"$CLOUD/state"; exit 143 ;; *) exit 0 ;; esac
+case $WORKER$N in
+    w01 | w11) exit 75 ;;
+    w02) echo SUSPENDED >"$CLOUD/state"; touch "$CLOUD/taken"; exit 143 ;;
+    *) until [ -f "$CLOUD/taken" ]; do read -rt 0.1 <> <(:) || true; done ;;
+esac
 """
     out = call(cloud, *POD, "watch", *program(cloud, body))
     assert out.returncode == 0, out.stderr

@@ -182,7 +182,7 @@ def _source_table(config: TrainConfig, found: Findings) -> Table:
         table.add_row(
             name,
             source.kind + ("*" if source.vision else ""),
-            f"{source.weight:g}",
+            ", ".join([f"{source.weight:g}", *(f"{w:g} from {f:.0%}" for f, w in source.weight_schedule)]),
             f"{size:,}",
             f"{a_batch:,.1f}",
             f"{size / a_batch:,.0f}" if a_batch else "none drawn",

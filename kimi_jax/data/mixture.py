@@ -6,8 +6,10 @@ e = v - sum_i r_i * n_i   what has been drawn above (below, if negative) the sha
 An example with media is drawn while e < 0, a text-only one otherwise. So |e| stays within one example, unless examples
 come up that have media and yet less than r of them; then more of those with media follow until it does. Inside a
 modality a source gets its weight of the *drawn examples* (tokens would favour sources of short ones), by the same kind
-of deficit. No random numbers: the order follows from the counters alone, which are the whole state. A schedule changes
-r_i and leaves e as it is.
+of deficit: every draw owes each source its share of it, the source drawn has had a whole one. No random numbers: the
+order follows from the counters alone, which are the whole state. Schedules change r_i and the shares from then on, and
+leave e and what is owed as they are. Draws that `min_per_group` forces (kimi_jax.data.shard) are counted like all
+others, and made up for afterwards: by so many examples may e be off besides.
 
 An example with media holds text too. If the vision examples together hold less than r of media tokens, no mixture
 reaches r; that raises DataError instead of drifting: when a run of vision examples has lost ground by far more than

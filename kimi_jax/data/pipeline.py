@@ -40,7 +40,7 @@ from kimi_jax.data.packing import Batch, GroupShape, concatenate
 from kimi_jax.data.shard import NAMED, Quarantine, Shard, check_bad
 from kimi_jax.data.tokenizer import Tokenizer, load_tokenizer
 
-VERSION = 1  # of the state
+VERSION = 2  # of the state
 START_UP = 9  # times the stall time that a worker may take besides until it reads its first record
 log = logging.getLogger(__name__)
 
@@ -349,7 +349,7 @@ def merge_states(states: Sequence[dict]) -> dict:
 def _quarantined(name: str, states: Sequence[dict]) -> dict[str, list[str]]:
     met: dict[str, list[str]] = {}
     for state in states:
-        met |= state["sources"][name].get("quarantined", {})
+        met |= state["sources"][name]["quarantined"]
     return dict(sorted(met.items(), key=lambda item: int(item[0])))
 
 

@@ -26,7 +26,7 @@ from kimi_jax.data.tokenizer import Tokenizer
 
 NAMED = 5  # bad records that are remembered by name, for each source
 QUARANTINED = 1000  # bad records of a source that a shard remembers, so as not to open them again
-MOST_BAD = 8  # draws for one example that `min_per_group` asks for, before a group goes without it
+MOST_DRAWS = 8  # for one example that `min_per_group` asks for; with so many bad ones a group goes without it
 JUDGED = 100  # draws after which the share of bad records of a source is judged; fewer if it has fewer records
 
 
@@ -67,7 +67,7 @@ class Quarantine:
         self._note = note
         for state in states:
             for name, source in state["sources"].items():
-                for index, known in source.get("quarantined", {}).items():
+                for index, known in source["quarantined"].items():
                     self.bad[name, int(index)] = known
 
     def reading(self, name: str, index: int) -> None:
@@ -131,7 +131,7 @@ class _Reader:
                 "its order is another one. Restore the old files, or start with a fresh data state"
             )
         self.drawn, self.bad, self.named = state["drawn"], dict(state["bad"]), list(state["named"])
-        self.met = dict(state.get("quarantined", {}))
+        self.met = dict(state["quarantined"])
 
 
 class Shard:
@@ -180,7 +180,7 @@ class Shard:
 
     def _wanted(self, name: str, count: int) -> list[Waiting]:
         """The `count` oldest examples of a source in the pool, drawn ahead of the mixture if fewer wait there."""
-        for _ in range(MOST_BAD * count):
+        for _ in range(MOST_DRAWS * count):
             if sum(waiting.reference[0] == name for waiting in self._pool) >= count:
                 break
             self._pool += self._draw(name)

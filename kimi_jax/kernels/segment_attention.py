@@ -32,7 +32,7 @@ from kimi_jax.kernels import splash
 
 CHUNK = 64  # queries a chunk: 4 heads x 64 x 512 float32 scores are 0.5 MB
 MAX_SPANS = 4  # unrolled spans of chunks with their own key range; more would save little and compile longer
-NEGATIVE = -1e30  # masked logit; finite, so that rows without any key stay finite
+NEGATIVE = splash.NOTHING  # masked logit; finite, so that rows without any key stay finite
 
 
 def _mask(query_ids: Array, key_ids: Array, query_start: Array | int, causal: bool) -> Array:

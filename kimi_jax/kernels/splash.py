@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 BLOCKS = (512, 256, 128)  # positions a block: the largest that divides
 LANES = 128
-NOTHING = -1e30  # log-sum-exp of a query that sees no key
+NOTHING = -1e30  # log-sum-exp of a query that sees no key, largest logit of a head without pairs
 
 
 def _kernel(heads: int, queries: int, keys: int, causal: bool, interpret: bool) -> splash.SplashAttentionKernel:

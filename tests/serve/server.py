@@ -22,6 +22,7 @@ from kimi_jax.config import ModelConfig
 from kimi_jax.data.kimi_tokenizer import KimiTokenizer
 from kimi_jax.data.tokenizer import load_tokenizer
 from kimi_jax.infer.request import Event, Request
+from kimi_jax.model import Model, load
 from kimi_jax.serve.app import Server
 from kimi_jax.serve.worker import EngineWorker
 from tests.fixtures import shared
@@ -55,6 +56,15 @@ def checkpoint(folder: Path) -> Path:
         warnings.simplefilter("ignore")  # it is not the released vocabulary
         assert load_tokenizer(folder).vocab_size == config["text_config"]["vocab_size"]
     return folder
+
+
+def load_checkpoint(folder: Path) -> Model:
+    """`checkpoint` with its tokenizer, as a user loads it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is not the released vocabulary
+        model = load(checkpoint(folder))
+        assert model.tokenizer.vocab_size == model.config.vocab_size
+    return model
 
 
 def picture_uri(width: int = 40, height: int = 30, value: int = 90) -> str:

@@ -100,9 +100,9 @@ def test_killed_anywhere_a_run_continues_bit_for_bit(found, folder):
 
 
 def test_a_full_disk_is_said_and_training_goes_on(found, folder):
-    """Full while batches 3 to 6 are made: the checkpoint of step 4 is lost, nothing else, and it is said.
+    """Full while batches 3 to 6 are made: the checkpoint of step 4 is lost, no row and no later one, and it is said.
 
-    That of step 6 is written while training goes on: it is lost too, or written when there is room again.
+    Those of steps 2 and 6 are written while training goes on: lost too and said, or written while there is room.
     """
     disk = folder / "disk"
     disk.mkdir()
@@ -111,10 +111,10 @@ def test_a_full_disk_is_said_and_training_goes_on(found, folder):
     (result,), status, errors = launch([{"workdir": str(disk / "run"), "disk": [3, 7]}], before)
     assert status == 0 and result["status"] == 0, errors
     assert result["rows"] == found["sound"]["rows"]
-    assert result["checkpoints"] in ([2, 8, 10], [6, 8, 10]) and result["digest"] == found["sound"]["digest"]
+    lost = {2, 4, 6, 8, 10} - set(result["checkpoints"])
+    assert {4} <= lost <= {2, 4, 6} and result["digest"] == found["sound"]["digest"]
     warned = [line for line in result["said"] if "was NOT saved" in line]
-    lost = [4] if 6 in result["checkpoints"] else [4, 6]
-    assert all(any(f"step {step}" in line for line in warned) for step in lost), result["said"]
+    assert all(any(f"step {step} " in line for line in warned) for step in lost), result["said"]
 
 
 # ------------------------------------------------------------------------------------------------------------- signals

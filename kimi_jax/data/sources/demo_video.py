@@ -1,8 +1,8 @@
 """Video of the demo: a handwritten digit on a white card moves over frames of a real clip; which way does it go?
 
 The first frame shows the digit anywhere, whatever the direction, so one frame can only be guessed at; from there the
-digit goes its way and may leave the picture. So the places it is seen at, even without their order, mostly tell where.
-(A digit that comes back on the other side needs the order itself: training of this length learns only its axis.)
+digit goes its way and may leave the picture. So where it is seen mostly tells the way, even without the order of the
+frames. (A digit that comes back on the other side needs the order: training of this length learns only its axis.)
 
 n      frames (4 to 7: chunks of one to four frames)
 h, w   pixels of a frame
