@@ -4,8 +4,8 @@ Run:     make demo
       or python -m kimi_jax.data tokenizer --config=configs/demo.py
          python -m kimi_jax.train --config=configs/demo.py
 Needs:   pip install -e '.[demo]'; no network, no accelerator.
-Expect:  one run (seed 0): easy-VQA's open questions 0.65 against 0.24 with a blank image, direction of motion 0.97
-         against 0.23 with one frame, held-out Wikipedia 1.97 bits a byte; digits stay at their control. The table is in
+Expect:  one run (seed 0): easy-VQA's open questions 0.68 against 0.23 with a blank image, direction of motion 0.94
+         against 0.25 with one frame, held-out Wikipedia 1.94 bits a byte; digits stay at their control. The table is in
          runs/demo/results.json.
 """
 
