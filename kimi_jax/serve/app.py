@@ -34,7 +34,7 @@ from kimi_jax.infer.request import Request, Sampling
 from kimi_jax.serve import protocol
 from kimi_jax.serve.answer import Answer, ChatAnswer
 from kimi_jax.serve.protocol import ApiError, Call, ChatCall, CompletionCall
-from kimi_jax.serve.worker import EngineFailed, EngineWorker, Overloaded, Run
+from kimi_jax.serve.worker import EngineFailed, EngineWorker, Overloaded, RequestFailed, Run
 
 GONE = 499  # what proxies call a client that did not wait
 
@@ -258,6 +258,9 @@ def _our_fault(problem: Exception) -> ApiError:
     """What a client is told when it did nothing wrong; the log has the rest."""
     if isinstance(problem, EngineFailed):
         return ApiError(503, f"the engine has failed: {problem}", code="engine_failed")
+    if isinstance(problem, RequestFailed):
+        logging.error("a request failed: %s", problem)
+        return ApiError(500, f"this request failed: {problem}", code="request_failed")
     logging.error("a call failed", exc_info=problem)
     return ApiError(500, f"internal error: {type(problem).__name__}")
 

@@ -26,7 +26,11 @@ class Overloaded(Exception):
 
 
 class EngineFailed(Exception):
-    """The engine raised; the message says what."""
+    """The engine raised, or the server is stopping; the message says what. Nobody is answered any more."""
+
+
+class RequestFailed(Exception):
+    """The engine could not answer this one request; the message says why. The others go on."""
 
 
 class Run:
@@ -44,13 +48,18 @@ class Run:
         self._worker = worker
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
-        """(number of the choice, event) until every choice has ended or was stopped. Raises EngineFailed."""
+        """(number of the choice, event) until every choice has ended or was stopped.
+
+        Raises RequestFailed if one of them cannot be answered, EngineFailed if the engine has ended.
+        """
         while self.running:
             index, event = await self.arrived.get()
             if index not in self.running:
                 continue
-            if event.finish_reason in ("error", "cancelled"):  # nobody here cancels what is in `running`
-                raise EngineFailed(event.error or "the server is stopping")
+            if event.finish_reason == "error":
+                raise RequestFailed(event.error)
+            if event.finish_reason == "cancelled":  # nobody here cancels what is in `running`
+                raise EngineFailed(event.error)
             if event.finish_reason is not None:
                 self.running.discard(index)
             yield index, event
@@ -138,8 +147,8 @@ class EngineWorker:
             except Exception as error:  # whatever it is: those who wait must hear of it
                 logging.exception("the engine failed; the server answers no more requests")
                 self.failure = f"{type(error).__name__}: {error}"
-                self._end_all("error", self.failure)
-        self._end_all("cancelled")
+                self._end_all(self.failure)
+        self._end_all("the server is stopping")
         self.failure = self.failure or "the server is stopping"
         while not self._inbox.empty():
             self._inbox.get()()
@@ -177,8 +186,8 @@ class EngineWorker:
         if arrived:
             self._call(_hand_out, arrived)
 
-    def _end_all(self, reason: str, error: str | None = None) -> None:
-        self._deliver([Event(number, None, None, (), reason, error) for number in tuple(self._places)])
+    def _end_all(self, why: str) -> None:
+        self._deliver([Event(number, None, None, (), "cancelled", why) for number in tuple(self._places)])
 
     def _call(self, function: Callable[..., None], *arguments: Any) -> None:
         assert self._loop is not None

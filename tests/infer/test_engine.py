@@ -17,6 +17,7 @@ import kimi_jax as kimi
 from kimi_jax import sharding
 from kimi_jax.config import MeshConfig
 from kimi_jax.data.example import MediaItem
+from kimi_jax.data.image import normalise
 from kimi_jax.data.patches import num_features
 from kimi_jax.infer.cache import PagePool
 from kimi_jax.infer.engine import Engine
@@ -250,19 +251,27 @@ def test_what_can_never_fit_is_refused(engine, monkeypatch):
         engine.submit(Request(text(0, 60)))
 
 
-def test_a_request_that_fails_does_not_end_the_others(engine, monkeypatch):
-    def broken(*args):
-        raise MemoryError("no room for this picture")
+def test_a_request_that_fails_does_not_touch_the_others(engine, monkeypatch):
+    """The tower fails for one picture: not for another that waits behind it, nor for text that is being decoded."""
+    see, cursed = engine.model.vision_features, picture(9)
 
+    def broken(pixels, grids):
+        if np.array_equal(pixels, normalise(cursed.patches, 4)):
+            raise MemoryError("no room for this picture")
+        return see(pixels, grids)
+
+    good, seen = Request(text(6, 6), sampling=Sampling(0.0, max_new_tokens=9)), with_picture(3, 5, picture(1), 2)
+    wanted = reference(good)[0], reference(seen)[0]
     monkeypatch.setattr(engine.model, "vision_features", broken)
-    good = Request(text(6, 6), sampling=GREEDY)
-    bad, number = engine.submit(with_picture(1, 2, picture(9), 2)), engine.submit(good)
-    found = drain(engine)
+    first = engine.submit(good)
+    events = [event for _ in range(3) for event in engine.step()]
+    bad, last = engine.submit(with_picture(1, 2, cursed, 2)), engine.submit(seen)
+    found = drain(engine, events)
     assert [event.finish_reason for event in found[bad]] == ["error"]
-    assert "no room for this picture" in found[bad][0].error
-    assert ids(found[number]) == reference(good)[0]
+    assert found[bad][0].error == "vision: MemoryError: no room for this picture"
+    assert (ids(found[first]), ids(found[last])) == wanted
     with pytest.raises(RuntimeError, match="no room"):
-        engine.run([with_picture(1, 2, picture(9), 2)])
+        engine.run([with_picture(1, 2, cursed, 2)])
 
 
 def test_nothing_is_compiled_in_steady_state(engine, caplog):

@@ -101,6 +101,7 @@ class ScriptedEngine:
         self.cancelled: list[int] = []
         self.changed = threading.Condition()
         self.broken = False
+        self.doomed: set[int] = set()  # requests that will fail
 
     def submit(self, request: Request) -> int:
         if len(request.token_ids) > 1000:
@@ -126,6 +127,10 @@ class ScriptedEngine:
             raise RuntimeError("the machine is on fire")
         events = []
         for number in sorted(self.left)[: self.slots]:
+            if number in self.doomed:
+                del self.left[number]
+                events.append(Event(number, None, None, (), "error", "vision: MemoryError: too large"))
+                continue
             token, sampling = self.left[number].pop(0), self.requests[number].sampling
             reason = "stop" if token in sampling.stop_ids else None if self.left[number] else "length"
             if reason:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import dataclasses
+import functools
 import http.client
 import json
 import urllib.error
@@ -449,6 +450,29 @@ def test_an_engine_that_fails_is_said_and_the_server_lives():
         with pytest.raises(urllib.error.HTTPError) as error:
             get(address, "/health")
         assert error.value.code == 503
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_request_that_fails_does_so_alone(stream):
+    """An engine that cannot see the picture of one: a 500 with the reason for it, whole answers for its neighbours."""
+    engine = ScriptedEngine(TOKENIZER, script, patient=True)
+    with serving(engine, TOKENIZER, config()) as address, client(address) as api:
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            ask = functools.partial(api.chat.completions.create, model="tiny")
+            before = pool.submit(ask, messages=user("long"))
+            engine.wait(lambda: len(engine.left) == 1)
+            engine.permits.release(3)
+            engine.doomed = {1}
+            bad = pool.submit(lambda: list(ask(messages=HELLO, stream=stream)))
+            engine.wait(lambda: 1 in engine.left)
+            engine.permits.release(10_000)
+            with pytest.raises(openai.APIError, match="this request failed: vision: MemoryError: too large") as error:
+                bad.result(PATIENCE)
+            assert stream or error.value.status_code == 500
+            assert before.result(PATIENCE).choices[0].message.content == "x" * 500
+        assert json.loads(get(address, "/health")) == {"status": "ok"}
+        assert api.chat.completions.create(model="tiny", messages=HELLO).choices
+        assert "kimi_admitted 0" in get(address, "/metrics")
 
 
 def test_shutting_down_ends_what_still_runs():
