@@ -1,4 +1,4 @@
-"""Where the published fixtures are: the folder `shared` beside the repository, or `$KIMI_SHARED`."""
+"""Where the published fixtures are: the folder `shared` beside the repository, or `$KIMI_SHARED`; how tests compile."""
 
 import os
 from pathlib import Path
@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
+# XLA flags of all tests: tiny programs, of which more are compiled than run for long; the arithmetic stays float32
+COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def shared_root() -> Path:

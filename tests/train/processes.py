@@ -1,5 +1,7 @@
 """Starts the real processes of the tests of hosts and faults: small programs, compiled fast rather than well."""
 
+import contextlib
+import itertools
 import json
 import os
 import socket
@@ -8,12 +10,10 @@ import sys
 from pathlib import Path
 
 from tests.e2e.corpus import write_config, write_corpus
-from tests.fixtures import REPO
+from tests.fixtures import COMPILE_FAST, REPO
 from tests.train.tiny import CONFIG, MODEL
 
 PROGRAM = REPO / "tests" / "train" / "host_program.py"
-# a fifth of the compile time; all runs that are compared have it
-FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def make_config(folder: Path, **changes) -> Path:
@@ -40,7 +40,7 @@ def make_config(folder: Path, **changes) -> Path:
 def environment(devices: int, **more: str) -> dict[str, str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("KIMI_HOST")}
     return clean | {
-        "XLA_FLAGS": f"{FAST} --xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{COMPILE_FAST} --xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": str(REPO),
         "PYTHONUNBUFFERED": "1",
         "JAX_PLATFORMS": "cpu",
@@ -54,13 +54,26 @@ def start(config: Path, tasks: list, devices: int, **more: str) -> subprocess.Po
     return subprocess.Popen(command, cwd=REPO, env=environment(devices, **more), text=True, **pipes)
 
 
+_FIRST = 20_000 + os.getpid() * 37 % 10_000
+_PORTS = itertools.chain(range(_FIRST, 30_000), range(20_000, _FIRST))  # each is tried once
+
+
+def free_port() -> int:
+    """A port that stays free until it is used: not one that the system would give to a connection meanwhile.
+
+    Another worker of the tests starts its search elsewhere.
+    """
+    for port in _PORTS:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise OSError("no free port between 20000 and 29999")
+
+
 def start_hosts(config: Path, tasks: list, count: int, devices: int, **more: str) -> list[subprocess.Popen]:
     """`count` hosts with `devices` devices each, on a port that is free."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     names = ",".join(["127.0.0.1"] * count)
-    more = {"KIMI_HOSTS": names, "KIMI_PORT": port, "KIMI_HEARTBEAT_SECONDS": "20", **more}
+    more = {"KIMI_HOSTS": names, "KIMI_PORT": str(free_port()), "KIMI_HEARTBEAT_SECONDS": "60", **more}
     return [start(config, tasks, devices, KIMI_HOST=str(n), **more) for n in range(count)]
 
 
