@@ -14,23 +14,16 @@ from typing import Any
 
 from absl import app, flags
 
-CONFIG = "configs/kimi_k2_5.py"
-# pod -> (mesh, sequences a chip)
-PODS = {
-    "v5p:4x8x8": ({"fsdp": 16, "expert": 16}, 4),
-    "v5p:8x8x8": ({"fsdp": 32, "expert": 16}, 4),
-    "v5p:8x8x16": ({"fsdp": 64, "expert": 16}, 4),
-}
+# topology -> the layout of `configs/pods.py` that is made for it
+PODS = {"v5p:4x8x8": "v5p-512", "v5p:8x8x8": "v5p-1024", "v5p:8x8x16": "v5p-2048"}
 _DIR = flags.DEFINE_string("dir", "runs/plan", "Where the plans go.")
 _PODS = flags.DEFINE_list("pods", list(PODS), "Which pods.")
 
 
 def command(pod: str, out: Path) -> list[str]:
     """The command that makes the plan of one pod."""
-    mesh, rows = PODS[pod]
-    axes = [f"--config.mesh.{name}={size}" for name, size in mesh.items()]
-    where = [f"--topology={pod}", f"--sequences_per_chip={rows}", f"--json={out}"]
-    return [sys.executable, "-m", "kimi_jax.plan", f"--config={CONFIG}", *axes, *where]
+    where = [f"--topology={pod}", f"--json={out}"]
+    return [sys.executable, "-m", "kimi_jax.plan", f"--config=configs/pods.py:kimi_k2_5@{PODS[pod]}", *where]
 
 
 def row(plan: dict[str, Any]) -> str:

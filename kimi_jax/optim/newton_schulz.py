@@ -33,13 +33,15 @@ def default_dtype(platform: str | None = None) -> jnp.dtype:
 
 
 def orthogonalize(
-    matrices: Float[Array, "N R C"], steps: int = 5, dtype: DTypeLike | None = None
+    matrices: Float[Array, "N R C"], steps: int = 5, dtype: DTypeLike | None = None, unroll: bool = True
 ) -> Float[Array, "N R C"]:
     """Each matrix with its singular values moved to about 1, in the dtype of the input; a zero matrix gives zeros.
 
     The Gram matrix is formed on the shorter side, so a step costs 4 min(R,C)^2 max(R,C) + 2 min(R,C)^3 FLOPs a matrix.
     `dtype` is that of the iteration (default: `default_dtype()`; pass it when compiling for another backend). The norm
-    is always float32. Source: paper section 2.4, "Muon details".
+    is always float32. `unroll` changes speed only: XLA:CPU runs unrolled chains of different parameters side by side and
+    loops one by one; the TPU compiler makes code for every product that it sees. Source: paper section 2.4, "Muon
+    details".
     """
     dtype = jnp.dtype(dtype) if dtype is not None else default_dtype()
     a, b, c = COEFFICIENTS
@@ -49,11 +51,14 @@ def orthogonalize(
 
     x = matrices.astype(jnp.float32)
     x = (x / (jnp.sqrt(jnp.sum(x * x, axis=(1, 2), keepdims=True)) + EPSILON)).astype(dtype)
-    for _ in range(steps):  # unrolled: XLA:CPU runs the chains of different parameters side by side, loops one by one
+
+    def iterate(_: Array, x: Array) -> Array:
         transposed = jnp.swapaxes(x, 1, 2)
         gram = matmul(x, transposed) if wide else matmul(transposed, x)
         poly = b * gram + c * matmul(gram, gram)
-        x = a * x + (matmul(poly, x) if wide else matmul(x, poly))
+        return a * x + (matmul(poly, x) if wide else matmul(x, poly))
+
+    x = lax.fori_loop(0, steps, iterate, x, unroll=unroll)
     return x.astype(matrices.dtype)
 
 
@@ -89,7 +94,7 @@ def orthogonalize_dealt(
     def deal(x: Array) -> Array:
         for axis, part in cuts:
             x = lax.all_to_all(x, part, 0, axis, tiled=True)
-        whole = orthogonalize(x.reshape(-1, *shape), steps, dtype).reshape(x.shape)
+        whole = orthogonalize(x.reshape(-1, *shape), steps, dtype, unroll=False).reshape(x.shape)
         for axis, part in reversed(cuts):
             whole = lax.all_to_all(whole, part, axis, 0, tiled=True)
         return whole

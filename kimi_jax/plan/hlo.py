@@ -19,6 +19,7 @@ BITS = {
 _ARRAY = re.compile(r"\b(" + "|".join(sorted(BITS, key=len, reverse=True)) + r")\[([0-9,]*)\]")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$", re.DOTALL)
+_END = re.compile(r'^\}(, execution_thread="\w+")?\s*$')  # a part of a SparseCore names its thread
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"\b(to_apply|calls|body|condition|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)")
 _INTEGER = re.compile(r"^-?\d+$")
@@ -119,7 +120,7 @@ def parse(text: str) -> Program:
         if head:
             name, lines = head.group(2), []
             entry = name if head.group(1) else entry
-        elif line.rstrip() == "}" and name:
+        elif name and _END.match(line):
             computations[name] = Computation(name, tuple(map(_instruction, lines)))
             name = ""
         elif name and _INSTRUCTION.match(line):

@@ -47,20 +47,29 @@ def groups(attributes: str, devices: int) -> np.ndarray:
     if pairs:
         numbers = [int(n) for n in re.findall(r"\d+", pairs.group(1))]
         return np.array(numbers).reshape(-1, 2)
-    by_axis = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes)
+    by_axis = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?\s*\{([^}]*)\}", attributes
+    )
     if by_axis:
-        return _groups_of_axes(by_axis.group(1), by_axis.group(2))
+        mesh, sizes, order, used = by_axis.groups()
+        places = _groups_of_axes(mesh, used)
+        return _reordered(sizes, order).reshape(-1)[places] if sizes else places
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
     if iota:
-        shape, sizes, order = ([int(n) for n in part.split(",")] if part else [] for part in iota.groups())
-        everybody = np.arange(math.prod(sizes)).reshape(sizes)
-        return (everybody.transpose(order) if order else everybody).reshape(shape)
+        shape, sizes, order = iota.groups()
+        return _reordered(sizes, order).reshape([int(n) for n in shape.split(",")])
     lists = re.search(r"replica_groups=\{(\{[\d,{}\s]*\}|)\}", attributes)
     if lists and lists.group(1):
         return np.array([[int(n) for n in g.split(",")] for g in re.findall(r"\{([\d,\s]+)\}", lists.group(1))])
     if lists or "replica_groups" not in attributes:  # an empty list: everybody
         return np.arange(devices)[None]
     raise HloError(f"unknown way to write groups: {attributes[:200]}")
+
+
+def _reordered(sizes: str, order: str | None) -> np.ndarray:
+    """Partition numbers as an array of these sides, its axes then put in this order."""
+    everybody = np.arange(math.prod(map(int, sizes.split(",")))).reshape([int(n) for n in sizes.split(",")])
+    return everybody.transpose([int(n) for n in order.split(",")]) if order else everybody
 
 
 def _groups_of_axes(mesh: str, used: str) -> np.ndarray:

@@ -96,6 +96,12 @@ def test_trip_count_decided_at_run_time_is_unknown():
     assert hlo.trip_count(*the_loop(LOOP.replace("s32[] constant(7)", "s32[] negate(%i.2)"))) is None
 
 
+def test_computations_of_the_sparse_core_end_with_the_name_of_their_thread():
+    part = '%part (x: f32[8]) -> f32[8] {\n  ROOT %x = f32[8] parameter(0)\n}, execution_thread="sparsecore"\n\n'
+    program = hlo.parse(part + "ENTRY %main (y: f32[8]) -> f32[8] {\n  ROOT %y = f32[8] parameter(0)\n}\n")
+    assert program["part"].root.name == "x" and program["main"].root.name == "y"
+
+
 def test_text_that_is_no_program_is_refused():
     with pytest.raises(hlo.HloError, match="no ENTRY"):
         hlo.parse("module @jit_f { }")
