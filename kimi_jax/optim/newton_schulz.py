@@ -39,9 +39,9 @@ def orthogonalize(
 
     The Gram matrix is formed on the shorter side, so a step costs 4 min(R,C)^2 max(R,C) + 2 min(R,C)^3 FLOPs a matrix.
     `dtype` is that of the iteration (default: `default_dtype()`; pass it when compiling for another backend). The norm
-    is always float32. `unroll` changes speed only: XLA:CPU runs unrolled chains of different parameters side by side and
-    loops one by one; the TPU compiler makes code for every product that it sees. Source: paper section 2.4, "Muon
-    details".
+    is always float32. `unroll` changes speed only: XLA:CPU runs unrolled chains of different parameters side by side
+    and loops one by one; the TPU compiler makes code for every product that it sees. Source: paper section 2.4,
+    "Muon details".
     """
     dtype = jnp.dtype(dtype) if dtype is not None else default_dtype()
     a, b, c = COEFFICIENTS
