@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 from absl import app, flags
 
 from kimi_jax import cli
-from kimi_jax.config import ConfigError
+from kimi_jax.config import ConfigError, MeshConfig
 from kimi_jax.data import BadRecord
 from kimi_jax.data.reply import Delta, ReplyParser
 from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.infer.generate import Chat, ReplyStream, chat_request, stream
 from kimi_jax.infer.request import Sampling
 from kimi_jax.model import load
+from kimi_jax.sharding import make_mesh
 
 if TYPE_CHECKING:
     from kimi_jax.infer.engine import Engine
@@ -169,6 +170,7 @@ def define_flags() -> None:
     flags.DEFINE_string("system", "", "What a system message says first.")
     flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32", "float16"], "Of weights and activations.")
     flags.DEFINE_enum("experts", "float", ["float", "int4"], "int4: packed experts stay packed in memory.")
+    flags.DEFINE_bool("mesh", False, "Cut the weights over all devices.")
     flags.DEFINE_integer("max_sequence_length", 4096, "Most tokens of the whole conversation.", 2)
     flags.DEFINE_integer("max_new_tokens", 2048, "Most tokens of an answer.", 1)
     flags.DEFINE_float("temperature", None, "0 is greedy; default: 1.0, 0.6 without thinking.", 0.0)
@@ -187,8 +189,9 @@ def main(argv: list[str]) -> None:
     temperature = f.temperature if f.temperature is not None else 1.0 if f.thinking else 0.6
     sampling = Sampling(temperature, f.top_p, f.seed, f.max_new_tokens)
     try:
-        model = load(f.model, f.dtype, f.experts)
-        engine = Engine(model, slots=1, max_sequence_length=f.max_sequence_length)
+        mesh = make_mesh(MeshConfig()) if f.mesh else None
+        model = load(f.model, f.dtype, f.experts, mesh)
+        engine = Engine(model, slots=1, max_sequence_length=f.max_sequence_length, mesh=mesh)
         conversation = Conversation(engine, model.tokenizer, sampling, f.thinking, f.system)
         for kind, paths in (("image", f.image), ("video", f.video)):
             for path in paths:

@@ -228,6 +228,23 @@ class MemoryConfig:
 
 
 @dataclass(frozen=True)
+class LoRAConfig:
+    """Adapters learn beside frozen weights (`kimi_jax.nn.lora`). A run's model is then that of `base`, and
+    `config.model` says only how it is computed (dtype, remat, scan_layers)."""
+
+    base: str = ""  # a released directory or a workdir
+    experts: str = "float"  # "int4": the routed experts of a released INT4 checkpoint stay packed
+    rank: int = 16
+    alpha: float = 32.0  # the adapters' product counts alpha / rank
+    targets: tuple[str, ...] = ("attention", "mlp", "shared")  # names of nn.lora.TARGETS
+
+    @property
+    def scale(self) -> float:
+        """What the product of the adapters is multiplied with."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One run. `workdir` holds the log, the checkpoints and the report."""
 
@@ -243,6 +260,7 @@ class TrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    lora: LoRAConfig | None = None  # None: all weights learn
 
 
 # -------------------------------------------------------------------------------------------------------------- presets

@@ -4,7 +4,9 @@
   to-hf SOURCE TARGET     a checkpoint of ours, converted or trained, to a released directory; --int4 packs the experts
 
 Both go tensor by tensor, in memory that does not grow with the model. Interrupted, they go on where they were when
-called again; TARGET appears when it is whole. SOURCE may be gs://..., TARGET lies on a file system.
+called again; TARGET appears when it is whole. Both may be gs://... (extra [tpu] for gcsfs): there TARGET is filled in
+place, its last file says that it is whole, and to-hf needs room for one file in $TMPDIR. Of a run with `config.lora`
+to-hf merges the adapters into their base.
 
 from-hf --mesh=fsdp=64 cuts the checkpoint for the devices that will restore it; any other mesh can restore it too.
 """

@@ -19,14 +19,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
-from kimi_jax.config import ConfigError, ModelConfig
+from kimi_jax import sharding
+from kimi_jax.config import ConfigError, MeshConfig, ModelConfig
 from kimi_jax.data.chat import Message
 from kimi_jax.data.patches import Grid, item_layout, num_features
 from kimi_jax.data.reply import Reply
 from kimi_jax.data.tokenizer import Tokenizer, load_tokenizer
 from kimi_jax.hf import stream
 from kimi_jax.infer.request import Sampling
+from kimi_jax.nn import lora
 from kimi_jax.nn.kimi import KimiK25
 
 if TYPE_CHECKING:
@@ -37,22 +40,24 @@ EXPERTS = ("float", "int4")
 MIN_TOKENS, MIN_PATCHES, LEAST_CACHE = 16, 64, 1024
 
 
-def load(path: str | os.PathLike[str], dtype: str = "float32", experts: str = "float") -> Model:
+def load(
+    path: str | os.PathLike[str], dtype: str = "float32", experts: str = "float", mesh: Mesh | None = None
+) -> Model:
     """A released-format directory (config.json and safetensors: bf16, fp16, fp32, INT4 or FP8), or a workdir of ours
-    (trained, or made by `python -m kimi_jax.convert from-hf`; its newest checkpoint).
+    (trained, or made by `python -m kimi_jax.convert from-hf`; its newest checkpoint; adapters come merged into their
+    base, as that was loaded to train them).
 
     dtype: of the weights and the activations. experts: "float" (in `dtype`), or "int4": a released directory's routed
-    experts stay INT4 in memory, 4.5 bits a weight, and the numbers are the same. Raises FileNotFoundError if `path` is
-    neither, ConfigError for a model that is not supported, an unknown dtype, or "int4" for experts that are not,
-    hf.files.CheckpointError that lists every tensor that does not fit.
+    experts stay INT4 in memory, 4.5 bits a weight, and the numbers are the same. mesh: of `kimi_jax.sharding`; each of
+    its devices gets its own part of every weight and never more. Without, everything is on one device.
+    Raises FileNotFoundError if `path` is neither, ConfigError for a model that is not supported, an unknown dtype, or
+    "int4" for experts that are not, hf.files.CheckpointError that lists every tensor that does not fit.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if experts not in EXPERTS:
         raise ConfigError(f"experts={experts!r} is not one of {', '.join(EXPERTS)}")
     folder = epath.Path(path)
-    if (folder / "config.json").is_file():
-        return Model(*stream.load(folder, dtype, keep_int4=experts == "int4"), tokenizer_path=str(folder))
     if (folder / "checkpoints").is_dir():
         if experts == "int4":
             raise ConfigError(
@@ -61,10 +66,17 @@ def load(path: str | os.PathLike[str], dtype: str = "float32", experts: str = "f
             )
         from kimi_jax.train import checkpoint  # here: a released directory needs neither Orbax nor the trainer
 
-        config, params = checkpoint.load(str(folder))
-        model = dataclasses.replace(config.model, dtype=dtype, param_dtype=dtype, remat=False)
-        tokenizer_path = config.data.tokenizer or str(folder / "released")  # where conversion keeps what came along
-        return Model(model, _cast(params, dtype), tokenizer_path=tokenizer_path)
+        one = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
+        run, params = checkpoint.load(str(folder), mesh=mesh or one, dtype=dtype)
+        if run.lora is not None:
+            base = load(run.lora.base, dtype, run.lora.experts, mesh)
+            return Model(base.config, lora.merge(base.params, params, run.lora), base.tokenizer_path, mesh)
+        config = dataclasses.replace(run.model, dtype=dtype, param_dtype=dtype, remat=False)
+        tokenizer_path = run.data.tokenizer or str(folder / "released")  # where conversion keeps what came along
+        return Model(config, params, tokenizer_path, mesh)
+    if (folder / "config.json").is_file():  # a run has one too, of its settings
+        config, params = stream.load(folder, dtype, keep_int4=experts == "int4", mesh=mesh)
+        return Model(config, params, str(folder), mesh)
     raise FileNotFoundError(
         f"{folder} is no model: it has neither config.json (a released checkpoint) nor checkpoints/ (a workdir)"
     )
@@ -73,19 +85,21 @@ def load(path: str | os.PathLike[str], dtype: str = "float32", experts: str = "f
 class Model:
     """Configuration and weights, with the questions one asks most. `params` is the plain tree of `nn.kimi`.
 
-    tokenizer_path: where `load_tokenizer` finds the tokenizer, for what takes or gives text.
+    tokenizer_path: where `load_tokenizer` finds the tokenizer, for what takes or gives text. mesh: over which the
+    weights lie, if they do.
     """
 
-    def __init__(self, config: ModelConfig, params: dict[str, Any], tokenizer_path: str = ""):
+    def __init__(self, config: ModelConfig, params: dict[str, Any], tokenizer_path: str = "", mesh: Mesh | None = None):
         self.config = config
         self.params = params
-        self._tokenizer_path = tokenizer_path
+        self.mesh = mesh
+        self.tokenizer_path = tokenizer_path
         self._engine: tuple[Any, Engine] | None = None  # and the params it was made for
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The one that lies beside the weights. Raises FileNotFoundError if there is none; it can be set instead."""
-        return load_tokenizer(self._tokenizer_path)
+        return load_tokenizer(self.tokenizer_path)
 
     def generate(
         self, messages: Sequence[Message], *, max_new_tokens: int = 256, temperature: float = 1.0, top_p: float = 0.95,
@@ -110,7 +124,7 @@ class Model:
         length = _bucket(len(request.token_ids) + max_new_tokens, LEAST_CACHE)
         made_for, engine = self._engine or (None, None)
         if engine is None or made_for is not self.params or engine.max_sequence_length < length:
-            engine = Engine(self, slots=1, max_sequence_length=length)
+            engine = Engine(self, slots=1, max_sequence_length=length, mesh=self.mesh)
             self._engine = self.params, engine
         return generate.answer(engine, request, self.tokenizer, thinking, stop)
 
@@ -218,16 +232,6 @@ class Model:
         if picks.shape != want:
             raise ValueError(f"router_picks must be {want} (MoE layers, B, S, k), not {picks.shape}")
         return np.stack([_pad(layer, (*padded, want[-1]), 0) for layer in picks])
-
-
-def _cast(params: Any, dtype: str) -> Any:
-    """Every weight in `dtype` but the router bias."""
-
-    def one(path: tuple, leaf: jax.Array) -> jax.Array:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        return leaf.astype(jnp.float32 if name == stream.BIAS else dtype)
-
-    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def _bucket(n: int, least: int) -> int:

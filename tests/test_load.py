@@ -9,17 +9,23 @@ differs by what the experts differ, which no bound on rounding covers.
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 import kimi_jax as kimi
+from kimi_jax import sharding
+from kimi_jax.config import MeshConfig
 from kimi_jax.hf import stream
 from kimi_jax.hf.convert import from_hf
 from kimi_jax.model import _bucket
+from kimi_jax.nn.kimi import abstract_params
+from kimi_jax.nn.param import metadata, unbox
 from tests.fixtures import shared
 from tests.hf import tiny
 
@@ -93,10 +99,55 @@ def test_int4_is_the_model_of_its_dequantised_weights(tmp_path, io, media):
 
 
 def test_our_own_checkpoint(tmp_path, model, io):
-    """A workdir, cut over all devices."""
+    """A workdir, in the dtype that is asked for."""
     from_hf(shared("fixtures/tiny_fp32"), tmp_path / "ours")
     ours = kimi.load(tmp_path / "ours")
     assert ours.config == model.config
+    tiny.assert_same(jax.device_get(ours.params), jax.device_get(model.params))
+    assert error(ours.logits(io["text.input_ids"]), io["text.logits"]) <= EXACT
+    narrow, want = (kimi.load(path, "bfloat16") for path in (tmp_path / "ours", shared("fixtures/tiny_fp32")))
+    assert narrow.config == want.config
+    tiny.assert_same(jax.device_get(narrow.params), jax.device_get(want.params))
+
+
+@pytest.mark.parametrize("experts", ["float", "int4"])
+@pytest.mark.parametrize("axes", [{"fsdp": 8}, {"fsdp": 2, "expert": 2, "replica": 2}], ids=str)
+def test_on_a_mesh_every_device_gets_its_part_and_no_more(experts, axes, io, media, monkeypatch):
+    """Read in pieces that part boundaries cut. What is put on a device is its share of each array, counted as it
+    happens; nothing is made whole on one device first. The weights are those of the plain load, the logits too."""
+    source = shared("fixtures/tiny_int4" if experts == "int4" else "fixtures/tiny_fp32")
+    plain, mesh, put = kimi.load(source, experts=experts), sharding.make_mesh(MeshConfig(**axes)), {}
+
+    def count(array, device):
+        put[device] = put.get(device, 0) + array.nbytes
+        return jax.device_put(array, device)
+
+    def whole(*_):
+        pytest.fail("an array was made whole on one device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "PIECE", 1000)
+        patch.setattr(stream, "jax", SimpleNamespace(**{**vars(jax), "device_put": count}))
+        patch.setattr(stream, "jnp", SimpleNamespace(**{**vars(jnp), "asarray": whole}))
+        model = kimi.load(source, experts=experts, mesh=mesh)
+    leaves = jax.tree.leaves(model.params)
+    share = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+    assert put == dict.fromkeys(jax.devices(), share)
+    cut = 8 // axes.get("replica", 1)
+    assert share < 1.1 * sum(leaf.nbytes for leaf in leaves) / cut  # norms, biases and the like are on every device
+    boxed = abstract_params(model.config)
+    wanted = jax.tree.leaves(sharding.param_shardings(metadata(boxed), unbox(boxed), mesh))
+    assert [leaf.sharding for leaf in leaves] == wanted
+    tiny.assert_same(jax.device_get(model.params), jax.device_get(plain.params))
+    theirs = plain.logits(io["mm.input_ids"], *media)
+    assert error(model.logits(io["mm.input_ids"], *media), theirs) <= EXACT
+
+
+def test_a_workdir_on_a_mesh(tmp_path, model, io):
+    from_hf(shared("fixtures/tiny_fp32"), tmp_path / "ours", mesh=MeshConfig(fsdp=8))
+    ours = kimi.load(tmp_path / "ours", mesh=sharding.make_mesh(MeshConfig(fsdp=4, expert=2)))
+    gate = ours.params["moe_layers"]["mlp"]["experts"]["gate"]
+    assert {part.data.size for part in gate.addressable_shards} == {gate.size // 8}
     tiny.assert_same(jax.device_get(ours.params), jax.device_get(model.params))
     assert error(ours.logits(io["text.input_ids"]), io["text.logits"]) <= EXACT
 

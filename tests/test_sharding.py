@@ -7,7 +7,7 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from kimi_jax import sharding
-from kimi_jax.config import PRESETS, ConfigError, MeshConfig, preset
+from kimi_jax.config import PRESETS, ConfigError, LoRAConfig, MeshConfig, preset
 from kimi_jax.nn import lora
 from kimi_jax.nn.param import AdamW, Muon, ParamInfo, metadata
 from kimi_jax.train import state as state_lib
@@ -89,7 +89,7 @@ def test_rule_without_a_mesh_axis_is_an_error():
 
 def test_every_parameter_of_every_preset_has_rules_and_every_rule_a_parameter(mesh):
     trees = [state_lib.infos(preset(name)) for name in PRESETS]
-    adapters = jax.eval_shape(lambda: lora.init(preset("demo"), lora.LoRA(), jax.random.key(0)))
+    adapters = jax.eval_shape(lambda: lora.init(preset("demo"), LoRAConfig(), jax.random.key(0)))
     trees.append(metadata(adapters))
     for name in PRESETS:
         state_lib.abstract_params(preset(name), mesh)  # raises for a name without a rule

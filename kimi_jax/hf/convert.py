@@ -1,7 +1,9 @@
 """Conversion between released directories and our checkpoints, in pieces, resumable, atomic.
 
 Source: reference.md section 4, design.md section 9. Everything is written to TARGET.partial, renamed at the end. A
-journal there names the pieces that are on disk; a run that was interrupted continues after them.
+journal there names the pieces that are on disk; a run that was interrupted continues after them. In a bucket, where
+nothing can be renamed, TARGET itself is filled, and what makes it a checkpoint is written last: Orbax's own marker, or
+config.json. Files cannot be written in parts there: to-hf makes them on the local disk, one at a time.
 
 A converted checkpoint:
   checkpoints/0/params    our tree (what `train.checkpoint.load`, evaluation and `kimi.load` read)
@@ -21,51 +23,29 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import functools
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 from etils import epath
 
-from kimi_jax.config import ConfigError, MeshConfig, TrainConfig, freeze
-from kimi_jax.hf import config as hf_config
+from kimi_jax.config import MeshConfig, TrainConfig
 from kimi_jax.hf import int4, stream
-from kimi_jax.hf.files import (
-    DTYPES,
-    INDEX,
-    SINGLE,
-    CheckpointError,
-    Directory,
-    Entry,
-    Writer,
-    file_plan,
-    is_remote,
-    stamp,
-    write_index,
-)
+from kimi_jax.hf.export import COMMITTED, Export, layout
+from kimi_jax.hf.files import INDEX, Writer, is_remote, stamp, write_index
 from kimi_jax.hf.leaves import Leaves
-from kimi_jax.hf.names import Tensor, tensors
 from kimi_jax.hf.stacks import Stacks
-from kimi_jax.hf.stream import (
-    BIAS,
-    EXPERTS,
-    MAX_FILE,
-    PACKED,
-    SCALE,
-    Piece,
-    Released,
-    output_entries,
-    parallel,
-    pieces,
-    write_piece,
-)  # fmt: skip
+from kimi_jax.hf.stream import BIAS, PACKED, SCALE, Piece, Released, parallel, pieces
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
-STEP = Path("checkpoints") / "0"
+STEP, JOURNAL = "checkpoints/0", "journal"
 SYNC_BYTES = 1 << 28  # how much may have to be written again after an interruption
 
 
@@ -76,40 +56,42 @@ class ConvertError(RuntimeError):
 class Journal:
     """Which pieces of which work are on disk: a line of JSON that says what the work is, then a number a line.
 
-    Raises ConvertError if `path` belongs to other work or another process is at it.
+    Raises ConvertError if `path` belongs to other work or another process is at it (which a bucket cannot tell).
     """
 
-    def __init__(self, path: Path, work: dict[str, Any]):
-        head = json.dumps(work, sort_keys=True) + "\n"
-        self._file = path.open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConvertError(f"another process is writing {path.parent}") from error
-        self._file.seek(0)
-        text = self._file.read()
-        if text and not text.startswith(head):
+    def __init__(self, path: epath.Path, work: dict[str, Any]):
+        self._path, self._lock = path, None
+        self._head = json.dumps(work, sort_keys=True) + "\n"
+        if not is_remote(path):
+            self._lock = open(path, "a", encoding="utf-8")  # noqa: SIM115 - held until the work is finished
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ConvertError(f"another process is writing {path.parent}") from error
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if text and not text.startswith(self._head):
             raise ConvertError(f"{path.parent} was begun with another source or other options; remove it to start anew")
         whole = text.rpartition("\n")[0]  # a killed writer may leave half a line
         self.done = {int(line) for line in whole.split("\n")[1:]}
-        self._file.truncate(0)
-        self._file.write(head + "".join(f"{number}\n" for number in sorted(self.done)))
-        self._file.flush()
+        path.write_text(self._text(self.done), encoding="utf-8")
 
-    def add(self, number: int) -> None:
-        """Piece `number` is on disk."""
-        self.done.add(number)
-        self._file.write(f"{number}\n")
-        self._file.flush()
+    def _text(self, numbers: Iterable[int]) -> str:
+        return self._head + "".join(f"{number}\n" for number in sorted(numbers))
+
+    def add(self, numbers: list[int]) -> None:
+        """These pieces are on disk."""
+        self.done.update(numbers)
+        if self._lock is None:  # objects cannot grow
+            self._path.write_text(self._text(self.done), encoding="utf-8")
+        else:
+            self._lock.write("".join(f"{number}\n" for number in numbers))
+            self._lock.flush()
 
     def remove(self) -> None:
         """The work is finished."""
-        os.unlink(self._file.name)
-        self._file.close()
-
-    def close(self) -> None:
-        """Leaves the journal for the next run."""
-        self._file.close()
+        self._path.unlink()
+        if self._lock is not None:
+            self._lock.close()
 
 
 def _run(
@@ -133,8 +115,7 @@ def _run(
 
     def commit() -> None:
         sync()
-        for number in written:
-            journal.add(number)
+        journal.add(written)
         written.clear()
 
     for number in parallel(one, [n for n in range(len(every)) if n not in journal.done]):
@@ -146,15 +127,17 @@ def _run(
     commit()
 
 
-def _begin(source: epath.Path, given: str | os.PathLike[str], needed: int) -> Path:
-    """The folder to work in. Raises ConvertError if the target is taken, a bucket, or its disk too small."""
-    if is_remote(epath.Path(given)):
-        raise ConvertError(f"{given}: conversion writes to local or mounted file systems; copy the result there")
-    target = Path(given)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+def _begin(source: epath.Path, given: str | os.PathLike[str], needed: int) -> epath.Path:
+    """The folder to work in. Raises ConvertError if the target is taken, or its disk too small."""
+    target = epath.Path(given)
+    begun = is_remote(target) and (target / JOURNAL).is_file()
+    if target.exists() and not begun and (not target.is_dir() or any(target.iterdir())):
         raise ConvertError(f"{target} is there already; remove it or choose another name")
-    if not is_remote(source) and target.resolve() == Path(source).resolve():
+    if target.resolve() == source.resolve():
         raise ConvertError("source and target are the same")
+    if is_remote(target):
+        target.mkdir(parents=True, exist_ok=True)
+        return target
     work = target.with_name(target.name + ".partial")
     fresh = not work.exists()
     work.mkdir(parents=True, exist_ok=True)
@@ -165,13 +148,16 @@ def _begin(source: epath.Path, given: str | os.PathLike[str], needed: int) -> Pa
     return work
 
 
-def _end(work: Path, target: Path) -> None:
-    """Everything to disk, then the target appears at once."""
-    for folder in (work, *[p for p in work.rglob("*") if p.is_dir()]):
+def _end(journal: Journal, work: epath.Path, given: str | os.PathLike[str]) -> None:
+    """Everything to disk, then the target appears at once; in a bucket it has."""
+    journal.remove()
+    if is_remote(work):
+        return
+    for folder in (Path(work), *[p for p in Path(work).rglob("*") if p.is_dir()]):
         descriptor = os.open(folder, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-    work.rename(target)
+    os.rename(work, given)  # onto an empty folder too
 
 
 # -------------------------------------------------------------------------------------------------------------- from hf
@@ -196,7 +182,7 @@ def from_hf(
         work = _begin(checkpoint.path, target, plan.nbytes)
         cuts = dataclasses.asdict(mesh) if mesh else None
         identity = {"from": _identity(checkpoint.path), "piece": stream.PIECE, "mesh": cuts}
-        journal = Journal(work / "journal", identity)
+        journal = Journal(work / JOURNAL, identity)
         params, scales = Leaves(work / STEP / "params"), Leaves(work / "released" / "scales")
         plan.create(params, scales)
         notes: list[str] = []
@@ -217,10 +203,9 @@ def from_hf(
         params.finish()
         if plan.scale_leaves:
             scales.finish()
-        _write_config(work / STEP, checkpoint, plan)
         _write_released(work / "released", checkpoint)
-        journal.remove()
-        _end(work, Path(target))
+        _write_config(work / STEP, checkpoint, plan)
+        _end(journal, work, target)
         return sorted(notes)
     finally:
         checkpoint.close()
@@ -231,7 +216,7 @@ def _identity(source: epath.Path) -> list[list[Any]]:
     return [[file.name, *stamp(file)] for file in sorted(source.iterdir()) if file.is_file()]
 
 
-def _write_config(step: Path, checkpoint: Released, plan: Stacks) -> None:
+def _write_config(step: epath.Path, checkpoint: Released, plan: Stacks) -> None:
     """The Orbax item `config` beside `params`, as training writes it, and the marker of a finished step."""
     float32 = any(dtype == np.float32 for leaf, (_, _, dtype) in plan.leaves.items() if leaf != BIAS)
     model = dataclasses.replace(checkpoint.config, param_dtype="float32" if float32 else checkpoint.config.param_dtype)
@@ -251,27 +236,20 @@ def _write_config(step: Path, checkpoint: Released, plan: Stacks) -> None:
     }
     marker |= {"init_timestamp_nsecs": 0, "commit_timestamp_nsecs": 0}
     (step / "_CHECKPOINT_METADATA").write_text(json.dumps(marker), encoding="utf-8")
+    if is_remote(step):
+        (step / COMMITTED).write_text("", encoding="utf-8")
 
 
-def _write_released(folder: Path, checkpoint: Released) -> None:
+def _write_released(folder: epath.Path, checkpoint: Released) -> None:
     """What only the way back needs."""
     folder.mkdir(exist_ok=True)
     for file in checkpoint.path.iterdir():
         if file.is_file() and file.suffix != ".safetensors" and file.name != INDEX:
             file.copy(folder / file.name, overwrite=True)
-    stored = checkpoint.directory.tensors
-    files: dict[str, list[list[str]]] = {name: [] for name in checkpoint.directory.metadata}
-    for name, where in stored.items():
-        files[where.file].append([name, where.dtype])
-    layout = {"files": files, "metadata": checkpoint.directory.metadata}
-    (folder / "layout.json").write_text(json.dumps(layout), encoding="utf-8")
+    (folder / "layout.json").write_text(json.dumps(layout(checkpoint)), encoding="utf-8")
     if checkpoint.buffers:
-        entries = [Entry(name, stored[name].dtype, stored[name].shape) for name in checkpoint.buffers]
-        writer = Writer(folder, {"buffers.safetensors": entries}, {})
-        for name in checkpoint.buffers:
-            writer.write(name, checkpoint.directory.whole(name))
-        writer.sync()
-        writer.close()
+        buffers = {name: checkpoint.directory.whole(name) for name in checkpoint.buffers}
+        (folder / "buffers.safetensors").write_bytes(safetensors.numpy.save(buffers))
 
 
 # ---------------------------------------------------------------------------------------------------------------- to hf
@@ -288,170 +266,47 @@ def to_hf(
 ) -> None:
     """A checkpoint of ours (converted or trained; its newest step) to a released directory.
 
-    int4_experts: routed experts packed, with the released scales if the checkpoint was INT4 and has not been trained.
+    Of a run with `config.lora` it is its base with the adapters merged. int4_experts: routed experts packed, with the
+    released scales if the checkpoint was INT4 and they have not been trained.
     model_type, dtype: of a trained checkpoint; a converted one says itself what it was.
     Raises FileNotFoundError or ConfigError for the source, ConvertError for the target.
     """
     source = epath.Path(source)
-    made = _Export(source, int4_experts, model_type, dtype)
+    made = Export(source, int4_experts, model_type, dtype)
     try:
         total = sum(entry.nbytes for entries in made.plan.values() for entry in entries)
         work = _begin(source, target, total)
         identity = {"to": str(made.step), "time": stamp(made.step)[1], "int4": int4_experts, "dtype": dtype}
-        journal = Journal(work / "journal", identity | {"type": made.model_type, "piece": stream.PIECE})
-        writer = Writer(work, made.plan, made.metadata)
-        dtypes = {entry.name: DTYPES[entry.dtype] for entries in made.plan.values() for entry in entries}
-
-        def convert(piece: Piece) -> None:
-            tensor = piece.tensor
-            ours = made.params.read(tensor.leaf, tensor.place(piece.first, piece.last))
-            scales = made.scales_of(piece)
-            write_piece(writer, piece, ours, dtypes, packed=tensor.name in made.packed, scales=scales, group=made.group)
-
-        _run(journal, convert, [piece for tensor in made.tensors for piece in pieces(tensor)], progress, writer.sync)
-        made.write_buffers(writer)
-        writer.sync()
-        writer.close()
+        journal = Journal(work / JOURNAL, identity | {"type": made.model_type, "piece": stream.PIECE})
+        if is_remote(work):
+            _upload_files(made, work, journal, progress)
+        else:
+            writer = Writer(Path(work), made.plan, made.metadata)
+            every = [piece for tensor in made.tensors for piece in pieces(tensor)]
+            _run(journal, functools.partial(made.write, writer), every, progress, writer.sync)
+            made.write_buffers(writer)
+            writer.sync()
+            writer.close()
         write_index(work, made.plan)
         made.write_side_files(work)
-        journal.remove()
-        _end(work, Path(target))
+        _end(journal, work, target)
     finally:
         made.close()
 
 
-class _Export:
-    """What there is to write: tensors, files, dtypes, scales."""
-
-    def __init__(self, source: epath.Path, int4_experts: bool, model_type: str | None, dtype: str):
-        self.step = newest_step(source)
-        self.folder = source / "released"
-        self.params = Leaves(self.step / "params")
-        self.config = read_config(self.step).model
-        shapes = {leaf: tuple(store.shape) for leaf, store in self.params.open().items()}
-        self.released = _read_json(self.folder / "config.json")
-        self.model_type = str(self.released["model_type"]) if self.released else model_type or self._default_type()
-        self.tensors = tensors(self.config, self.model_type)
-        _check_leaves(self.tensors, shapes)
-        self.buffers = Directory(self.folder) if (self.folder / "buffers.safetensors").is_file() else None
-        self.scales: Leaves | None = None
-        self.packed: set[str] = set()
-        self.group = 32
-        if int4_experts:
-            self._plan_int4()
-        self._plan_files(dtype)
-
-    def _default_type(self) -> str:
-        return "kimi_k25" if self.config.vision else "kimi_k2"
-
-    def _plan_int4(self) -> None:
-        leaves = {tensor.leaf for tensor in self.tensors} & set(EXPERTS)
-        if (self.folder / "scales").is_dir():
-            self.scales = Leaves(self.folder / "scales")
-            leaves = set(self.scales.open())
-            found = hf_config.quantization(self.released or {})
-            self.group = found.group_size if found else self.group
-        if not leaves:
-            raise ConfigError("--int4 packs routed experts, and this model has none")
-        self.packed = {tensor.name for tensor in self.tensors if tensor.leaf in leaves}
-
-    def _plan_files(self, dtype: str) -> None:
-        by_name = {tensor.name: tensor for tensor in self.tensors}
-        layout = _read_json(self.folder / "layout.json")
-        if layout is None:
-            every = [(t.name, "F32" if t.leaf == BIAS else dtype) for t in self.tensors]
-            self.metadata: dict[str, dict[str, str]] = {}
-            entries = [entry for name, kind in every for entry in self._entries(by_name[name], kind)]
-            self.plan = file_plan(entries, MAX_FILE)
-            return
-        self.metadata = layout["metadata"]
-        self._kinds = dict(member for members in layout["files"].values() for member in members)
-        self.plan = {
-            file: [entry for name, _ in members for entry in self._released_entries(name, by_name)]
-            for file, members in layout["files"].items()
-        }
-        self.plan = {file: entries for file, entries in self.plan.items() if entries}
-        if len(self.plan) == 1:
-            self.plan = {SINGLE: next(iter(self.plan.values()))}
-            self.metadata = {SINGLE: next(iter(self.metadata.values()))}  # the name, if it was the only one, is free
-
-    def _released_entries(self, name: str, by_name: dict[str, Tensor]) -> list[Entry]:
-        """What stands for a tensor of the released file: itself, or what it is now that weights are packed or not."""
-        kind = self._kinds[name]
-        if name in by_name:
-            return self._entries(by_name[name], "BF16" if kind == "F8_E4M3" else kind)
-        if self.buffers and name in self.buffers.tensors:
-            return [Entry(name, kind, self.buffers.tensors[name].shape)]
-        base, _, part = name.rpartition(".")
-        tensor = by_name[base + ".weight"]
-        if tensor.name in self.packed:
-            return [dataclasses.replace(e, dtype=kind) for e in self._entries(tensor, kind) if e.name == name]
-        return self._entries(tensor, self._kinds[f"{base}.{SCALE}"]) if part == PACKED else []
-
-    def _entries(self, tensor: Tensor, dtype: str) -> list[Entry]:
-        return output_entries(tensor, dtype, tensor.name in self.packed, self.group)
-
-    def scales_of(self, piece: Piece) -> np.ndarray | None:
-        """The released scales of a packed piece, None if it needs new ones or none."""
-        if self.scales is None or piece.tensor.name not in self.packed:
-            return None
-        return self.scales.read(piece.tensor.leaf, (*piece.tensor.index, slice(piece.first, piece.last)))
-
-    def write_buffers(self, writer: Writer) -> None:
-        """Tensors that the model does not use, as they were."""
-        for name in self.buffers.tensors if self.buffers else ():
-            writer.write(name, self.buffers.whole(name))  # type: ignore[union-attr]
-
-    def write_side_files(self, work: Path) -> None:
-        """config.json and, from a converted checkpoint, what lay beside it."""
-        was_packed = (self.folder / "scales").is_dir()
-        if self.released is None:
-            name = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}[next(iter(self._dtypes()))]
-            self.released = hf_config.to_released(self.config, self.model_type, name)
-        for file in sorted(self.folder.iterdir()) if self.folder.is_dir() else ():
-            if file.is_file() and file.name not in ("layout.json", "buffers.safetensors"):
-                file.copy(work / file.name, overwrite=True)
-        if not (was_packed and self.packed):  # else config.json as it was, to the byte
-            section = hf_config.int4_section(self.group) if self.packed else None
-            new = hf_config.with_quantization(self.released, section)
-            if new != self.released or not self.folder.is_dir():
-                (work / "config.json").write_text(json.dumps(new, indent=2) + "\n", encoding="utf-8")
-
-    def _dtypes(self) -> list[str]:
-        return [e.dtype for entries in self.plan.values() for e in entries if e.dtype in ("BF16", "F16")] or ["F32"]
-
-    def close(self) -> None:
-        """Lets go of the files."""
-        if self.buffers:
-            self.buffers.close()
-
-
-def newest_step(workdir: epath.Path) -> epath.Path:
-    """The folder of the newest checkpoint in a workdir. Raises FileNotFoundError without any."""
-    folder = workdir / "checkpoints"
-    steps = [p for p in folder.iterdir() if p.name.isdigit() and (p / "params").is_dir()] if folder.is_dir() else []
-    if not steps:
-        raise FileNotFoundError(f"no checkpoint in {folder}: the source must be a workdir of training or of from-hf")
-    return max(steps, key=lambda p: int(p.name))
-
-
-def read_config(step: epath.Path) -> TrainConfig:
-    """The settings in a checkpoint."""
-    return freeze(json.loads((step / "config" / "metadata").read_text(encoding="utf-8")))
-
-
-def _read_json(file: epath.Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-
-
-def _check_leaves(wanted: list[Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raises CheckpointError that lists all leaves that the checkpoint lacks or has in another shape."""
-    need = {t.leaf: (*(n + 1 for n in t.index), *t.inner) for t in wanted}
-    problems = [f"missing: {leaf} {list(shape)}" for leaf, shape in need.items() if leaf not in shapes]
-    problems += [f"unexpected: {leaf} {list(shape)}" for leaf, shape in shapes.items() if leaf not in need]
-    problems += [
-        f"shape of {leaf}: {list(shapes[leaf])}, must be {list(shape)}"
-        for leaf, shape in need.items() if leaf in shapes and shapes[leaf] != shape
-    ]  # fmt: skip
-    if problems:
-        raise CheckpointError("\n  ".join(["the checkpoint does not hold the model of its settings:", *problems]))
+def _upload_files(made: Export, work: epath.Path, journal: Journal, progress: Progress) -> None:
+    """The safetensors files one after the other by way of a temporary folder; a file is what the journal counts."""
+    sizes = [sum(entry.nbytes for entry in entries) for entries in made.plan.values()]
+    for number, (file, entries) in enumerate(made.plan.items()):
+        if number in journal.done:
+            continue
+        progress(sum(sizes[:number]), sum(sizes))
+        with tempfile.TemporaryDirectory() as folder:
+            writer = Writer(Path(folder), {file: entries}, made.metadata)
+            for _ in parallel(functools.partial(made.write, writer), made.pieces_of(entries)):
+                pass
+            made.write_buffers(writer)
+            writer.close()
+            epath.Path(folder, file).copy(work / file, overwrite=True)
+        journal.add([number])
+    progress(sum(sizes), sum(sizes))

@@ -2,7 +2,7 @@
 
 The `safetensors` library maps or allocates whole tensors; conversion needs rows of them in a fixed amount of memory, in
 any order, from several threads, and files that can be continued after an interruption. The format is a length, a JSON
-header and raw little-endian bytes. Reading takes any path of `epath` (`gs://bucket/model`), writing a file system's.
+header and raw little-endian bytes. Reading takes any path of `epath` (`gs://bucket/model`), `Writer` a file system's.
 """
 
 from __future__ import annotations
@@ -223,7 +223,9 @@ class Writer:
                 offset += entry.nbytes
 
     def write(self, name: str, rows: np.ndarray, first: int = 0) -> None:
-        """Writes [n, ...] as rows first..first+n-1 of a tensor. Thread-safe."""
+        """Writes [n, ...] as rows first..first+n-1 of a tensor, if it is in these files. Thread-safe."""
+        if name not in self._where:
+            return
         descriptor, offset, width = self._where[name]
         view: memoryview = np.ascontiguousarray(rows).view(np.uint8).reshape(-1).data
         at = offset + first * width
@@ -267,7 +269,7 @@ def file_plan(entries: Iterable[Entry], max_bytes: int) -> dict[str, list[Entry]
     return {f"model-{i:05d}-of-{len(groups):06d}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
-def write_index(path: Path, plan: dict[str, list[Entry]]) -> None:
+def write_index(path: epath.Path | Path, plan: dict[str, list[Entry]]) -> None:
     """model.safetensors.index.json, if the plan is not the single file."""
     if list(plan) == [SINGLE]:
         return

@@ -10,21 +10,26 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh, NamedSharding
 
+from kimi_jax import sharding
 from kimi_jax.config import ConfigError, ModelConfig, MoEConfig
 from kimi_jax.hf import config as hf_config
 from kimi_jax.hf import fp8, int4
 from kimi_jax.hf.files import DTYPES, NAMES, CheckpointError, Directory, Entry, Writer, file_plan, write_index
 from kimi_jax.hf.names import BUFFERS, Tensor, tensors, transpose
+from kimi_jax.nn.kimi import abstract_params
+from kimi_jax.nn.param import metadata, unbox
 
 PIECE = 1 << 23  # elements: 16 MB in bfloat16, 32 MB while it is float32
 MAX_FILE = 5 << 30  # bytes of one written safetensors file
@@ -180,12 +185,14 @@ def parallel(work: Callable[[Any], Any], items: Iterable[Any], workers: int | No
 
 
 def load(
-    path: str | os.PathLike[str], dtype: str | None = None, *, keep_int4: bool = False
+    path: str | os.PathLike[str], dtype: str | None = None, *, keep_int4: bool = False, mesh: Mesh | None = None
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """(config, parameters) of a released directory; every weight in `dtype` (default: as config.json says).
 
     The router bias is float32 always. keep_int4: the routed experts stay the words and scales that the files hold, and
-    the configuration says so. Raises what `Released` raises, ConfigError for `keep_int4` without INT4 experts.
+    the configuration says so. mesh: every array is cut by the rules of `kimi_jax.sharding`; this process reads what its
+    devices hold, and each of them gets its own part only. On the host stand the parts of one leaf at a time.
+    Raises what `Released` raises, ConfigError for `keep_int4` without INT4 experts.
     """
     checkpoint = Released(path)
     dtype = dtype or checkpoint.config.param_dtype
@@ -197,42 +204,96 @@ def load(
     try:
         if keep_int4:
             config = dataclasses.replace(config, moe=_int4_section(checkpoint, by_leaf))
+        cuts = _cuts(config, mesh) if mesh is not None else {}
         for leaf, members in by_leaf.items():
             if keep_int4 and leaf in EXPERTS:
-                set_leaf(params, leaf, _load_int4(checkpoint, members))
+                set_leaf(params, leaf, _load_int4(checkpoint, members, cuts))
             else:
                 kind = np.dtype(np.float32) if leaf == BIAS else jnp.dtype(dtype)
-                set_leaf(params, leaf, _load_floats(checkpoint, members, kind))
+                parts = Parts(_stacked(members, members[-1].inner), kind, cuts.get(leaf))
+                _fill(members, [parts], lambda piece: (checkpoint.read(piece),))
+                set_leaf(params, leaf, parts.array())
     finally:
         checkpoint.close()
     return config, params
 
 
-def _load_floats(checkpoint: Released, members: list[Tensor], dtype: np.dtype) -> Any:
-    array = np.empty(_stacked(members, members[-1].inner), dtype)
-
-    def fill(piece: Piece) -> None:
-        array[piece.tensor.place(piece.first, piece.last)] = checkpoint.read(piece)
-
-    for _ in parallel(fill, (piece for tensor in members for piece in pieces(tensor))):
-        pass
-    return jnp.asarray(array)
+def _cuts(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
+    boxed = abstract_params(config)
+    cuts = sharding.param_shardings(metadata(boxed), unbox(boxed), mesh)
+    leaves = jax.tree_util.tree_leaves_with_path(cuts)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): cut for path, cut in leaves}
 
 
-def _load_int4(checkpoint: Released, members: list[Tensor]) -> dict[str, Any]:
-    inputs, outputs = members[-1].inner
-    assert checkpoint.quantization  # `_int4_section` looked
-    words = np.empty(_stacked(members, (inputs // 8, outputs)), np.int32)
-    groups = inputs // checkpoint.quantization.group_size
-    scales = np.empty(_stacked(members, (groups, outputs)), DTYPES[checkpoint.dtype(members[0])])
+class Parts:
+    """One array on its way from the files to its devices: on the host stand the parts that they will hold.
+
+    cut: how it lies over devices; None: whole, on the default device. Devices that hold the same part share it here.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, cut: NamedSharding | None):
+        self._shape, self._cut = shape, cut
+        every = (slice(None),) * len(shape)
+        indices = cut.addressable_devices_indices_map(shape) if cut else {None: every}
+        self._boxes = {
+            device: tuple(at.indices(size)[:2] for at, size in zip(index, shape, strict=True))
+            for device, index in indices.items()
+        }
+        self._parts = {box: np.empty([stop - start for start, stop in box], dtype) for box in self._boxes.values()}
+
+    def overlaps(self, place: Sequence[int | slice]) -> list[tuple[np.ndarray, tuple[slice, ...]]]:
+        """For each part that reaches into array[place]: the view of it that does, and where that is in array[place]."""
+        places = [*place, *(slice(None),) * (len(self._shape) - len(place))]
+        found = []
+        for box, part in self._parts.items():
+            inside: list[int | slice] = []
+            taken: list[slice] = []
+            for at, (start, stop), size in zip(places, box, self._shape, strict=True):
+                first, last = (at, at + 1) if isinstance(at, int) else at.indices(size)[:2]
+                low, high = max(first, start), min(last, stop)
+                if low >= high:
+                    break
+                inside.append(low - start if isinstance(at, int) else slice(low - start, high - start))
+                if not isinstance(at, int):
+                    taken.append(slice(low - first, high - first))
+            else:
+                found.append((part[tuple(inside)], tuple(taken)))
+        return found
+
+    def array(self) -> jax.Array:
+        """The parts on their devices."""
+        if self._cut is None:
+            (whole,) = self._parts.values()
+            return jnp.asarray(whole)
+        placed = [jax.device_put(self._parts[box], device) for device, box in self._boxes.items()]
+        return jax.make_array_from_single_device_arrays(self._shape, self._cut, placed)
+
+
+def _fill(members: list[Tensor], arrays: list[Parts], read: Callable[[Piece], tuple[np.ndarray, ...]]) -> None:
+    """Every piece that a part of the arrays needs is read once; `read` gives it for each of them."""
 
     def fill(piece: Piece) -> None:
         place = piece.tensor.place(piece.first, piece.last)
-        words[place], scales[place] = checkpoint.read_int4(piece)
+        wanted = [parts.overlaps(place) for parts in arrays]
+        if any(wanted):
+            for overlaps, values in zip(wanted, read(piece), strict=True):
+                for view, taken in overlaps:
+                    view[...] = values[taken]
 
     for _ in parallel(fill, (piece for tensor in members for piece in pieces(tensor))):
         pass
-    return {WORDS: jnp.asarray(words), SCALES: jnp.asarray(scales)}
+
+
+def _load_int4(checkpoint: Released, members: list[Tensor], cuts: dict[str, NamedSharding]) -> dict[str, Any]:
+    inputs, outputs = members[-1].inner
+    assert checkpoint.quantization  # `_int4_section` looked
+    groups, scale = inputs // checkpoint.quantization.group_size, DTYPES[checkpoint.dtype(members[0])]
+    arrays = {
+        name: Parts(_stacked(members, (rows, outputs)), dtype, cuts.get(f"{members[0].leaf}.{name}"))
+        for name, rows, dtype in ((WORDS, inputs // 8, np.dtype(np.int32)), (SCALES, groups, scale))
+    }
+    _fill(members, list(arrays.values()), checkpoint.read_int4)
+    return {name: parts.array() for name, parts in arrays.items()}
 
 
 def _stacked(members: list[Tensor], inner: tuple[int, ...]) -> tuple[int, ...]:

@@ -9,7 +9,8 @@ base is the very tree that was loaded and nothing of it is copied or given a gra
     nll, aux = KimiK25(config).apply(variables, batch, method="token_nll")    # differentiate in `adapters`
     params = lora.merge(params, adapters, options)                            # one model again, for export
 
-`train_step` is that as a function. Which axes of a weight form its input is what it was declared with (`nn.param`).
+`config.lora` of a run does that (`kimi_jax.train`). Which axes of a weight form its input is what it was declared with
+(`nn.param`).
 
 r rank   C inputs   O outputs   L layers   E experts
 """
@@ -19,19 +20,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float
 
-from kimi_jax.config import ConfigError, ModelConfig, nearest
-from kimi_jax.nn.kimi import KimiK25, abstract_params
-from kimi_jax.nn.param import ADAPTERS, AdamW, Muon, Param, ParamInfo
+from kimi_jax.config import ConfigError, LoRAConfig, ModelConfig, nearest
+from kimi_jax.nn.kimi import abstract_params
+from kimi_jax.nn.param import AdamW, Muon, Param, ParamInfo
 
 # What can be adapted: every matrix below these places of the parameter tree.
 TARGETS = {
@@ -44,38 +43,20 @@ TARGETS = {
 }
 
 
-@dataclass(frozen=True)
-class LoRA:
-    """Which weights learn, and how. Raises ConfigError for a target that is not in TARGETS."""
-
-    rank: int = 16
-    alpha: float = 32.0  # the adapters' product counts alpha / rank
-    targets: tuple[str, ...] = ("attention", "mlp", "shared")
-
-    def __post_init__(self) -> None:
-        for target in self.targets:
-            if target not in TARGETS:
-                raise ConfigError(
-                    f"no LoRA target {target!r}{nearest(target, TARGETS)}; there are: {', '.join(TARGETS)}"
-                )
-        if self.rank < 1 or not self.targets:
-            raise ConfigError(f"LoRA needs a rank of at least 1 and some target, not {self.rank} and {self.targets}")
-
-    @property
-    def scale(self) -> float:
-        """What the product of the adapters is multiplied with."""
-        return self.alpha / self.rank
-
-
 # ------------------------------------------------------------------------------------------------------------- adapters
 
 
-def init(config: ModelConfig, options: LoRA, key: jax.Array) -> dict[str, Any]:
+def init(config: ModelConfig, options: LoRAConfig, key: jax.Array) -> dict[str, Any]:
     """Fresh adapters, float32, boxed with axes and optimizer group: A [..., C, r] normal with variance 1 / C, B zero.
 
-    INT4 experts get the same adapters as float ones. Works under jit and eval_shape. Raises ConfigError if the model
-    has none of the targets.
+    INT4 experts get the same adapters as float ones. Works under jit and eval_shape. Raises ConfigError for a target
+    that is not in TARGETS, a rank below 1, or if the model has none of the targets.
     """
+    for target in options.targets:
+        if target not in TARGETS:
+            raise ConfigError(f"no LoRA target {target!r}{nearest(target, TARGETS)}; there are: {', '.join(TARGETS)}")
+    if options.rank < 1 or not options.targets:
+        raise ConfigError(f"LoRA needs a rank of at least 1 and some target, not {options.rank} and {options.targets}")
     floats = dataclasses.replace(config.moe, int4_group_size=None) if config.moe else None
     boxed = abstract_params(dataclasses.replace(config, moe=floats))
     places = [place for target in options.targets for place in TARGETS[target] if _get(boxed, place) is not None]
@@ -122,7 +103,7 @@ def _without_none(tree: Any) -> Any:
     return {key: value for key, value in kept.items() if value is not None and value != {}}
 
 
-def scaled(adapters: dict[str, Any], options: LoRA) -> dict[str, Any]:
+def scaled(adapters: dict[str, Any], options: LoRAConfig) -> dict[str, Any]:
     """The collection "lora" for `apply`: every b times alpha / rank."""
     return _map_pairs(lambda pair: {"a": pair["a"], "b": options.scale * pair["b"]}, adapters)
 
@@ -139,7 +120,7 @@ def _map_pairs(fn: Callable, adapters: dict[str, Any], *rest: Any) -> Any:
 # ---------------------------------------------------------------------------------------------------------------- merge
 
 
-def merge(params: dict[str, Any], adapters: dict[str, Any], options: LoRA) -> dict[str, Any]:
+def merge(params: dict[str, Any], adapters: dict[str, Any], options: LoRAConfig) -> dict[str, Any]:
     """The parameters with the adapters' products added (in float32, rounded once to the dtype of the weight).
 
     What has no adapter is the same array as before, INT4 experts too. Raises ValueError for adapters of INT4 experts:
@@ -148,7 +129,7 @@ def merge(params: dict[str, Any], adapters: dict[str, Any], options: LoRA) -> di
     return _merge(params, adapters, options, "")
 
 
-def _merge(params: Any, adapters: Any, options: LoRA, where: str) -> Any:
+def _merge(params: Any, adapters: Any, options: LoRAConfig, where: str) -> Any:
     if _is_pair(adapters):
         if isinstance(params, dict):
             raise ValueError(f"{where[1:]} is INT4 and cannot take its adapters in; load the base as floats to merge")
@@ -168,38 +149,3 @@ def _sum(weight: Float[Array, "..."], a: Float[Array, "..."], b: Float[Array, ".
         a.reshape(*lead, -1, a.shape[-1]), b.reshape(*lead, a.shape[-1], -1), precision=lax.Precision.HIGHEST
     )
     return (weight.astype(jnp.float32) + low.reshape(weight.shape)).astype(weight.dtype)
-
-
-# ---------------------------------------------------------------------------------------------------------------- train
-
-
-def loss(
-    adapters: dict[str, Any],
-    params: dict[str, Any],
-    batch: dict[str, Any],
-    config: ModelConfig,
-    options: LoRA,
-    num_groups: int = 1,
-) -> Float[Array, ""]:
-    """Mean next-token loss of a packed batch of `num_groups` groups, weighted by its `loss_weights`."""
-    variables = {"params": params, ADAPTERS: scaled(adapters, options)}
-    nll, _ = KimiK25(config).apply(variables, batch, num_groups, method="token_nll")
-    weights = batch["loss_weights"]
-    return (nll * weights).sum() / jnp.maximum(weights.sum(), 1e-6)
-
-
-def train_step(
-    config: ModelConfig, options: LoRA, tx: optax.GradientTransformation, num_groups: int = 1
-) -> Callable[[Any, Any, Any, Any], tuple[Any, Any, Float[Array, ""]]]:
-    """A jitted (adapters, tx's state, params, batch) -> (adapters, tx's state, loss) that gives up the first two.
-
-    `params` are only read: they have no gradient, no moments, and keep their bytes. QK-clip and the router's balance
-    change weights of the base and are off.
-    """
-
-    def step(adapters: Any, state: Any, params: Any, batch: Any) -> tuple[Any, Any, Array]:
-        value, grads = jax.value_and_grad(loss)(adapters, params, batch, config, options, num_groups)
-        updates, state = tx.update(grads, state, adapters)
-        return optax.apply_updates(adapters, updates), state, value
-
-    return jax.jit(step, donate_argnums=(0, 1))

@@ -70,9 +70,9 @@ def main(argv: list[str]) -> None:
 
 def _load(path: str) -> tuple[Engine, Tokenizer]:
     """The model in an engine whose programs are compiled. Raises ValueError and OSError for what cannot be served."""
-    model = load(path, _DTYPE.value, _EXPERTS.value)
-    tokenizer = model.tokenizer  # before anything is compiled: it may be missing
     mesh = make_mesh(MeshConfig()) if _MESH.value else None
+    model = load(path, _DTYPE.value, _EXPERTS.value, mesh)
+    tokenizer = model.tokenizer  # before anything is compiled: it may be missing
     print(f"{path} is loaded; compiling", file=sys.stderr)
     engine = Engine(
         model, slots=_SLOTS.value, num_pages=_PAGES.value, max_sequence_length=_LENGTH.value, mesh=mesh

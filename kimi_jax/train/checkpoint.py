@@ -1,7 +1,7 @@
 """Saving and restoring a run with Orbax, asynchronously and atomically.
 
 One Orbax step `WORKDIR/checkpoints/N` holds the run after N steps:
-  params     the plain nested dict of weights: all that evaluation and conversion need
+  params     the plain nested dict of weights: all that evaluation and conversion need; of `config.lora` its adapters
   optimizer  optimizer moments and counters, flat: path in the state -> array
   host       JSON: state of the data stream, running sums of the log
   config     JSON: the settings of the run
@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.sharding import Mesh
 
 from kimi_jax import sharding
 from kimi_jax.config import CheckpointConfig, ConfigError, MeshConfig, TrainConfig, diff, freeze
@@ -166,10 +167,14 @@ class Checkpoints:
         self._manager.close()
 
 
-def load(workdir: str, step: int | None = None) -> tuple[TrainConfig, Any]:
+def load(
+    workdir: str, step: int | None = None, mesh: Mesh | None = None, dtype: str | None = None
+) -> tuple[TrainConfig, Any]:
     """The settings and the weights of a run, for evaluation; the newest checkpoint unless `step` names another.
 
-    The weights are cut over all devices as in training. Raises FileNotFoundError if there is no such checkpoint.
+    Of a run with `config.lora` it is the adapters (`kimi.load` merges them into their base). The weights are cut over
+    the mesh, all devices by default, as in training; each device reads its own part. dtype: of all weights but the
+    router bias and adapters; default: as they were trained. Raises FileNotFoundError if there is no such checkpoint.
     """
     manager = _manager(workdir, CheckpointConfig(), read_only=True)
     try:
@@ -180,7 +185,8 @@ def load(workdir: str, step: int | None = None) -> tuple[TrainConfig, Any]:
             )
         step = steps[-1] if step is None else step
         config = freeze(manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config)
-        abstract = abstract_params(config.model, sharding.make_mesh(MeshConfig()))
+        model = dataclasses.replace(config.model, param_dtype=dtype) if dtype else config.model
+        abstract = abstract_params(model, mesh or sharding.make_mesh(MeshConfig()), config.lora)
         params = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract))).params
     finally:
         manager.close()
@@ -213,11 +219,11 @@ def _paths(tree: Any) -> dict[str, Any]:
 
 
 def _flat(state: TrainState) -> dict[str, Any]:
-    return _paths(dataclasses.replace(state, params=None))
+    return _paths(dataclasses.replace(state, params=None, frozen=None))
 
 
 def _unflat(like: TrainState, params: Any, flat: dict[str, Any]) -> TrainState:
-    rest = dataclasses.replace(like, params=None)
+    rest = dataclasses.replace(like, params=None, frozen=None)
     leaves = [flat[path] for path in _paths(rest)]
     return dataclasses.replace(jax.tree.unflatten(jax.tree.structure(rest), leaves), params=params)
 

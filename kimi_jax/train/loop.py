@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 from kimi_jax import cli, sharding
 from kimi_jax.config import PRESETS, ConfigError, TrainConfig, diff, preset
 from kimi_jax.data.pipeline import BatchStream, merge_states
-from kimi_jax.train import hosts
+from kimi_jax.train import adapters, hosts
 from kimi_jax.train import state as state_lib
 from kimi_jax.train.checkpoint import Checkpoints
 from kimi_jax.train.console import Interrupted, Reporter, Stop, exit_status
@@ -56,20 +56,21 @@ def run(config: TrainConfig) -> int:
     hosts.start()
     with contextlib.ExitStack() as stack:
         say = stack.enter_context(Reporter(config.steps, quiet=not hosts.is_first()))
-        say(*describe(config))
         _check(config)
-
-        # ------------------------------------------------------------------------------ devices, model, optimizer
         mesh = sharding.make_mesh(config.mesh)
+        config, base = adapters.load_base(config, mesh)
+        say(*describe(config))
+
+        # --------------------------------------------------------------------------------------- model, optimizer
         init_state, train_step = make_train_step(config, mesh)
-        abstract = state_lib.abstract(config.model, make_optimizer(config), mesh)
-        say(parameter_table(state_lib.infos(config.model), abstract.params))
+        abstract = state_lib.abstract(config.model, make_optimizer(config), mesh, config.lora)
+        say(parameter_table(state_lib.infos(config.model, config.lora), abstract.params))
 
         # -------------------------------------------------------------------------------- where the run stands
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(config.workdir, config.checkpoint, say)))
         restored = checkpoints.restore(abstract, config)
         step = restored.step if restored else 0
-        state = restored.state if restored else init_state()
+        state = dataclasses.replace(restored.state if restored else init_state(), frozen=base)
         host = restored.host if restored else {"data": None, "meter": None}
         if restored:
             say(f"going on from the checkpoint of step {step}")
@@ -273,7 +274,7 @@ def _roll_back(this: _Run, abstract: TrainState, state: TrainState, step: int, r
         f"allowed); the {step - found.step} batches since then are left out"
     )
     updates = found.state.step - found.state.skipped
-    return dataclasses.replace(found.state, step=state.step, skipped=state.step - updates)
+    return dataclasses.replace(found.state, step=state.step, skipped=state.step - updates, frozen=state.frozen)
 
 
 def _evaluation_due(config: TrainConfig, step: int) -> bool:
@@ -296,6 +297,8 @@ def _evaluate_at_end(this: _Run, state: TrainState) -> None:
 
 def _check(config: TrainConfig) -> None:
     """Raises ConfigError now for what would otherwise fail an hour later."""
+    if config.eval.tasks and config.lora is not None:
+        raise ConfigError("config.eval.tasks: a run of adapters is not evaluated; export it merged, and evaluate that")
     if config.eval.tasks:
         from kimi_jax.eval.tasks import resolve
 

@@ -12,8 +12,8 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding
 
 from kimi_jax import sharding
-from kimi_jax.config import ModelConfig
-from kimi_jax.nn import kimi
+from kimi_jax.config import LoRAConfig, ModelConfig
+from kimi_jax.nn import kimi, lora
 from kimi_jax.nn.param import metadata, unbox
 
 
@@ -29,8 +29,9 @@ class TrainState:
     skipped_in_row: Any  # int32 []: how many of them just now, without a good one between
     loss_mean: Any  # float32 []: running mean of the loss over the updates made
     loss_square: Any  # float32 []: and of its square
-    params: Any  # plain nested dict, the checkpoint's layout
+    params: Any  # what learns: plain nested dict, the checkpoint's layout; of `config.lora` the adapters
     opt_state: Any
+    frozen: Any = None  # with `config.lora` the weights of its base, which no checkpoint of the run holds
 
 
 SCALARS = {
@@ -42,43 +43,54 @@ SCALARS = {
 }
 
 
-def create(model: ModelConfig, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    """A fresh state; the same key gives the same weights on any mesh."""
-    params = unbox(kimi.init_params(model, key))
+def create(
+    model: ModelConfig, tx: optax.GradientTransformation, key: jax.Array, options: LoRAConfig | None = None
+) -> TrainState:
+    """A fresh state, without what is frozen; the same key gives the same weights on any mesh."""
+    params = unbox(_init(model, key, options))
     zeros = {name: jnp.zeros((), dtype) for name, dtype in SCALARS.items()}
     return TrainState(**zeros, params=params, opt_state=tx.init(params))
 
 
+def _init(model: ModelConfig, key: jax.Array, options: LoRAConfig | None) -> Any:
+    return kimi.init_params(model, key) if options is None else lora.init(model, options, key)
+
+
 @functools.cache
-def _boxed(model: ModelConfig) -> Any:
-    """Shapes of the parameters in their boxes. Kept, because tracing the model is slow and many ask."""
-    return jax.eval_shape(lambda: kimi.init_params(model, jax.random.key(0)))
+def _boxed(model: ModelConfig, options: LoRAConfig | None) -> Any:
+    """Shapes of what learns in their boxes. Kept, because tracing the model is slow and many ask."""
+    return jax.eval_shape(lambda: _init(model, jax.random.key(0), options))
 
 
-def infos(model: ModelConfig) -> Any:
-    """Tree of ParamInfo, in the shape of the parameters; no array is made."""
-    return metadata(_boxed(model))
+def infos(model: ModelConfig, options: LoRAConfig | None = None) -> Any:
+    """Tree of ParamInfo, in the shape of what learns: the weights, or with `options` adapters. No array is made."""
+    return metadata(_boxed(model, options))
 
 
-def shardings(model: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def shardings(
+    model: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, options: LoRAConfig | None = None
+) -> TrainState:
     """A TrainState of NamedSharding: moments are cut like their parameter, counters are on every device."""
-    return jax.tree.map(lambda x: x.sharding, abstract(model, tx, mesh))
+    return jax.tree.map(lambda x: x.sharding, abstract(model, tx, mesh, options))
 
 
-def abstract(model: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract(
+    model: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, options: LoRAConfig | None = None
+) -> TrainState:
     """Shapes, dtypes and shardings of a state on this mesh: what a checkpoint is restored into."""
-    params = abstract_params(model, mesh)
+    params = abstract_params(model, mesh, options)
+    frozen = None if options is None else abstract_params(model, mesh)
     whole = sharding.replicated(mesh)
     opt_state = jax.eval_shape(tx.init, params)
     cuts = _moment_shardings(opt_state, params, whole)
     scalars = {name: jax.ShapeDtypeStruct((), dtype, sharding=whole) for name, dtype in SCALARS.items()}
-    return TrainState(**scalars, params=params, opt_state=jax.tree.map(_place, opt_state, cuts))
+    return TrainState(**scalars, params=params, opt_state=jax.tree.map(_place, opt_state, cuts), frozen=frozen)
 
 
-def abstract_params(model: ModelConfig, mesh: Mesh) -> Any:
-    """The same of the weights alone."""
-    shapes = unbox(_boxed(model))
-    return jax.tree.map(_place, shapes, sharding.param_shardings(infos(model), shapes, mesh))
+def abstract_params(model: ModelConfig, mesh: Mesh, options: LoRAConfig | None = None) -> Any:
+    """The same of the weights alone, or with `options` of the adapters."""
+    shapes = unbox(_boxed(model, options))
+    return jax.tree.map(_place, shapes, sharding.param_shardings(infos(model, options), shapes, mesh))
 
 
 def _place(x: Any, cut: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -8,6 +8,8 @@ B rows, S tokens, L layers, Lm layers with experts, E experts, H heads, 3 modali
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,9 +22,11 @@ from jax.sharding import Mesh
 
 from kimi_jax import sharding
 from kimi_jax.config import TrainConfig
+from kimi_jax.nn import lora
 from kimi_jax.nn.decoder import merge_aux
 from kimi_jax.nn.kimi import KimiK25
 from kimi_jax.nn.layout import Layout
+from kimi_jax.nn.param import ADAPTERS
 from kimi_jax.optim import newton_schulz, qk_clip, router_bias, schedules
 from kimi_jax.optim.muonclip import muonclip, step_metrics
 from kimi_jax.train import flops, spikes
@@ -41,7 +45,7 @@ def make_optimizer(
     layout: deals Newton-Schulz to the devices. The state is the same with and without.
     """
     dtype = newton_schulz.default_dtype(platform)
-    return muonclip(config.optimizer, config.steps, state_lib.infos(config.model), dtype, layout)
+    return muonclip(config.optimizer, config.steps, state_lib.infos(config.model, config.lora), dtype, layout)
 
 
 def make_train_step(
@@ -49,9 +53,9 @@ def make_train_step(
 ) -> tuple[Callable[[], TrainState], Callable[[TrainState, Any], tuple[TrainState, Metrics]]]:
     """Returns (init_state, train_step).
 
-    init_state() makes the state of `config.seed` directly in its shardings. train_step(state, batch) returns (state,
-    metrics) and gives up (donates) the state it is passed; `batch` is a packed batch, on the host or from
-    `sharding.put_batch`.
+    init_state() makes the state of `config.seed` directly in its shardings; of `config.lora` without `frozen`, which
+    the caller has (`train.adapters`). train_step(state, batch) returns (state, metrics) and gives up (donates) the
+    state it is passed; `batch` is a packed batch, on the host or from `sharding.put_batch`.
     Both are jitted; `train_step.lower` also takes a mesh of devices that are not there (kimi_jax.plan).
     Raises ShardingError if the groups of a batch cannot be cut evenly over the mesh.
     """
@@ -59,9 +63,10 @@ def make_train_step(
     sharding.check_groups(config.data.num_groups, mesh, config.memory.microbatches)
     layout = make_layout(config, mesh)
     tx = make_optimizer(config, mesh.devices.flat[0].platform, layout)
-    shardings = state_lib.shardings(config.model, tx, mesh)
+    shardings = state_lib.shardings(config.model, tx, mesh, config.lora)
+    fresh = dataclasses.replace(shardings, frozen=None)
     whole = sharding.replicated(mesh)
-    init = jax.jit(lambda key: state_lib.create(config.model, tx, key), out_shardings=shardings)
+    init = jax.jit(lambda key: state_lib.create(config.model, tx, key, config.lora), out_shardings=fresh)
     step = jax.jit(
         lambda state, batch: _train_step(config, tx, layout, state, batch),
         donate_argnums=0,
@@ -86,15 +91,20 @@ def loss_fn(
     config: TrainConfig,
     layout: Layout | None = None,
     whole: tuple[jax.Array, jax.Array] | None = None,
+    frozen: Any = None,
 ) -> tuple[jax.Array, Metrics]:
     """Next-token loss of a batch, normalised by its global weight, plus the weighted balance loss.
 
     whole: (loss weights, rows with tokens) of the batch that this one is a part of; the result is then its summand.
+    frozen: with `config.lora` the weights; `params` are then its adapters.
     Returns (float32 [], {"nll_sum" [3], "weight_sum" [3]: by modality, "balance_loss" [], "aux": the model's Aux}).
     """
     model = KimiK25(config.model, layout)
     groups = config.data.num_groups // (config.memory.microbatches if whole is not None else 1)
-    nll, aux = model.apply({"params": params}, batch, num_groups=groups, method=model.token_nll)
+    variables: dict[str, Any] = {"params": params}
+    if config.lora is not None:
+        variables = {"params": frozen, ADAPTERS: lora.scaled(params, config.lora)}
+    nll, aux = model.apply(variables, batch, num_groups=groups, method=model.token_nll)
     weights = batch["loss_weights"]
     of_modality = batch["modality"][None] == jnp.arange(len(MODALITIES))[:, None, None]  # [3, B, S]
     nll_sum = jnp.sum(jnp.where(of_modality, weights * nll, 0.0), axis=(1, 2))
@@ -113,14 +123,14 @@ def _rows(batch: dict[str, Any]) -> jax.Array:
 
 
 def gradients(
-    params: Any, batch: dict[str, Any], config: TrainConfig, layout: Layout | None = None
+    params: Any, batch: dict[str, Any], config: TrainConfig, layout: Layout | None = None, frozen: Any = None
 ) -> tuple[tuple[jax.Array, Metrics], Any]:
     """((loss, what `loss_fn` returns beside it), gradients) of a batch, in one go or summed over microbatches.
 
     Every device takes the same number of its own groups in each microbatch; sums are kept in the weights' dtype.
     """
     parts = config.memory.microbatches
-    fn = jax.value_and_grad(loss_fn, has_aux=True)
+    fn = jax.value_and_grad(functools.partial(loss_fn, frozen=frozen), has_aux=True)
     if parts == 1:
         return fn(params, batch, config, layout)
     whole = jnp.sum(batch["loss_weights"]), _rows(batch)
@@ -156,15 +166,18 @@ def _train_step(
     batch: dict[str, Any],
 ) -> tuple[TrainState, Metrics]:
     options = config.optimizer
-    (loss, out), grads = gradients(state.params, batch, config, layout)
+    (loss, out), grads = gradients(state.params, batch, config, layout, state.frozen)
     aux = out.pop("aux")
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    params, clip = qk_clip.apply(params, aux.max_logits, options.qk_clip_tau)
-    if config.model.moe is not None:
-        params = router_bias.apply(params, aux.expert_load, options.router_bias_rate)
+    clipped = jnp.int32(0)
+    if config.lora is None:  # both would change weights that are frozen
+        params, clip = qk_clip.apply(params, aux.max_logits, options.qk_clip_tau)
+        clipped = clip["clipped_heads"]
+        if config.model.moe is not None:
+            params = router_bias.apply(params, aux.expert_load, options.router_bias_rate)
 
-    optimizer = step_metrics(grads, updates, state_lib.infos(config.model))
+    optimizer = step_metrics(grads, updates, state_lib.infos(config.model, config.lora))
     finite = jnp.isfinite(loss) & jnp.isfinite(optimizer["grad_norm"])
     spike = finite & spikes.is_spike(config.recovery, state, loss)
     new = _advance(state, params, opt_state, loss, finite & ~spike)
@@ -177,7 +190,7 @@ def _train_step(
         "spike": spike,
         "skipped_in_row": new.skipped_in_row,
         "max_logits": jnp.max(aux.max_logits, axis=-1),
-        "clipped_heads": clip["clipped_heads"],
+        "clipped_heads": clipped,
         "expert_load": aux.expert_load,
         "dropped": aux.dropped,
         "rounds": aux.rounds,
@@ -204,4 +217,5 @@ def _advance(state: TrainState, params: Any, opt_state: Any, loss: jax.Array, so
         loss_square=keep(loss_square, state.loss_square),
         params=jax.tree.map(keep, params, state.params),
         opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+        frozen=state.frozen,
     )

@@ -1,0 +1,35 @@
+"""What a run of adapters (`config.lora`) stands on: the weights of its base.
+
+Source: issue 3 ("fine-tune ... with the memory they have"); nn.lora. The base is read part by part onto the mesh and is
+never written: it has no gradient, no moments and no place in the checkpoints, which hold the adapters alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jax.sharding import Mesh
+
+from kimi_jax.config import ConfigError, TrainConfig
+from kimi_jax.hf.files import CheckpointError
+from kimi_jax.model import load
+
+COMPUTED = ("dtype", "scan_layers", "remat", "remat_policy")  # what of `config.model` is the run's, not the base's
+
+
+def load_base(config: TrainConfig, mesh: Mesh) -> tuple[TrainConfig, Any]:
+    """The settings with the model of the base, and its weights cut over the mesh, in `config.model.dtype`.
+
+    Without `config.lora`: (config, None). Raises ConfigError for a base that cannot be loaded.
+    """
+    if config.lora is None:
+        return config, None
+    if not config.lora.base:
+        raise ConfigError("config.lora.base is empty; name a released directory or a workdir")
+    try:
+        base = load(config.lora.base, config.model.dtype, config.lora.experts, mesh)
+    except (FileNotFoundError, CheckpointError) as error:
+        raise ConfigError(f"config.lora.base: {error}") from error
+    own = {name: getattr(config.model, name) for name in COMPUTED}
+    return dataclasses.replace(config, model=dataclasses.replace(base.config, **own)), base.params
