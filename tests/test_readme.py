@@ -65,7 +65,10 @@ def test_links_lead_somewhere():
         if target.startswith("#"):
             assert target[1:] in anchors, target
         elif not target.startswith("http"):
-            assert (REPO / target).exists(), f"README links to {target}, which is not there"
+            path, _, part = target.partition("#")
+            assert (REPO / path).exists(), f"README links to {target}, which is not there"
+            headings = re.findall(r"(?m)^#+ (.+)$", (REPO / path).read_text(encoding="utf-8")) if part else []
+            assert not part or part in map(anchor, headings), f"{path} has no part {part}"
 
 
 def test_files_that_are_named_exist():
