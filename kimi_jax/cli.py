@@ -114,13 +114,16 @@ def settings() -> TrainConfig:
         sys.exit(f"error: {error}")
 
 
-def enable_compilation_cache() -> str:
+def enable_compilation_cache(shared: str | None = None) -> str:
     """Keeps compiled programs in `$KIMI_CACHE_DIR/xla` (default `~/.cache/kimi_jax/xla`), so that a second run starts
-    in seconds. Respects a cache that is already configured. Returns the directory."""
+    in seconds. Respects a cache that is already configured. Returns the directory.
+
+    shared: a folder that all hosts see, in which it is then unless the variable names another.
+    """
     import jax  # here, because the data commands parse settings as well and never touch jax
 
     if not jax.config.jax_compilation_cache_dir:
-        root = os.environ.get("KIMI_CACHE_DIR") or os.path.join(os.path.expanduser("~"), ".cache", "kimi_jax")
+        root = os.environ.get("KIMI_CACHE_DIR") or shared or os.path.join(os.path.expanduser("~"), ".cache", "kimi_jax")
         jax.config.update("jax_compilation_cache_dir", os.path.join(root, "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     return jax.config.jax_compilation_cache_dir

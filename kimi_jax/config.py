@@ -228,6 +228,14 @@ class MemoryConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """A trace of `steps` steps from step `start_step` on, in `WORKDIR/xprof` (to be seen with xprof). 0 steps: none."""
+
+    start_step: int = 10
+    steps: int = 0
+
+
+@dataclass(frozen=True)
 class LoRAConfig:
     """Adapters learn beside frozen weights (`kimi_jax.nn.lora`). A run's model is then that of `base`, and
     `config.model` says only how it is computed (dtype, remat, scan_layers)."""
@@ -261,6 +269,8 @@ class TrainConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     lora: LoRAConfig | None = None  # None: all weights learn
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    xla_preset: bool = True  # options of the TPU compiler by chip: train.xla_flags
 
 
 # -------------------------------------------------------------------------------------------------------------- presets

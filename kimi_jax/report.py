@@ -194,6 +194,7 @@ def render(run: Run) -> str:
         _scores(run.results),
         _samples(run),
         _curves(run),
+        _time(run.rows),
         _settings(run.config),
         _next(),
     ]
@@ -242,6 +243,8 @@ def _facts(run: Run) -> str:
         values = sorted(_values(rows, key))
         if values:
             facts.append((name, show(values[len(values) // 2])))
+    if _values(rows, "goodput_run"):
+        facts.append(("goodput", f"{_values(rows, 'goodput_run')[-1]:.1%}"))
     for key, name in (("dropped", "tokens dropped"), ("clipped_heads", "heads clipped (QK-clip)")):
         if _values(rows, key):
             facts.append((name, f"{sum(_values(rows, key)):,.0f}"))
@@ -384,6 +387,24 @@ def _settings(config: dict[str, Any]) -> str:
 def _next() -> str:
     items = "".join(f"<li>{esc(what)}<pre>{esc(command)}</pre></li>" for what, command in NEXT)
     return _section("What to do next", f"<ol class=next>{items}</ol>")
+
+
+def _time(rows: Sequence[dict[str, Any]]) -> str:
+    """What the wall time of the run went into, as of its last row; nothing for runs that did not say."""
+    known = [row["seconds"] for row in rows if row.get("seconds")]
+    if not known:
+        return ""
+    total = max(sum(known[-1].values()), 1e-9)
+    lines = "".join(
+        f"<tr><td>{words_of(name)}</td><td class=n>{value / 60:.1f}</td><td class=n>{value / total:.1%}</td></tr>"
+        for name, value in known[-1].items()
+    )
+    note = (
+        "<p class=note>Goodput is the share of steps. Restarts are included: `away` lies between a checkpoint and the "
+        "start that went on from it.</p>"
+    )
+    head = "<thead><tr><th></th><th class=n>minutes</th><th class=n>share</th></tr></thead>"
+    return _section("Wall time", f"{note}<div class=scroll><table>{head}<tbody>{lines}</tbody></table></div>")
 
 
 def _section(title: str, body: str) -> str:

@@ -18,7 +18,7 @@ HEAVY = {"tensorflow", "torch", "seqio", "tensorflow_datasets", "transformers", 
 def modules_after(code: str) -> set[str]:
     """Top-level packages loaded in a fresh interpreter that ran `code`."""
     code += "\nimport json, sys; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"
-    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=600)
     return set(json.loads(out.stdout.splitlines()[-1]))
 
 

@@ -64,6 +64,7 @@ def test_page_shows_scores_controls_and_answers(page):
     for expected in ("0.712", "± 0.014", "0.077", "1.871", "Which way does the square move?", *words):
         assert expected in text, expected
     assert "shuffled frames 0.533" in text
+    assert re.search(r"90.0%\s+goodput", text) and re.search(r"Wall time .* steps\s+[\d.]+\s+90.0%", text)
     assert "majority 0.504" in text
     assert "&lt;which city&gt;" in page
 
@@ -146,11 +147,11 @@ def test_load_says_what_is_wrong(tmp_path):
 def test_command_writes_the_page_and_prints_the_table(workdir):
     command = [sys.executable, "-m", "kimi_jax.report", f"--workdir={workdir}"]
     env = {**os.environ, "COLUMNS": "160"}  # a wide terminal, so that no cell wraps
-    out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, cwd=REPO, env=env)
+    out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600, cwd=REPO, env=env)
     assert "0.712 ± 0.014" in out.stdout
     assert "What to do next" in out.stdout
     assert (workdir / "report.html").stat().st_size > 50_000
-    missing = subprocess.run([*command[:3], "--workdir=no/such"], capture_output=True, text=True, timeout=120, cwd=REPO)
+    missing = subprocess.run([*command[:3], "--workdir=no/such"], capture_output=True, text=True, timeout=600, cwd=REPO)
     assert missing.returncode != 0
     assert "no folder" in missing.stderr
     assert "Traceback" not in missing.stderr

@@ -7,6 +7,8 @@ had never stopped.
   metrics.jsonl, eval.jsonl one row a log interval, one an evaluation (kimi_jax.train.log); tensorboard/ the same
   quarantine.jsonl          the records that could not be used
   results.json, samples/    the final evaluation
+  xprof/                    a trace of some steps, if `config.profile` asks for one
+  xla/                      compiled programs, with several hosts
 
 With several hosts (kimi_jax.train.hosts) all of them run this same file on their part of the batch; host 0 alone speaks
 and writes the log, and whatever could differ between them (a signal, a file just written) is agreed on first.
@@ -28,14 +30,16 @@ from jax.sharding import Mesh
 from kimi_jax import cli, sharding
 from kimi_jax.config import PRESETS, ConfigError, TrainConfig, diff, preset
 from kimi_jax.data.pipeline import BatchStream, merge_states
-from kimi_jax.train import adapters, hosts
+from kimi_jax.train import adapters, hosts, xla_flags
 from kimi_jax.train import state as state_lib
 from kimi_jax.train.checkpoint import Checkpoints
 from kimi_jax.train.console import Interrupted, Reporter, Stop, exit_status
+from kimi_jax.train.goodput import Goodput, Idle
 from kimi_jax.train.log import Log, write_atomic
 from kimi_jax.train.metrics import Meter, measure_matmul_rate, parameter_table
 from kimi_jax.train.state import TrainState
 from kimi_jax.train.step import make_optimizer, make_train_step
+from kimi_jax.train.xprof import Trace
 
 NOT_SAVED = 74  # exit status: training is done, but its end could not be written (EX_IOERR)
 DATA_PATIENCE = 5.0  # seconds that a run asked to stop still waits for the batch it is waiting for
@@ -52,14 +56,16 @@ def run(config: TrainConfig) -> int:
     end is not saved. Raises CheckpointMismatch (the workdir holds another model), Diverged, HostMissing, and whatever
     the data or the settings raise.
     """
-    cli.enable_compilation_cache()
+    clock = Goodput()
     hosts.start()
+    # jax lets host 0 alone write the cache, so several hosts need one that all of them see
+    cache = cli.enable_compilation_cache(config.workdir if jax.process_count() > 1 else None)
     with contextlib.ExitStack() as stack:
         say = stack.enter_context(Reporter(config.steps, quiet=not hosts.is_first()))
         _check(config)
         mesh = sharding.make_mesh(config.mesh)
         config, base = adapters.load_base(config, mesh)
-        say(*describe(config))
+        say(*describe(config), f"compiled programs are kept in {cache}")
 
         # --------------------------------------------------------------------------------------- model, optimizer
         init_state, train_step = make_train_step(config, mesh)
@@ -68,7 +74,8 @@ def run(config: TrainConfig) -> int:
 
         # -------------------------------------------------------------------------------- where the run stands
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(config.workdir, config.checkpoint, say)))
-        restored = checkpoints.restore(abstract, config)
+        with clock.spend("restore"):
+            restored = checkpoints.restore(abstract, config)
         step = restored.step if restored else 0
         state = dataclasses.replace(restored.state if restored else init_state(), frozen=base)
         host = restored.host if restored else {"data": None, "meter": None}
@@ -76,12 +83,15 @@ def run(config: TrainConfig) -> int:
             say(f"going on from the checkpoint of step {step}")
             changes = [line.replace("(default ", "(was ") for line in diff(config, restored.config)]
             say(*(f"  changed since then: {line}" for line in changes))
+            clock.restore(restored.host.get("goodput"))
         log = stack.enter_context(contextlib.closing(Log(config.workdir, step, say, hosts.is_first())))
         if hosts.is_first():
             write_atomic(epath.Path(config.workdir) / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
         meter = Meter(config.model, config.log_interval, config.steps, host["meter"])
         stop = stack.enter_context(Stop())
-        this = _Run(config, mesh, checkpoints, log, meter, stop, say)
+        idle = stack.enter_context(contextlib.closing(Idle()))
+        trace = stack.enter_context(Trace(config.profile, config.workdir, say))
+        this = _Run(config, mesh, checkpoints, log, meter, clock, idle, trace, stop, say)
 
         # ------------------------------------------------------------------------------------------- train, end
         try:
@@ -99,6 +109,9 @@ class _Run:
     checkpoints: Checkpoints
     log: Log
     meter: Meter
+    clock: Goodput
+    idle: Idle
+    trace: Trace
     stop: Stop
     say: Reporter
 
@@ -111,7 +124,7 @@ class _Run:
 
         step, before = int(state.step), time.perf_counter()
         self.say(f"step {step}: evaluating {', '.join(self.config.eval.tasks)}, up to {limit} questions each")
-        with self.stop.raising(0.0 if jax.process_count() == 1 else None):
+        with self.clock.spend("evaluation"), self.stop.raising(0.0 if jax.process_count() == 1 else None):
             rows = evaluate(state.params, self.config, self.config.eval.tasks, limit, samples=samples)
         self.log.evaluation(step, [dataclasses.asdict(row) for row in rows])
         for row in rows:
@@ -127,7 +140,9 @@ class _Run:
     def save(self, state: TrainState, stream: BatchStream) -> None:
         """Starts a checkpoint; the meter must be flushed."""
         self.log.flush()
-        self.checkpoints.save(state, {"data": _whole(stream), "meter": self.meter.state()}, self.config)
+        with self.clock.spend("checkpoint"):
+            host = {"data": _whole(stream), "meter": self.meter.state(), "goodput": self.clock.state()}
+            self.checkpoints.save(state, host, self.config)
 
 
 # ---------------------------------------------------------------------------------------------------------------- steps
@@ -144,8 +159,11 @@ def _work(this: _Run, train_step: Any, abstract: TrainState, state: TrainState, 
         say(f"{devices}: plain {config.model.dtype} matmuls reach {rate / 1e9:,.0f} GFLOP/s (MFU 100 %)")
         groups = sharding.local_groups(config.data.num_groups, this.mesh)
         with BatchStream(config.data, config.model, config.steps, shards=groups, state=data) as stream:
-            state, step, signal = _train(this, train_step, abstract, stream, state, step, rate)
-    saved = this.checkpoints.settle()
+            with this.clock.spend("steps"):
+                state, step, signal = _train(this, train_step, abstract, stream, state, step, rate)
+    with this.clock.spend("checkpoint"):
+        saved = this.checkpoints.settle()
+    say(this.clock.line())
     if signal:
         how = "saved" if saved else "NOT saved"
         say(f"stopped at step {step} of {config.steps}; {how}. The same command goes on from there.")
@@ -174,11 +192,16 @@ def _train(
             break
         batch = sharding.put_batch(batch, this.mesh)
         if compiled is None:
-            compiled = _compile(train_step, state, batch, this.say)
+            with this.clock.spend("compile"):
+                compiled = _compile(this, train_step, state, batch)
             meter.restart_clock()
-        state, metrics = compiled(state, batch)
-        vote.ask(this.stop.signal)
         step += 1
+        this.trace.begin(step)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            state, metrics = compiled(state, batch)
+        this.idle.watch(metrics)
+        this.trace.end(step, metrics)
+        vote.ask(this.stop.signal)
         _record(this, meter.push(step, metrics, _about_data(this, stream) if meter.due(step) else {}), rate)
         if meter.skipped_in_row >= config.recovery.max_skipped_in_row:
             state = _roll_back(this, abstract, state, step, rate)
@@ -202,20 +225,23 @@ def _train(
 
 def _next_batch(this: _Run, stream: BatchStream) -> Any:
     """The next batch, or None if none came in time after a signal."""
-    before = time.perf_counter()
+    before = time.monotonic()
     try:
         with this.stop.raising(DATA_PATIENCE if jax.process_count() == 1 else None):
             return next(stream)
     except Interrupted:
         return None
     finally:
-        this.meter.waited(time.perf_counter() - before)
+        this.clock.move(this.idle.since(before), "data")
+        this.meter.waited(time.monotonic() - before)
 
 
-def _compile(train_step: Any, state: TrainState, batch: Any, say: Reporter) -> Any:
+def _compile(this: _Run, train_step: Any, state: TrainState, batch: Any) -> Any:
     before = time.perf_counter()
-    compiled = train_step.lower(state, batch).compile()
-    say(f"training step compiled in {time.perf_counter() - before:.1f} s")
+    options = xla_flags.options(list(this.mesh.devices.flat), this.config.xla_preset)
+    this.say(*(f"option of the compiler: {name}={value}" for name, value in options.items()))
+    compiled = train_step.lower(state, batch).compile(compiler_options=options)
+    this.say(f"training step compiled in {time.perf_counter() - before:.1f} s")
     hosts.wait_for_all("training step compiled")
     return compiled
 
@@ -241,7 +267,7 @@ def _record(this: _Run, row: dict[str, Any] | None, rate: float) -> None:
     if this.meter.skipped_now:
         this.say(f"WARNING: step {this.meter.fetched_step}: {this.meter.skipped_now}; its update is left out")
     if row is not None:
-        row["mfu"] = row["flops_per_s"] / rate
+        row |= {"mfu": row["flops_per_s"] / rate, **this.clock.row()}
         this.log.train(row)
         this.say.row(row)
         this.checkpoints.look()
@@ -254,10 +280,12 @@ def _roll_back(this: _Run, abstract: TrainState, state: TrainState, step: int, r
     log go on as they are: a step is never repeated, and what upset the run does not come again.
     """
     meter, recovery = this.meter, this.config.recovery
-    this.checkpoints.settle()
+    with this.clock.spend("checkpoint"):
+        this.checkpoints.settle()
     found = None
     if meter.rollbacks < recovery.max_rollbacks:
-        found = this.checkpoints.restore(abstract, this.config, sound=True)
+        with this.clock.spend("restore"):
+            found = this.checkpoints.restore(abstract, this.config, sound=True)
     if found is None:
         tried = f", after going back {meter.rollbacks} times" if meter.rollbacks else ""
         raise Diverged(

@@ -8,9 +8,10 @@ Row (one JSON line of `WORKDIR/metrics.jsonl`, see kimi_jax.train.log):
   tokens, features, patches (real ones in the interval); tokens_seen (since the start of the run)
   lr, update_rms_muon, update_rms_adamw (of the last step); grad_norm (mean, before clipping)
   max_logit [L], clipped_heads; expert_load [Lm][E] (tokens), load_imbalance [Lm] (largest over mean); dropped;
-  skipped (steps without update), spikes (those of them with a finite loss), rollbacks (since the start of the run)
+  rounds (of the exchange between expert devices), imbalance (rows of the fullest expert device over their mean): of the
+  worst step; skipped (steps without update), spikes (those of them with a finite loss), rollbacks (since the start)
   tokens_per_s, patches_per_s, flops_per_s (the model's own), mfu, step_s, wait_s (for data, of a step), time_s (since
-  the start of the run)
+  the start of the run); goodput (of this start), goodput_run, seconds (of the run): see kimi_jax.train.goodput
 and from the data stream: token_fill, vision_ratio, data (all that `BatchStream.report()` says)
 
 L layers, Lm layers with experts, E experts, 3 modalities
@@ -33,7 +34,9 @@ from kimi_jax.train.step import MODALITIES
 
 _SUMS = ("nll_sum", "weight_sum", "balance_loss", "grad_norm")  # over steps with an update
 _TOTALS = (*flops.COUNTS, "expert_load", "dropped", "clipped_heads")  # over all steps
-TIMED = ("tokens_per_s", "patches_per_s", "flops_per_s", "mfu", "step_s", "wait_s", "time_s")
+_WORST = ("max_logits", "rounds", "imbalance")  # the largest of all steps
+TIMED = ("tokens_per_s", "patches_per_s", "flops_per_s", "mfu", "step_s", "wait_s", "time_s", "goodput", "goodput_run",
+         "seconds")  # fmt: skip
 _COUNTED = ("tokens", "features", "patches", "clipped_heads", "dropped", "skipped", "spikes")
 _LAST = ("lr", "update_rms_muon", "update_rms_adamw")
 
@@ -114,7 +117,8 @@ class Meter:
         for k in _LAST:
             if k in m:
                 self._sums[k] = np.asarray(m[k], np.float64)
-        self._sums["max_logits"] = np.maximum(self._sums.get("max_logits", -np.inf), np.float64(m["max_logits"]))
+        for k in _WORST:
+            self._sums[k] = np.maximum(self._sums.get(k, -np.inf), np.float64(m[k]))
         self._tokens_seen += int(m["tokens"])
         self._timed_steps += 1
         for k in flops.COUNTS:
@@ -136,6 +140,8 @@ class Meter:
             "max_logit": _json(s["max_logits"]),
             "expert_load": _json(load),
             "load_imbalance": _json(load.max(-1) / np.maximum(load.mean(-1), 1e-9)) if load.size else [],
+            "rounds": int(s["rounds"]),
+            "imbalance": _json(s["imbalance"]),
         }
         return row | self._speed()
 
@@ -176,9 +182,11 @@ def progress_line(row: dict[str, Any]) -> str:
     parts += [f"{row['tokens_per_s']:,.0f} tok/s", f"{row['patches_per_s']:,.0f} patch/s"]
     parts += [f"MFU {row['mfu']:.1%}"] if "mfu" in row else []
     parts += [f"imbalance {max(row['load_imbalance']):.2f}"] if row["load_imbalance"] else []
+    parts += [f"rounds {row['rounds']}"] if row["rounds"] > 1 else []
     parts += [f"dropped {row['dropped']}"]
     logits = [x for x in row["max_logit"] if x is not None]
     parts += [f"max logit {max(logits):.1f}"] if logits else []
+    parts += [f"goodput {row['goodput_run']:.0%}"] if "goodput_run" in row else []
     parts += [f"SKIPPED {row['skipped']}"] if row["skipped"] else []
     parts += [f"ROLLED BACK {row['rollbacks']} times"] if row["rollbacks"] else []
     return "  ".join(parts)

@@ -146,7 +146,7 @@ def test_the_commands(config, tmp_path):
 
     def run(command: str, *arguments: str) -> subprocess.CompletedProcess:
         command_line = [sys.executable, "-m", "kimi_jax.data", command, f"--config={tmp_path / 'run.py'}", *arguments]
-        return subprocess.run(command_line, cwd=REPO, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command_line, cwd=REPO, capture_output=True, text=True, timeout=600)
 
     before = run("inspect")
     assert before.returncode == 1

@@ -122,6 +122,7 @@ def digest(workdir: Path) -> str:
     newest = max((p for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
     host = json.loads((newest / "host" / "metadata").read_text())
     host["meter"].pop("time_s")
+    host.pop("goodput")
     total = hashlib.sha256(json.dumps(host, sort_keys=True).encode())
     for item in ("params", "optimizer"):
         for leaf in jax.tree.leaves(ocp.StandardCheckpointer().restore(newest / item)):

@@ -1,5 +1,6 @@
 """Checkpoints: exact, never half of one, readable elsewhere, and clear about what does not fit."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -24,11 +25,11 @@ def make_state(step: int, width: int = 16, momentum: bool = True) -> TrainState:
     return TrainState(*scalars, params=params, opt_state=opt_state)
 
 
-def abstract(state: TrainState, num_devices: int = 1) -> TrainState:
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:num_devices])
+def abstract(state: TrainState, num_devices: int = 1, axes: MeshConfig | None = None) -> TrainState:
+    mesh = sharding.make_mesh(axes or MeshConfig(), jax.devices()[:num_devices])
 
     def shape(x):
-        spec = PartitionSpec("fsdp") if x.ndim else PartitionSpec()
+        spec = PartitionSpec(("fsdp", "expert", "tensor")) if x.ndim else PartitionSpec()
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree.map(shape, state)
@@ -58,6 +59,19 @@ def test_newest_comes_back_bit_for_bit_on_any_mesh(tmp_path, num_devices):
     assert jax.tree.map(lambda x: x.sharding, found.state) == jax.tree.map(lambda x: x.sharding, wanted)
     checkpoints.close()
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == ["2", "3"]  # keep=2
+
+
+def test_moves_over_meshes_bit_for_bit(tmp_path):
+    """8 -> 4 -> 1 -> 8 devices, each of which saves what it restored; some in a mesh of two axes."""
+    save(tmp_path, 1).close()
+    square, split = MeshConfig(fsdp=2, tensor=2), MeshConfig(fsdp=2, expert=4)
+    for n, (devices, axes) in enumerate([(8, None), (4, square), (1, None), (8, split)]):
+        wanted = abstract(make_state(1), devices, axes)
+        with contextlib.closing(Checkpoints(str(tmp_path), CONFIG.checkpoint)) as checkpoints:
+            found = checkpoints.restore(wanted, CONFIG)
+            assert found.step == n + 1 and len(found.state.params["b"].sharding.device_set) == devices
+            assert equal(found.state.replace(step=jnp.int32(1)), make_state(1))
+            checkpoints.save(found.state.replace(step=found.state.step + 1), {}, CONFIG)
 
 
 def test_nothing_saved_is_none(tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 import threading
 import time
 
@@ -13,12 +12,14 @@ from kimi_jax.train import hosts
 from kimi_jax.train.hosts import HostMissing, Hosts, find, roll_call
 from kimi_jax.train.log import read_rows
 from kimi_jax.train.metrics import TIMED
-from tests.train.processes import make_config, results, start, start_hosts
+from tests.train.processes import free_port, make_config, results, start, start_hosts
 
 STEPS = 6
-# sums over devices are added in another order, and every step builds on the one before
-TOLERANCE = 1e-4
-UPDATE_TOLERANCE = 1e-2  # Newton-Schulz lifts small singular values, and their rounding with them
+# The same mesh on one host or several: gloo adds in another order than one process. Measured over the 6 steps: 5e-7 in
+# the largest logits, 1e-7 in all else, update_rms_muon too.
+TOLERANCE = 1e-5
+# Other meshes: other sums, and every step builds on the one before. The update was once seen to differ by 3e-3.
+MESH_TOLERANCE, UPDATE_TOLERANCE = 1e-4, 1e-2
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,9 @@ def rows(folder, name: str) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in TIMED} for row in read_rows(folder / name / "metrics.jsonl")]
 
 
-def assert_same_curve(found: list[dict], wanted: list[dict]) -> None:
+def assert_same_curve(
+    found: list[dict], wanted: list[dict], tolerance: float = TOLERANCE, update: float = TOLERANCE
+) -> None:
     """Whole numbers and everything about the data are equal, losses and norms to reduction order."""
     assert [row["step"] for row in found] == [row["step"] for row in wanted] == list(range(1, STEPS + 1))
     for a, b in zip(found, wanted, strict=True):
@@ -68,7 +71,7 @@ def assert_same_curve(found: list[dict], wanted: list[dict]) -> None:
         for key in a:
             if key in ("expert_load", "load_imbalance"):  # a token at the border may go to another expert
                 continue
-            rel = UPDATE_TOLERANCE if key == "update_rms_muon" else TOLERANCE
+            rel = update if key == "update_rms_muon" else tolerance
             assert a[key] == pytest.approx(b[key], rel=rel) if _numbers(a[key]) else a[key] == b[key], key
     assert sum(row["loss_image"] is not None for row in wanted) == STEPS  # the images took part
 
@@ -91,7 +94,7 @@ def test_a_signal_to_one_host_ends_all_at_the_same_step_to_be_restarted(two):
 def test_a_run_moves_over_hosts_and_devices(folder, one, two):
     """8 devices on two hosts -> 4 -> 1 -> 8 on one: no step twice, none missing, the same curve."""
     assert one[1:] == [hosts.RESTART, hosts.RESTART, 0]
-    assert_same_curve(rows(folder, "moved"), rows(folder, "one"))
+    assert_same_curve(rows(folder, "moved"), rows(folder, "one"), MESH_TOLERANCE, UPDATE_TOLERANCE)
 
 
 @pytest.mark.slow
@@ -100,7 +103,8 @@ def test_four_hosts_give_the_curve_of_one(folder, config):
     four = start_hosts(config, [["run", changes(folder, "four", groups), 0]], 4, 4)
     alone = start(config, [["run", changes(folder, "alone", groups), 8]], 8)
     assert [results(process) for process in [*four, alone]] == [[0]] * 5
-    assert_same_curve(rows(folder, "four"), rows(folder, "alone"))
+    # 16 devices and 8
+    assert_same_curve(rows(folder, "four"), rows(folder, "alone"), MESH_TOLERANCE, UPDATE_TOLERANCE)
 
 
 def test_a_host_that_dies_ends_the_others_who_name_it(config):
@@ -115,13 +119,7 @@ def test_a_host_that_dies_ends_the_others_who_name_it(config):
 # ------------------------------------------------------------------------------------------------------------ start-up
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def call_roll(count: int, present: list[int], timeout: float = 1.0) -> dict[int, Exception | None]:
+def call_roll(count: int, present: list[int], timeout: float) -> dict[int, Exception | None]:
     """The roll call of the hosts that are there, each in a thread; what it raised on each."""
     port, found = free_port(), {}
 
@@ -146,14 +144,14 @@ def test_roll_call_passes_when_all_are_there():
 
 
 def test_roll_call_tells_every_host_who_is_missing():
-    found = call_roll(5, [0, 1, 4])
+    found = call_roll(5, [0, 1, 4], timeout=5.0)  # by far enough for three threads to call
     for error in found.values():
         assert isinstance(error, HostMissing)
-        assert "host 2 (10.0.0.2), host 3 (10.0.0.3) did not come within 1 s" in str(error)
+        assert "host 2 (10.0.0.2), host 3 (10.0.0.3) did not come within 5 s" in str(error)
 
 
 def test_roll_call_without_the_first_host_names_it():
-    (error,) = call_roll(2, [1]).values()
+    (error,) = call_roll(2, [1], timeout=1.0).values()
     assert isinstance(error, HostMissing) and "host 0 (10.0.0.0) did not come" in str(error)
 
 

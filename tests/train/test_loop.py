@@ -1,15 +1,19 @@
 """The loop's own decisions, on made-up batches instead of a data stream: giving up, evaluating, saying what is set."""
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
 import pytest
 
-from kimi_jax.config import CheckpointConfig, ConfigError, EvalConfig, MeshConfig, preset
+from kimi_jax import cli
+from kimi_jax.config import CheckpointConfig, ConfigError, EvalConfig, MeshConfig, ProfileConfig, preset
 from kimi_jax.data.pipeline import BatchStream
 from kimi_jax.eval import runner
 from kimi_jax.train import checkpoint, loop
+from kimi_jax.train.log import read_rows
+from kimi_jax.train.xprof import Trace
 from tests.train.tiny import CONFIG, make_batch
 
 
@@ -85,6 +89,62 @@ def test_evaluation_on_the_way_and_at_the_end_and_not_again(tmp_path, monkeypatc
     assert checkpoint.load(str(tmp_path), 4)[0] == settings
     with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 5 .* there are: \[4, 8\]"):
         checkpoint.load(str(tmp_path), 5)
+
+
+def test_a_trace_of_some_steps_and_where_the_time_went(tmp_path, capsys):
+    """A run of six steps, traced in two of them, and two more in a second start: sums go on over both."""
+    settings = config(tmp_path, profile=ProfileConfig(start_step=3, steps=2))
+    assert loop.run(dataclasses.replace(settings, steps=6, log_interval=2)) == 0
+    assert f"trace of steps 3 to 4 in {tmp_path / 'xprof'}" in capsys.readouterr().out
+    traces = list((tmp_path / "xprof").rglob("*.xplane.pb"))
+    assert len(traces) == 1 and traces[0].stat().st_size > 0
+    assert loop.run(dataclasses.replace(settings, log_interval=2)) == 0
+    assert list((tmp_path / "xprof").rglob("*.xplane.pb")) == traces  # those steps are over
+    said = capsys.readouterr().out
+    assert "goodput " in said and "restarts included: " in said and "compiled programs are kept in" in said
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
+    for before, after in itertools.pairwise(rows):
+        assert all(after["seconds"][name] >= before["seconds"][name] - 1e-3 for name in before["seconds"])
+    last = rows[-1]["seconds"]
+    assert min(last[name] for name in ("steps", "start", "compile", "restore", "checkpoint", "away")) > 0
+    assert 0 < rows[-1]["goodput_run"] < 1 and rows[-1]["goodput_run"] == pytest.approx(
+        last["steps"] / sum(last.values()), rel=1e-2
+    )
+    assert rows[-1]["rounds"] == rows[-1]["imbalance"] == 1  # no expert axis
+
+
+def test_a_trace_that_cannot_be_written_is_said_and_no_more(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("no room")
+
+    monkeypatch.setattr("jax.profiler.start_trace", full)
+    said: list[str] = []
+    with Trace(ProfileConfig(1, 1), str(tmp_path), said.append) as trace:
+        trace.begin(1)
+        trace.end(1, None)
+    assert len(said) == 1 and said[0].startswith("WARNING: no trace in") and "no room" in said[0]
+
+
+def test_compiled_programs_are_kept_unless_told_otherwise(monkeypatch, tmp_path):
+    """In the user's cache, with several hosts in the folder that all of them see; a cache that is set is respected."""
+    import jax
+
+    before = jax.config.jax_compilation_cache_dir
+    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+    try:
+        assert cli.enable_compilation_cache() == before
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.delenv("KIMI_CACHE_DIR", raising=False)
+        for shared, folder in ((None, tmp_path / ".cache" / "kimi_jax"), ("gs://b/run", "gs://b/run")):
+            jax.config.update("jax_compilation_cache_dir", None)
+            assert cli.enable_compilation_cache(shared) == f"{folder}/xla"
+        jax.config.update("jax_compilation_cache_dir", None)
+        monkeypatch.setenv("KIMI_CACHE_DIR", "/big")
+        assert cli.enable_compilation_cache("gs://b/run") == "/big/xla"
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
 
 
 def test_unknown_task_is_found_before_training(tmp_path):

@@ -21,6 +21,7 @@ def step_metrics(step, finite=True):
         "spike": np.asarray(False),
         "balance_loss": f32(), "grad_norm": f32(), "finite": np.asarray(finite), "skipped_in_row": np.int32(not finite),
         "max_logits": f32(3), "clipped_heads": np.int32(1), "expert_load": f32(2, 4), "dropped": np.int32(0),
+        "rounds": np.int32(1 + step % 3), "imbalance": f32(),
         "lr": np.float32(step), "update_rms_muon": f32(), "update_rms_adamw": f32(),
         **{k: np.float32(10) for k in flops.COUNTS},
     }  # fmt: skip
@@ -46,6 +47,7 @@ def test_row_is_the_mean_over_its_interval():
     assert first["lr"] == 4 and first["tokens"] == 40 and second["tokens"] == 30 and second["tokens_seen"] == 70
     assert first["clipped_heads"] == 4 and first["beside"] == 4
     np.testing.assert_allclose(first["max_logit"], np.max([m["max_logits"] for m in metrics], axis=0), rtol=1e-7)
+    assert first["rounds"] == 3 and first["imbalance"] == pytest.approx(max(m["imbalance"] for m in metrics))
     load = sum(m["expert_load"].astype(np.float64) for m in metrics)
     np.testing.assert_allclose(first["load_imbalance"], load.max(-1) / load.mean(-1), rtol=1e-7)
 
@@ -92,9 +94,10 @@ def test_log_cuts_what_was_lost_and_half_a_line(tmp_path):
 
 def test_progress_line_names_what_matters():
     (row,) = rows_of(Meter(MODEL, 1, 1), [1])
-    line = progress_line(row | {"mfu": 0.31})
+    line = progress_line(row | {"mfu": 0.31, "goodput_run": 0.874})
     for part in ("loss", "text", "image", "tok/s", "patch/s", "MFU 31.0%", "imbalance", "dropped 0", "max logit"):
         assert part in line
+    assert "rounds 2" in line and "goodput 87%" in line
     assert "video" not in line
 
 
