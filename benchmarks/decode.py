@@ -1,6 +1,6 @@
 """Prefill and decoding here against transformers' DeepseekV3 on torch: tokens a second and their ratio, from one run.
 
-Run:    python -m benchmarks.decode [--repeats=5] [--prompt=512] [--new=16]     (needs torch and transformers)
+Run:    python -m benchmarks.decode [--repeats=5] [--prompt=512] [--new=16] [--profile]   (needs torch and transformers)
 Goal:   prefill 1.5 times as fast; decoding 3 times at batch 1, 8 times at batch 8.
 
 Both run the same random model in float32 on the same two threads: 12 layers of width 512, 32 experts, 4 a token, 188 M
@@ -8,11 +8,20 @@ parameters, written once in the released layout. The two take turns, so that a b
 the median of the ratios of neighbours. Before that both must agree on the logits. Prompts are random and new each time,
 so no prefix is ever known. Prefill is the time until every prompt has its first token, decoding that of `new` further
 tokens of all rows at once.
+
+--profile adds where a step of ours spends its time: the operations of the compiled program as XLA reports them, by the
+part of the model that they belong to. They run side by side on the threads, so the parts may sum to more than the step;
+what they leave of it is the host's and the runtime's.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import gzip
+import json
+import pathlib
+import re
 import statistics
 import tempfile
 import time
@@ -36,6 +45,7 @@ flags.DEFINE_integer("repeats", 5, "Turns of each side.", lower_bound=1)
 flags.DEFINE_integer("prompt", 512, "Tokens of a prompt.", lower_bound=1)
 flags.DEFINE_integer("new", 16, "Tokens decoded after it.", lower_bound=1)
 flags.DEFINE_integer("threads", 2, "Of torch; jax takes as many as the process may use (taskset).", lower_bound=1)
+flags.DEFINE_bool("profile", False, "Print the parts of a step too.")
 flags.DEFINE_multi_integer("batch", [1, 8], "Prompts at once.", lower_bound=1)
 
 
@@ -82,6 +92,80 @@ def theirs(model: Any, prompts: np.ndarray, new: int) -> tuple[float, float]:
     return prefill, time.perf_counter() - start
 
 
+# part of the model, and what in the path or the operands of an operation tells it; the first that fits
+PARTS = {
+    "shared experts": "/MoE/shared|shared___", "router": "/MoE/router|router___", "routed experts": "/MoE/",
+    "dense MLP": "/SwiGLU|layers_0___mlp", "head": "lm_head|/Head", "sampler": "/cond/|argmax|log_softmax",
+    "projections": "/MLA|/o/|attention___", "attention": "bthn|bhtr|bhtd|absorbed___|/while/body|/exp|reduce_max",
+    "copies and cache": "scatter|copy",
+}  # fmt: skip
+
+
+def parts_of_step(engine: Engine, steps: int) -> None:
+    """Prints milliseconds of each part in the engine's next steps, all of one program, and the longest operations."""
+    program, shapes = engine._program, []
+
+    def recorded(*args: Any) -> Any:
+        shapes[:] = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
+        return program(*args)
+
+    engine.__dict__["_program"] = recorded
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        with jax.profiler.trace(folder):
+            for _ in range(steps):
+                engine.step()
+            wall = (time.perf_counter() - start) * 1e3 / steps
+        (path,) = pathlib.Path(folder).rglob("*.trace.json.gz")
+        events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    engine.__dict__["_program"] = program
+    paths = operations(program.lower(*shapes).compile().as_text())
+    spent: collections.Counter[str] = collections.Counter()
+    single: collections.Counter[str] = collections.Counter()
+    for event in events:
+        name = event.get("name", "")
+        if event.get("ph") == "X" and name in paths:
+            part = next((part for part, mark in PARTS.items() if re.search(mark, paths[name])), "rest")
+            spent[part] += event["dur"] / 1e3 / steps
+            single[f"{name} {paths[name].strip()[:90]}"] += event["dur"] / 1e3 / steps
+    print(f"a step {wall:.2f} ms, operations {spent.total():.2f} ms")
+    for part, ms in (*spent.most_common(), *single.most_common(10)):
+        print(f"    {ms:8.3f}  {part}")
+
+
+def operations(text: str) -> dict[str, str]:
+    """What tells where an operation of a compiled program belongs; of those that hold others, nothing."""
+    inside: dict[str, str] = {}  # of a fused computation, whose own line may not tell
+    found, computation = {}, ""
+    for line in text.splitlines():
+        head = re.match(r"(?:ENTRY )?%([\w.-]+) \(", line)
+        computation = head[1] if head else computation
+        operation = re.match(r" +(?:ROOT )?%([\w.-]+) = .*? ([\w-]+)\(", line)
+        path = re.search(r'op_name="([^"]*)"', line)
+        if path:
+            inside[computation] = path[1]
+        if operation and operation[2] not in ("while", "conditional", "call"):
+            called = re.search(r"calls=%([\w.-]+)", line)
+            found[operation[1]] = path[1] if path else inside.get(called[1], line) if called else line
+    return found
+
+
+def profile(engine: Engine, batch: int, rng: np.random.Generator) -> None:
+    """Parts of the reading of one prompt and of a step of decoding."""
+    prompts = rng.integers(0, engine.config.vocab_size, (batch, FLAGS.prompt)).astype(np.int32)
+    sampling = Sampling(temperature=0.0, max_new_tokens=FLAGS.new + 2 * batch)
+    numbers = [engine.submit(Request(prompt, sampling=sampling)) for prompt in prompts]
+    print("prefill, one chunk")
+    parts_of_step(engine, 1)
+    while len(engine.step()) < batch:
+        pass
+    print(f"decode, batch {batch}")
+    parts_of_step(engine, 8)
+    for number in numbers:
+        engine.cancel(number)
+    engine.step()
+
+
 def compare(model: kimi.Model, peer: Any, batch: int, rng: np.random.Generator) -> None:
     """Prints the two rows of one batch size."""
     engine = Engine(model, slots=batch, max_sequence_length=FLAGS.prompt + FLAGS.new + 4 * batch)
@@ -92,6 +176,8 @@ def compare(model: kimi.Model, peer: Any, batch: int, rng: np.random.Generator) 
         pair = np.array([ours(engine, prompts, FLAGS.new), theirs(peer, prompts.astype(np.int64), FLAGS.new)])
         if turn:  # the first one warms caches of both
             times.append(pair)
+    if FLAGS.profile:
+        profile(engine, batch, rng)
     for column, (name, tokens) in enumerate((("prefill", FLAGS.prompt), ("decode", FLAGS.new))):
         mine, other = (statistics.median(batch * tokens / pair[side, column] for pair in times) for side in (0, 1))
         ratio = statistics.median(pair[1, column] / pair[0, column] for pair in times)

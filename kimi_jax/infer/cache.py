@@ -1,4 +1,4 @@
-"""The paged latent cache: the array on the device, and on the host who owns which page and what it holds.
+"""The paged latent cache: the arrays on the device, and on the host who owns which page and what it holds.
 
 Source: issue 3 item 5; design.md section 9 (pages from the start: prefix reuse and RL's length tails need them).
 A token takes kv_lora_rank + qk_rope_head_dim numbers a layer (576 in K2.5), whatever the number of heads. Full pages
@@ -6,7 +6,7 @@ are known by the hash of all tokens up to their end, so that a prompt finds the 
 pads are hashed with the content of their item, since the pads themselves are all alike. Pages nobody uses stay until
 their room is needed; the longest unused goes first, and of one sequence its end before its beginning.
 
-L layers   P pages   s tokens a page   C = kv_lora_rank + qk_rope_head_dim   n tokens
+P pages   s tokens a page   C = kv_lora_rank + qk_rope_head_dim   n tokens
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,13 +23,15 @@ from jaxtyping import Array, Float
 from kimi_jax.config import ModelConfig
 from kimi_jax.data.example import MediaItem
 
+# The layers' pages. An array each: XLA copies a common one whenever a layer writes after another has read.
+Cache: TypeAlias = tuple[Float[Array, "P s C"], ...]
 NOWHERE = 0  # the page that padding and idle slots write to; never handed out
 
 
-def empty_cache(config: ModelConfig, num_pages: int, page_size: int) -> Float[Array, "L P s C"]:
+def empty_cache(config: ModelConfig, num_pages: int, page_size: int) -> Cache:
     """Zeros, in the activations' dtype."""
-    width = config.kv_lora_rank + config.qk_rope_head_dim
-    return jnp.zeros((config.num_hidden_layers, num_pages, page_size, width), config.dtype)
+    shape = num_pages, page_size, config.kv_lora_rank + config.qk_rope_head_dim
+    return tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_hidden_layers))
 
 
 def media_digest(item: MediaItem) -> bytes:

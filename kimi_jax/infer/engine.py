@@ -29,14 +29,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array
 
 from kimi_jax import sharding
 from kimi_jax.data.example import MediaItem
 from kimi_jax.data.image import normalise
 from kimi_jax.data.patches import num_features
 from kimi_jax.infer import forward as decoder
-from kimi_jax.infer.cache import NOWHERE, PagePool, empty_cache, media_digest, page_keys
+from kimi_jax.infer.cache import NOWHERE, Cache, PagePool, empty_cache, media_digest, page_keys
 from kimi_jax.infer.request import Completion, Event, Request, Sampling
 from kimi_jax.infer.sampler import Sampled, Settings, sample
 from kimi_jax.model import Model
@@ -396,8 +395,8 @@ class Engine:
         """Compiled once for each shape of the chunk: one for decoding, one for each of CHUNKS."""
 
         def run(
-            weights: decoder.Weights, cache: Array, chunk: decoder.Chunk, settings: Settings
-        ) -> tuple[Array, Sampled]:
+            weights: decoder.Weights, cache: Cache, chunk: decoder.Chunk, settings: Settings
+        ) -> tuple[Cache, Sampled]:
             self._counts["compilations"] += 1  # runs only while jax traces
             rows, length = chunk.tokens.shape
             if self.mesh is not None and rows == len(self._slots):
@@ -405,19 +404,18 @@ class Engine:
             hidden, cache = decoder.forward(self.config, weights, cache, chunk, absorbed=length == 1)
             last = jnp.take_along_axis(hidden, jnp.maximum(chunk.count - 1, 0)[:, None, None], axis=1)[:, 0]
             if self.mesh is not None:
-                cache = jax.lax.with_sharding_constraint(cache, self._cut(cache.shape[1], 1))
+                cache = jax.lax.with_sharding_constraint(cache, self._cut(cache[0].shape[0]))
             return cache, sample(decoder.logits(self.config, weights, last), settings)
 
         return jax.jit(run, donate_argnums=1)
 
-    def _empty_cache(self, num_pages: int) -> Array:
+    def _empty_cache(self, num_pages: int) -> Cache:
         make = functools.partial(empty_cache, self.config, num_pages, self.page_size)
-        return make() if self.mesh is None else jax.jit(make, out_shardings=self._cut(num_pages, 1))()
+        return make() if self.mesh is None else jax.jit(make, out_shardings=self._cut(num_pages))()
 
-    def _cut(self, size: int, axis: int = 0) -> NamedSharding:
-        """An axis of this size along the batch's axis of the mesh, or whole if it does not divide."""
-        names = [None] * axis + ["batch"]
-        return NamedSharding(self.mesh, sharding.layout(self.mesh).spec(tuple(names), (1,) * axis + (size,)))
+    def _cut(self, size: int) -> NamedSharding:
+        """A first axis of this size along the batch's axis of the mesh, or whole if it does not divide."""
+        return NamedSharding(self.mesh, sharding.layout(self.mesh).spec(("batch",), (size,)))
 
 
 def _completion(sequence: _Sequence) -> Completion:

@@ -7,7 +7,7 @@ lengths), and the absorbed form of attention: with kv_b = [K | V] a head,
     q . (K latent) = (K^T q) . latent        sum_k p_k (V latent_k) = V (sum_k p_k latent_k)
 
 so that decoding reads the latents as they lie and never makes a key or a value. A chunk of many queries is cheaper with
-keys and values expanded, a block of pages at a time.
+keys and values expanded: the chunk's own at once, then those before it a block of pages at a time.
 
 B rows   T tokens of a row's chunk   L layers   P pages   s tokens a page   W pages in a row's table   D width   H heads
 n, r, v  widths of a head without rotary, its rotary part, its values    R = kv_lora_rank    C = R + r    E experts
@@ -26,7 +26,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from kimi_jax.config import ModelConfig
-from kimi_jax.infer.cache import NOWHERE
+from kimi_jax.infer.cache import NOWHERE, Cache
+from kimi_jax.kernels.single_rows import single_rows_swiglu
 from kimi_jax.nn.decoder import DENSE, MOE
 from kimi_jax.nn.kimi import Embedding, Head
 from kimi_jax.nn.layers import SwiGLU, precision, rms_norm
@@ -35,7 +36,7 @@ from kimi_jax.nn.moe import Banks, Experts, ExpertsOut, MoE, run_experts
 from kimi_jax.nn.rope import softmax_scale
 
 KEYS = 256  # tokens of a block of pages
-FEW_ROWS = 4  # rows an expert's block has in decoding: 8 or more cost half as much again, 1 saves nothing
+FEW_ROWS = 4  # rows an expert's block has if there are few an expert: 8 or more cost half as much again
 NEGATIVE = -1e30
 
 
@@ -95,8 +96,8 @@ def _layer(config: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
 
 
 def forward(
-    config: ModelConfig, weights: Weights, cache: Float[Array, "L P s C"], chunk: Chunk, *, absorbed: bool
-) -> tuple[Float[Array, "B T D"], Float[Array, "L P s C"]]:
+    config: ModelConfig, weights: Weights, cache: Cache, chunk: Chunk, *, absorbed: bool
+) -> tuple[Float[Array, "B T D"], Cache]:
     """Final-normed hidden states of the chunk, and the cache that now holds its tokens too.
 
     Every row's earlier tokens must be in the pages of its table. absorbed: the form of attention; same result. Padding
@@ -108,22 +109,22 @@ def forward(
     x = Embedding(c).apply({"params": weights.embed}, chunk.tokens)
     if chunk.media is not None:
         x = jnp.where(jnp.expand_dims(chunk.is_media, -1), chunk.media.astype(x.dtype), x)
-    attention = MLA(c)
+    attention, written = MLA(c), []
     for number, layer in enumerate(weights.layers):
         own = {"params": layer["attention"]}
         normed = rms_norm(x, layer["input_norm"]["scale"], c.rms_norm_eps)
         q_nope, q_rope, latent = attention.apply(own, normed, positions, method="project")
-        cache = write(cache, number, latent, chunk)
-        pages = _Pages(cache, number, chunk, positions)
+        written.append(write(cache[number], latent, chunk))
+        keys = _Keys(latent, written[-1], chunk)
         if absorbed:
-            out = _absorbed(c, layer["absorbed"], q_nope, q_rope, pages)
+            out = _absorbed(c, layer["absorbed"], q_nope, q_rope, keys)
         else:
             expand = lambda latent, own=own: attention.apply(own, latent, method="expand")  # noqa: E731
-            out = _expanded(c, expand, q_nope, q_rope, pages)
+            out = _expanded(c, expand, q_nope, q_rope, keys)
         x = x + attention.apply(own, out, method=lambda mla, y: mla.o(y))
         normed = rms_norm(x, layer["post_attention_norm"]["scale"], c.rms_norm_eps)
         x = x + _mlp(c, weights, number, normed, real)
-    return rms_norm(x, weights.final_norm["scale"], c.rms_norm_eps), cache
+    return rms_norm(x, weights.final_norm["scale"], c.rms_norm_eps), tuple(written)
 
 
 def logits(config: ModelConfig, weights: Weights, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
@@ -131,68 +132,62 @@ def logits(config: ModelConfig, weights: Weights, hidden: Float[Array, "*b D"]) 
     return Head(config).apply({"params": weights.lm_head}, hidden)
 
 
-def write(
-    cache: Float[Array, "L P s C"], layer: int, latent: Float[Array, "B T C"], chunk: Chunk
-) -> Float[Array, "L P s C"]:
+def write(pages: Float[Array, "P s C"], latent: Float[Array, "B T C"], chunk: Chunk) -> Float[Array, "P s C"]:
     """Put the chunk's latents where its rows' tables say, by windows within a page; beyond the table: NOWHERE."""
-    layers, pages, size, width = cache.shape
+    num, size, width = pages.shape
     rows, length = chunk.tokens.shape
     window = math.gcd(length, size)
     first = chunk.start[:, None] + window * jnp.arange(length // window, dtype=jnp.int32)
     page = jnp.take_along_axis(chunk.table, first // size, axis=1, mode="fill", fill_value=NOWHERE)
-    view = cache.reshape(layers, pages, size // window, window, width)
-    view = view.at[layer, page, first % size // window].set(latent.reshape(rows, -1, window, width))
-    return view.reshape(cache.shape)
+    view = pages.reshape(num, size // window, window, width)
+    return view.at[page, first % size // window].set(latent.reshape(rows, -1, window, width)).reshape(pages.shape)
 
 
 # ------------------------------------------------------------------------------------------------------------ attention
 
 
-class _Pages(NamedTuple):
-    """What the queries of a chunk look at: one layer of the cache, through the rows' tables."""
+class _Keys(NamedTuple):
+    """What the queries of a chunk look at in a layer: its own latents, and those before it by the rows' tables."""
 
-    cache: Float[Array, "L P s C"]
-    layer: int
+    latent: Float[Array, "B T C"]
+    pages: Float[Array, "P s C"]
     chunk: Chunk
-    positions: Int[Array, "B T"]
 
 
-def _absorbed(config: ModelConfig, halves: dict[str, Array], q_nope: Array, q_rope: Array, pages: _Pages) -> Array:
+def _absorbed(config: ModelConfig, halves: dict[str, Array], q_nope: Array, q_rope: Array, keys: _Keys) -> Array:
     """[B, T, H, v]; keys are the latents themselves, values their first R numbers."""
     dot = precision(config.dtype)
     q_latent = jnp.einsum("bthn,hnr->bhtr", q_nope, halves["keys"], precision=dot)
     q = jnp.concatenate([q_latent, q_rope.swapaxes(1, 2)], axis=-1)
     look = lambda latent: (latent, latent[..., : config.kv_lora_rank])  # noqa: E731
-    out = _walk(config, q, look, "bkd", config.kv_lora_rank, pages)
+    out = _attend(config, q, look, "bkd", config.kv_lora_rank, keys)
     return jnp.einsum("bhtr,hrv->bthv", out, halves["values"], precision=dot)
 
 
-def _expanded(config: ModelConfig, expand: Callable, q_nope: Array, q_rope: Array, pages: _Pages) -> Array:
+def _expanded(config: ModelConfig, expand: Callable, q_nope: Array, q_rope: Array, keys: _Keys) -> Array:
     """[B, T, H, v]; every head has its own keys and values."""
     q = jnp.concatenate([q_nope, q_rope], axis=-1).swapaxes(1, 2)
-    return _walk(config, q, expand, "bkhd", config.v_head_dim, pages).swapaxes(1, 2)
+    return _attend(config, q, expand, "bkhd", config.v_head_dim, keys).swapaxes(1, 2)
 
 
-def _walk(config: ModelConfig, q: Array, look: Callable, axes: str, width: int, pages: _Pages) -> Array:
-    """Causal attention [B, H, T, width] of q [B, H, T, d] over as many blocks of pages as the longest row needs.
+def _attend(config: ModelConfig, q: Array, look: Callable, axes: str, width: int, keys: _Keys) -> Array:
+    """Causal attention [B, H, T, width] of q [B, H, T, d] over the chunk, then over as many blocks of pages as the
+    longest row needs.
 
     look: latents [B, K, C] -> (keys, values), both with these axes. Softmax in float32.
     """
-    size = pages.cache.shape[2]
-    table = pages.chunk.table
+    size, length = keys.pages.shape[1], q.shape[2]
+    start, table = keys.chunk.start, keys.chunk.table
     together = max(KEYS // size, 1)
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % together)), constant_values=NOWHERE)
     block = together * size
     scale, dot = softmax_scale(config), precision(config.dtype)
 
-    def step(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def add(latent: Array, seen: Bool[Array, "B 1 #T K"], carry: tuple[Array, Array, Array]) -> tuple:
         top, total, out = carry
-        here = lax.dynamic_slice_in_dim(table, i * together, together, axis=1)
-        latent = pages.cache[pages.layer, here].reshape(q.shape[0], block, -1)
         k, v = look(latent)
         scores = jnp.einsum(f"bhtd,{axes}->bhtk", q, k, precision=dot, preferred_element_type=jnp.float32) * scale
-        seen = i * block + jnp.arange(block) <= pages.positions[..., None]
-        scores = jnp.where(seen[:, None], scores, NEGATIVE)
+        scores = jnp.where(seen, scores, NEGATIVE)
         new_top = jnp.maximum(top, scores.max(axis=-1))
         probs = jnp.exp(scores - new_top[..., None])
         shrink = jnp.exp(top - new_top)
@@ -200,10 +195,16 @@ def _walk(config: ModelConfig, q: Array, look: Callable, axes: str, width: int, 
                           preferred_element_type=jnp.float32)  # fmt: skip
         return new_top, total * shrink + probs.sum(axis=-1), out * shrink[..., None] + part
 
-    blocks = (pages.chunk.start + pages.chunk.count).max() + block - 1
+    def step(i: Array, carry: tuple[Array, Array, Array]) -> tuple:
+        here = lax.dynamic_slice_in_dim(table, i * together, together, axis=1)
+        latent = keys.pages[here].reshape(q.shape[0], block, -1)
+        seen = i * block + jnp.arange(block) < start[:, None]
+        return add(latent, seen[:, None, None], carry)
+
     rows = jnp.full(q.shape[:3], NEGATIVE, jnp.float32)
-    start = rows, jnp.zeros_like(rows), jnp.zeros((*q.shape[:3], width), jnp.float32)
-    _, total, out = lax.fori_loop(0, jnp.maximum(blocks // block, 1), step, start)
+    nothing = rows, jnp.zeros_like(rows), jnp.zeros((*q.shape[:3], width), jnp.float32)
+    own = add(keys.latent, jnp.tri(length, dtype=bool)[None, None], nothing)
+    _, total, out = lax.fori_loop(0, -(-start.max() // block), step, own)
     return (out / total[..., None]).astype(q.dtype)
 
 
@@ -217,10 +218,19 @@ def _mlp(config: ModelConfig, weights: Weights, number: int, x: Array, real: Arr
         return SwiGLU(config, config.intermediate_size).apply(own, x)
     num = moe.n_routed_experts
     banks = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), weights.banks)
-    few = x.shape[0] * x.shape[1] * moe.num_experts_per_tok < FEW_ROWS * num
+    choices = x.shape[0] * x.shape[1] * moe.num_experts_per_tok
+    first = num * (number - config.num_dense_layers)
+
+    def blocks(rows: Array, chosen: Array, gates: Array) -> ExpertsOut:
+        return run_experts(rows, chosen, gates, banks, num, first, FEW_ROWS if choices < FEW_ROWS * num else None)
+
+    def singly(rows: Array, chosen: Array, gates: Array) -> ExpertsOut:
+        load = jnp.bincount(chosen.reshape(-1), length=num).astype(jnp.int32)
+        return single_rows_swiglu(rows, chosen, gates, tuple(banks), num, first), load, load.sum()
 
     def experts(rows: Array, chosen: Array, gates: Array) -> ExpertsOut:
-        first = num * (number - config.num_dense_layers)
-        return run_experts(rows, chosen, gates, banks, num, first, FEW_ROWS if few else None)
+        if choices > num:
+            return blocks(rows, chosen, gates)
+        return lax.platform_dependent(rows, chosen, gates, cpu=singly, default=blocks)
 
     return MoE(config).apply(own, x, real, None, experts)[0]

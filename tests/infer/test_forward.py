@@ -65,7 +65,7 @@ def test_naive_is_absorbed_is_the_model(name):
     config = CONFIGS[name]
     (tokens, want), step, table = whole(config), stepper(config), tables()
     for absorbed in (False, True):
-        cache = jnp.full_like(empty_cache(config, PAGES, SIZE), 1e30)
+        cache = tuple(jnp.full_like(pages, 1e30) for pages in empty_cache(config, PAGES, SIZE))
         hidden, cache = step(cache, Chunk(tokens[:, :8], np.zeros(2, np.int32), np.full(2, 8, np.int32), table),
                              absorbed=absorbed)  # fmt: skip
         close(hidden, want[:, :8])
@@ -90,9 +90,9 @@ def test_idle_rows_change_nothing():
     before = np.asarray(cache)
     table[1] = 0
     chunk = Chunk(tokens[:, 8:9], np.array([8, 0], np.int32), np.array([1, 0], np.int32), table)
-    hidden, after = step(jnp.asarray(before), chunk, absorbed=True)
+    hidden, after = step(tuple(map(jnp.asarray, before)), chunk, absorbed=True)
     changed = np.unique(np.nonzero((np.asarray(after) != before).any(axis=(0, 2, 3)))[0])
     assert set(changed.tolist()) <= {0, int(table[0, 2])}
     beside = np.array([chunk.tokens[0], [11]], np.int32)
-    again, _ = step(jnp.asarray(before), chunk._replace(tokens=beside), absorbed=True)
+    again, _ = step(tuple(map(jnp.asarray, before)), chunk._replace(tokens=beside), absorbed=True)
     np.testing.assert_array_equal(hidden[0], again[0])
