@@ -10,6 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ import pytest
 from tests.fixtures import REPO
 
 SCRIPT = REPO / "tpu_setup.sh"
+PATIENCE = 600  # seconds that a test waits for what must happen; never how long something takes
 POD = ["--name=pod", "--zone=us-east5-a", "--project=mine", "--type=v5p-16", "--poll=0"]
 
 # A queued resource waits for one look before it is there; SUSPENDED is what a spot TPU becomes when it is taken away.
@@ -73,9 +76,8 @@ def environment(cloud: Path) -> dict[str, str]:
 
 
 def call(cloud: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [str(SCRIPT), *arguments], cwd=cloud, env=environment(cloud) | more, capture_output=True, text=True, timeout=100
-    )
+    command, env = [str(SCRIPT), *arguments], environment(cloud) | more
+    return subprocess.run(command, cwd=cloud, env=env, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def calls(cloud: Path) -> list[list[str]]:
@@ -97,6 +99,14 @@ def program(cloud: Path, body: str) -> list[str]:
         file.write(body)
     path.chmod(0o755)
     return ["--", str(path), "an argument with 'quotes' and $signs"]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Waits for what must happen, and not for a time; a test that would wait for ever fails."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)  # the core is for those who are waited for
 
 
 def starts(cloud: Path, worker: str) -> int:
@@ -175,10 +185,9 @@ def test_watch_goes_on_with_a_program_that_is_running(cloud):
     assert call(cloud, *POD, "status").stdout.split() == ["running", "running"]
     before = len(kinds(cloud))
     watching = subprocess.Popen([str(SCRIPT), *POD, "watch", *run], cwd=cloud, env=environment(cloud))
-    while len(kinds(cloud)) < before + 2:  # until it has looked
-        pass
+    until(lambda: len(kinds(cloud)) >= before + 2)  # it has looked
     (cloud / "go").touch()
-    assert watching.wait(60) == 0
+    assert watching.wait(PATIENCE) == 0
     assert set(kinds(cloud)[before:]) == {"ssh"} and starts(cloud, "w0") == starts(cloud, "w1") == 1
     logs = call(cloud, *POD, "--worker=0", "logs").stdout
     assert "starting" in logs and "ended with status 0" in logs
@@ -189,12 +198,10 @@ def test_stop_ends_the_program_for_good(cloud):
     call(cloud, *POD, "create")
     call(cloud, *POD, "setup")
     assert call(cloud, *POD, "run", *run).returncode == 0
-    while not all((cloud / f"up.{w}").exists() for w in ("w0", "w1")):
-        pass
+    until(lambda: all((cloud / f"up.{w}").exists() for w in ("w0", "w1")))
     assert call(cloud, *POD, "stop").returncode == 0
-    while "running" in (found := call(cloud, *POD, "status").stdout):
-        pass
-    assert found.splitlines() == ["exit 130", "exit 130"]
+    until(lambda: "running" not in call(cloud, *POD, "status").stdout)
+    assert call(cloud, *POD, "status").stdout.splitlines() == ["exit 130", "exit 130"]
 
 
 def test_dry_run_prints_the_commands_and_calls_nothing(cloud):
@@ -252,10 +259,9 @@ def test_a_signal_reaches_the_program_which_is_not_started_again(cloud):
     run = program(cloud, 'trap "exit 75" TERM; touch "$CLOUD/up"; while :; do read -rt 0.1 <> <(:) || :; done')
     here = environment(cloud) | {"WORKER": "here", "KIMI_STATE": str(cloud / "state_here")}
     process = subprocess.Popen([str(SCRIPT), "run", *run], cwd=cloud, env=here)
-    while not (cloud / "up").exists():
-        pass
+    until(lambda: (cloud / "up").exists())
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 75 and starts(cloud, "here") == 1
+    assert process.wait(PATIENCE) == 75 and starts(cloud, "here") == 1
 
 
 def test_shellcheck_has_nothing_to_say():

@@ -10,8 +10,8 @@ prefetched. Shards know nothing of workers or hosts: any split of them gives the
 What Grain 0.2.18 does about a worker that goes wrong: an exception is raised again here with the worker's traceback; a
 worker that dies by a signal or a non-zero exit is noticed within a second (RuntimeError); one that merely hangs is
 waited for without end, and one whose trainer was killed lives on for ever. The last two are dealt with here: a worker
-from which nothing came for `stall_seconds` is killed, which turns into that RuntimeError, and workers leave with their
-parent.
+from which nothing came for `stall_seconds`, all of them at one record, is killed, which turns into that RuntimeError,
+and workers leave with their parent.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ from kimi_jax.data.shard import NAMED, Quarantine, Shard, check_bad
 from kimi_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 VERSION = 2  # of the state
-START_UP = 9  # times the stall time that a worker may take besides until it reads its first record
+LOOKS = 4  # at what a worker reads, in the stall time; one that has moved on to another record is slow, and not stuck
+START_UP = 9  # times the stall time that a worker may take besides until it reads its first record, or from one on
 log = logging.getLogger(__name__)
 
 
@@ -176,7 +177,9 @@ class BatchStream:
         workers = min(data.num_workers, len(self._shards))
         self._has_workers = workers > 0
         parts = [list(map(int, p)) for p in np.array_split(self._shards, max(1, workers))]
-        self._parts, self._at, self._stuck, self._extensions = parts, 0, "", START_UP
+        self._parts, self._at, self._stuck = parts, 0, ""
+        self._patience = 0  # looks that are left; 0: nobody waits for a worker
+        self._looking = threading.Lock()
         self._folder = tempfile.TemporaryDirectory(prefix="kimi_data_")
         notes = [os.path.join(self._folder.name, str(n)) for n in range(len(parts))]
         for note in notes:
@@ -215,13 +218,17 @@ class BatchStream:
         """
         if self._closed:
             raise ValueError("this BatchStream is closed")
-        self._watch()
+        with self._looking:
+            self._patience, self._same, self._seen = (START_UP + 1) * LOOKS, 0, ""
+            self._watch()
         try:
             elements = [self._element(n) for n in range(len(self._iterators))]
         except Exception as error:
             raise (DataError(self._stuck) if self._stuck else error) from error
         finally:
-            self._timer.cancel()
+            with self._looking:
+                self._timer.cancel()
+                self._patience = 0
         self._workers = self._own_workers()
         for element in elements:
             self._states.update(json.loads(element["states"]))
@@ -233,17 +240,25 @@ class BatchStream:
         return next(self._iterators[number])
 
     def _watch(self) -> None:
-        self._timer = threading.Timer(self._stall_seconds, self._give_up)
+        self._timer = threading.Timer(self._stall_seconds / LOOKS, self._look)
         self._timer.daemon = True
         self._timer.start()
 
-    def _give_up(self) -> None:
+    def _look(self) -> None:
+        with self._looking:
+            if not self._patience or threading.current_thread() is not self._timer:
+                return  # the batch came while this look began
+            reading = self._notes[self._at].read()
+            self._same = self._same + 1 if reading and reading == self._seen else 0
+            self._patience -= 1
+            self._seen = reading
+            if self._same < LOOKS and self._patience:
+                self._watch()
+            else:
+                self._give_up(reading)
+
+    def _give_up(self, reading: str) -> None:
         worker = f"data worker {self._at} of {len(self._parts)}" if self._has_workers else "the data thread"
-        reading = self._notes[self._at].read()
-        if not reading and self._extensions:  # to start takes longer than to read
-            self._extensions -= 1
-            self._watch()
-            return
         self._stuck = (
             f"{worker} (shards {self._parts[self._at]}) has delivered nothing for {self._stall_seconds:.0f} s; it "
             f"hangs at: {reading or 'opening its sources'}"

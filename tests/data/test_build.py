@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -40,8 +39,22 @@ def _jsonl(folder: Path, count: int, bad: tuple[int, ...] = ()) -> Path:
 
 def _run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "kimi_jax.data", *arguments], cwd=REPO, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "kimi_jax.data", *arguments], cwd=REPO, capture_output=True, text=True, timeout=600
     )
+
+
+# `python -m kimi_jax.data ...`, killed by itself when it learns of its fifth shard, whoever is faster then
+KILLED = """
+import os, runpy, signal
+from kimi_jax.data import build
+check = build._check_bad
+def kill_at_five(plan, folder, shards, limit):
+    if len(shards) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    check(plan, folder, shards, limit)
+build._check_bad = kill_at_five
+runpy.run_module("kimi_jax.data", run_name="__main__", alter_sys=True)
+"""
 
 
 def test_killed_half_way_and_run_again(tmp_path):
@@ -51,18 +64,15 @@ def test_killed_half_way_and_run_again(tmp_path):
     source = _jsonl(tmp_path, 1200, bad=(5, 700))
     build(str(source), str(tmp_path / "whole"), workers=0, shard_size=20)
     broken = tmp_path / "broken"
-    command = [sys.executable, "-m", "kimi_jax.data", "build", str(source), str(broken), "--shard_size=20"]
-    process = subprocess.Popen([*command, "--workers=2"], cwd=REPO, stderr=subprocess.DEVNULL)
+    arguments = ["build", str(source), str(broken), "--shard_size=20"]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments, "--workers=2"], cwd=REPO, timeout=600)
+    assert killed.returncode == -signal.SIGKILL
     counts = broken / ".build"
-    while process.poll() is None and len(list(counts.glob("0*.json"))) < 5:
-        time.sleep(0.001)  # waits for the event, not for a time
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the build ended before it could be killed"
     done = [p for p in broken.glob("*.array_record") if (counts / f"{p.name.split('-')[1]}.json").exists()]
     assert 5 <= len(done) < 60
     assert not (broken / "dataset.json").exists()
     times = {p: p.stat().st_mtime_ns for p in done}
-    again = subprocess.run([*command, "--workers=1"], cwd=REPO, capture_output=True, text=True, timeout=120)
+    again = _run(*arguments, "--workers=1")
     assert again.returncode == 0, again.stderr
     assert {p: p.stat().st_mtime_ns for p in done} == times
     assert _tree(broken) == _tree(tmp_path / "whole")
