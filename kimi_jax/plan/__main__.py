@@ -2,7 +2,8 @@
 
 Compiles the training step for that pod (no TPU is needed, but the extra [tpu]) and prints memory, predicted time and
 traffic. --paper prints what the layout costs in closed form, at once and without the compiler. --search ranks layouts,
-rows and microbatches on paper and compiles the best of them. A compilation at full size takes minutes of one core.
+rows and microbatches on paper and compiles the best of them. --slots plans one decoding step instead. A compilation at
+full size takes minutes of one core.
 """
 
 import json
@@ -24,6 +25,8 @@ _ROUNDS = flags.DEFINE_list("rounds", ["1", "2"], "Times that a loop of unknown 
 _PAPER = flags.DEFINE_bool("paper", False, "Only the closed forms; compiles nothing.")
 _SEARCH = flags.DEFINE_bool("search", False, "Rank layouts, microbatches and every --sequences_per_chip.")
 _COMPILE = flags.DEFINE_integer("compile", 3, "With --search: so many of the best on paper are compiled.")
+_SLOTS = flags.DEFINE_integer("slots", 0, "Plan decoding: so many requests at once on the pod.")
+_LENGTH = flags.DEFINE_integer("length", 4096, "With --slots: most tokens of a request.")
 _JSON = flags.DEFINE_string("json", "", "Also write the plan to this file.")
 _HLO = flags.DEFINE_string("hlo", "", "Keep the text of the compiled program in this file.")
 
@@ -53,6 +56,12 @@ def _plans(config: TrainConfig) -> list[dict[str, Any]]:
 
     topology = parse_topology(_TOPOLOGY.value or "")
     rows = [int(n) for n in _ROWS.value]
+    if _SLOTS.value:
+        made, text = plan.decode(config.model, config.mesh, topology, _SLOTS.value, _LENGTH.value)
+        made["config"] = config_flags.get_config_filename(flags.FLAGS["config"])
+        print(report.decode_table(made))
+        _keep(text)
+        return [made]
     if _SEARCH.value:
         plans, estimates = plan.search(config, topology, rows or [1, 2, 4], _COMPILE.value)
         for estimate in estimates[:10]:
@@ -64,12 +73,16 @@ def _plans(config: TrainConfig) -> list[dict[str, Any]]:
             return [{"paper": estimate}]
         made, text = plan.make(config, topology, rows[0] if rows else None, [int(n) for n in _ROUNDS.value])
         plans, estimates = [{**made, "paper": estimate}], []
-        if _HLO.value and text:
-            Path(_HLO.value).write_text(text)
+        _keep(text)
     for made in plans:
         made["config"] = config_flags.get_config_filename(flags.FLAGS["config"])
         print(report.table(made))
     return plans or [{"paper": estimate} for estimate in estimates]
+
+
+def _keep(text: str) -> None:
+    if _HLO.value and text:
+        Path(_HLO.value).write_text(text)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ import jax
 from jax.sharding import Mesh
 
 from kimi_jax import sharding
-from kimi_jax.config import ConfigError, MeshConfig, TrainConfig
+from kimi_jax.config import ConfigError, MeshConfig, ModelConfig, TrainConfig
+from kimi_jax.infer.forward import KEYS
+from kimi_jax.plan import decode as decode_lib
 from kimi_jax.plan import hlo, paper, program, report
 from kimi_jax.plan.chips import Topology
 from kimi_jax.plan.cost import price
@@ -53,6 +55,36 @@ def make(
     plan["rounds"] = {str(count): report.timing(config, topology, cost) for count, cost in costs.items()}
     plan["collectives_per_loop"] = report.collectives_per_loop(costs[rounds[0]])
     return plan, compiled.text
+
+
+def decode(
+    model: ModelConfig,
+    mesh: MeshConfig,
+    topology: Topology,
+    slots: int,
+    length: int,
+    devices: Sequence[jax.Device] | None = None,
+) -> tuple[dict[str, Any], str]:
+    """The same of one decoding step: `slots` requests of up to `length` tokens each (`report.decode_table` prints it).
+
+    Raises PlanError, ConfigError, ShardingError.
+    """
+    devices = program.devices_of(topology) if devices is None else devices
+    placed, model = sharding.make_mesh(mesh, devices), decode_lib.served(model)
+    plan = {
+        "topology": topology.name, "mesh": dict(placed.shape), "slots": slots, "length": length, "dtype": model.dtype,
+        "jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu"),
+        "weights_bytes": _bytes_a_device(decode_lib.abstract_weights(model, placed)),
+    }  # fmt: skip
+    try:
+        compiled = program.compile_lowered(lambda: decode_lib.lower(model, placed, slots, length))
+    except program.DoesNotFit as error:
+        return {**plan, "memory": report.memory_failed(error)}, ""
+    blocks = -(-length // KEYS)  # the loops of unknown length walk over the pages
+    cost = price(hlo.parse(compiled.text), topology.chip, Network.of(topology, placed), blocks)
+    return {
+        **plan, "memory": report.memory(compiled, topology), "step": report.decoding(cost, slots),
+    }, compiled.text  # fmt: skip
 
 
 def _description(config: TrainConfig, topology: Topology, mesh: Mesh) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -109,9 +110,14 @@ def lower(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
 
 
 def compile_step(config: TrainConfig, mesh: Mesh) -> Compiled:
-    """Lowers and compiles. Raises DoesNotFit when the compiler runs out of the chip's memory."""
+    """Lowers and compiles the training step. Raises DoesNotFit when the compiler runs out of the chip's memory."""
+    return compile_lowered(lambda: lower(config, mesh))
+
+
+def compile_lowered(make: Callable[[], jax.stages.Lowered]) -> Compiled:
+    """Compiles what `make` lowers. Raises DoesNotFit when the compiler runs out of the chip's memory."""
     start = time.perf_counter()
-    lowered = lower(config, mesh)
+    lowered = make()
     traced = time.perf_counter()
     try:
         compiled = lowered.compile()

@@ -88,6 +88,22 @@ def timing(config: TrainConfig, topology: Topology, cost: Cost) -> dict[str, Any
     }
 
 
+def decoding(cost: Cost, slots: int) -> dict[str, Any]:
+    """Predicted seconds of a decoding step, in which every slot gets a token, and tokens a second of the whole pod."""
+    low, high = max(cost.compute, cost.communication), cost.compute + cost.communication
+    return {
+        "compute_seconds": cost.compute,
+        "communication_seconds": cost.communication,
+        "wire_bytes": cost.wire,
+        "step_seconds": [low, high],
+        "tokens_per_second": [slots / t if t else 0.0 for t in (high, low)],
+        "traffic": _traffic(cost),
+        "dynamic_loops": sorted(set(cost.dynamic_loops)),
+        "unpriced_kernels": sorted(set(cost.unpriced)),
+        "top": top(cost),
+    }
+
+
 def _traffic(cost: Cost) -> list[dict[str, Any]]:
     rows: dict[tuple, dict[str, Any]] = {}
     for c in cost.collectives:
@@ -130,23 +146,47 @@ def table(plan: dict[str, Any]) -> str:
     lines = [f"{plan['config']} on {plan['topology']}: {plan['chips']} chips, mesh {_mesh(plan['mesh'])}"]
     lines.append(f"  {plan['rows']:g} rows of {plan['sequence_length']} tokens a device in {plan['microbatches']} "
                  f"microbatches, jax {plan['jax']}, libtpu {plan['libtpu']}")  # fmt: skip
-    m = plan["memory"]
+    lines.append(_memory_line(plan["memory"]))
+    lines.append(f"  params    {plan['params']:,} in all, {plan['params_bytes'] / GIB:.1f} GiB a device; "
+                 f"with optimizer {plan['state_bytes'] / GIB:.1f} GiB")  # fmt: skip
+    lines.append(f"  compile   {plan['memory']['compile_seconds']:.0f} s on this machine")
+    for rounds, timed in plan.get("rounds", {}).items():
+        lines += _timing_lines(timed, rounds, plan)
+    return "\n".join(lines)
+
+
+def _memory_line(m: dict[str, Any]) -> str:
     verdict = (
         f"fits, {m['spare'] / GIB:.1f} GiB to spare"
         if m["fits"]
         else f"DOES NOT FIT: {-m['spare'] / GIB:.1f} GiB too much"
     )
     parts = (
-        f" (state and batch {m['arguments'] / GIB:.1f}, temporaries {m['temporaries'] / GIB:.1f})"
+        f" (held before it {m['arguments'] / GIB:.1f}, temporaries {m['temporaries'] / GIB:.1f})"
         if "arguments" in m
         else ""
     )
-    lines.append(f"  memory    {m['peak'] / GIB:.1f} of {m['available'] / GIB:.1f} GiB a device{parts}: {verdict}")
-    lines.append(f"  params    {plan['params']:,} in all, {plan['params_bytes'] / GIB:.1f} GiB a device; "
-                 f"with optimizer {plan['state_bytes'] / GIB:.1f} GiB")  # fmt: skip
-    lines.append(f"  compile   {m['compile_seconds']:.0f} s on this machine")
-    for rounds, timed in plan.get("rounds", {}).items():
-        lines += _timing_lines(timed, rounds, plan)
+    return f"  memory    {m['peak'] / GIB:.1f} of {m['available'] / GIB:.1f} GiB a device{parts}: {verdict}"
+
+
+def decode_table(plan: dict[str, Any]) -> str:
+    """The plan of a decoding step as text."""
+    lines = [f"{plan['config']} on {plan['topology']}: decoding, mesh {_mesh(plan['mesh'])}"]
+    lines.append(
+        f"  {plan['slots']} slots of up to {plan['length']} tokens, jax {plan['jax']}, libtpu {plan['libtpu']}"
+    )
+    lines.append(f"  weights   {plan['dtype']}, {plan['weights_bytes'] / GIB:.1f} GiB a device")
+    lines += [_memory_line(plan["memory"]), f"  compile   {plan['memory']['compile_seconds']:.0f} s on this machine"]
+    if "step" in plan:
+        t = plan["step"]
+        low, high = t["step_seconds"]
+        slow, fast = t["tokens_per_second"]
+        lines += [
+            "  PREDICTED from the compiled program, nothing measured; all slots full",
+            f"    step           {1e3 * low:.2f} ms (all overlapped) to {1e3 * high:.2f} ms (nothing overlapped)",
+            f"    tokens/s       {slow:,.0f} to {fast:,.0f} on the whole pod",
+            *_traffic_and_top(t),
+        ]
     return "\n".join(lines)
 
 
@@ -166,12 +206,8 @@ def _timing_lines(t: dict[str, Any], rounds: str, plan: dict[str, Any]) -> list[
         f"    communication  {t['communication_seconds']:.2f} s, {t['wire_bytes'] / 1e9:,.1f} GB sent by a device",
         f"    step           {low:.2f} s (all overlapped) to {high:.2f} s (nothing overlapped)",
         f"    tokens/s/chip  {slow:,.0f} to {fast:,.0f};  MFU {t['mfu'][0]:.1%} to {t['mfu'][1]:.1%}",
+        *_traffic_and_top(t),
     ]  # fmt: skip
-    for row in t["traffic"]:
-        lines.append(f"      {row['network']} {row['axis']:<16} {row['kind']:<18} {row['times']:>8,.0f} x  "
-                     f"{row['wire_bytes'] / 1e9:>9,.2f} GB  {row['seconds']:>8.3f} s")  # fmt: skip
-    lines.append("    top contributors")
-    lines += [f"      {row['seconds']:>8.3f} s  {row['what']:<24} {row['where']}" for row in t["top"]]
     if t["dynamic_loops"]:
         lines.append(f"    {rounds} round(s) of   {'; '.join(t['dynamic_loops'])}")
     if t["conditionals"]:
@@ -179,4 +215,14 @@ def _timing_lines(t: dict[str, Any], rounds: str, plan: dict[str, Any]) -> list[
         lines.append(f"    conditionals   counted at their dearest branch; {saved:.3f} s less at the cheapest")
     if t["unpriced_kernels"]:
         lines.append(f"    NOT COUNTED    kernels without a known cost: {', '.join(t['unpriced_kernels'])}")
+    return lines
+
+
+def _traffic_and_top(t: dict[str, Any]) -> list[str]:
+    lines = []
+    for row in t["traffic"]:
+        lines.append(f"      {row['network']} {row['axis']:<16} {row['kind']:<18} {row['times']:>8,.0f} x  "
+                     f"{row['wire_bytes'] / 1e9:>9,.2f} GB  {row['seconds']:>8.3f} s")  # fmt: skip
+    lines.append("    top contributors")
+    lines += [f"      {row['seconds']:>8.3f} s  {row['what']:<24} {row['where']}" for row in t["top"]]
     return lines

@@ -1,0 +1,90 @@
+"""One decoding step of the engine on a pod, lowered from shapes: every slot gets its next token.
+
+What is lowered is what `infer.engine` jits (a test compares the texts), for weights cut by `kimi_jax.sharding` and
+pages and slots cut along the batch's axes, as the engine cuts them.
+
+B slots   W pages in a table   P pages   s tokens a page   H heads   n, v, R widths as in `infer.forward`
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kimi_jax import sharding
+from kimi_jax.config import ModelConfig
+from kimi_jax.infer import forward as decoder
+from kimi_jax.infer.cache import Cache, empty_cache
+from kimi_jax.infer.sampler import Sampled, Settings, sample
+from kimi_jax.nn.decoder import DENSE, MOE
+from kimi_jax.nn.kimi import abstract_params
+from kimi_jax.nn.param import metadata, unbox
+
+PAGE = 64  # tokens a page: what the engine takes unless told otherwise
+
+
+def served(config: ModelConfig) -> ModelConfig:
+    """The model as it is served: weights in the activations' dtype, nothing recomputed."""
+    return dataclasses.replace(config, param_dtype=config.dtype, remat=False)
+
+
+def lower(config: ModelConfig, mesh: Mesh, slots: int, length: int, page_size: int = PAGE) -> jax.stages.Lowered:
+    """The program that decodes; every one of `slots` requests may hold `length` tokens."""
+    width = -(-length // page_size)
+    pages = 1 + slots * width
+    pages += -pages % sharding.batch_parts(mesh)
+    given = jax.ShapeDtypeStruct  # from the host, as the engine passes them
+    rows = given((slots,), "int32")
+    chunk = decoder.Chunk(given((slots, 1), "int32"), rows, rows, given((slots, width), "int32"))
+    settings = Settings(given((slots,), "float32"), given((slots,), "float32"), given((slots,), "uint32"), rows, rows)
+    cache = jax.eval_shape(functools.partial(empty_cache, config, pages, page_size))
+    cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_cut(mesh, pages)), cache)
+    step = jax.jit(functools.partial(_next_tokens, config, mesh), donate_argnums=1)
+    return step.lower(abstract_weights(config, mesh), cache, chunk, settings)
+
+
+def _next_tokens(
+    config: ModelConfig, mesh: Mesh, weights: decoder.Weights, cache: Cache, chunk: decoder.Chunk, settings: Settings
+) -> tuple[Cache, Sampled]:
+    """What `infer.engine` does with a chunk of all slots."""
+    chunk, settings = jax.lax.with_sharding_constraint((chunk, settings), _cut(mesh, chunk.tokens.shape[0]))
+    hidden, cache = decoder.forward(config, weights, cache, chunk, absorbed=True)
+    last = jnp.take_along_axis(hidden, jnp.maximum(chunk.count - 1, 0)[:, None, None], axis=1)[:, 0]
+    cache = jax.lax.with_sharding_constraint(cache, _cut(mesh, cache[0].shape[0]))
+    return cache, sample(decoder.logits(config, weights, last), settings)
+
+
+def _cut(mesh: Mesh, size: int) -> NamedSharding:
+    """A first axis of this size along the batch's axes of the mesh, or whole if it does not divide."""
+    return NamedSharding(mesh, sharding.layout(mesh).spec(("batch",), (size,)))
+
+
+def abstract_weights(config: ModelConfig, mesh: Mesh) -> decoder.Weights:
+    """Shapes, dtypes and shardings of `infer.forward.prepare`: each layer's slice is cut as its stack is."""
+    boxed = abstract_params(config)
+    shapes, infos = unbox(boxed), metadata(boxed)
+    cuts = jax.tree.map(lambda x: x.spec, sharding.param_shardings(infos, shapes, mesh))
+    layers: list[dict[str, Any]] = []
+    for name, length in ((DENSE, config.num_dense_layers), (MOE, config.num_moe_layers)):
+        if length:
+            stack = {**cuts[name], "mlp": {k: v for k, v in cuts[name]["mlp"].items() if k != "experts"}}
+            layers += [_layer(stack)] * length
+    banks = decoder.Banks(**cuts[MOE]["mlp"]["experts"]) if config.num_moe_layers else None
+    specs = decoder.Weights(cuts["embed"], tuple(layers), banks, cuts["final_norm"], cuts["lm_head"])
+    out = jax.eval_shape(functools.partial(decoder.prepare, config), shapes)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s)), out, specs
+    )
+
+
+def _layer(stack: dict[str, Any]) -> dict[str, Any]:
+    """Specs of one layer; the halves of kv_b lie as [H, n, R] and [H, R, v]."""
+    layer = jax.tree.map(lambda s: PartitionSpec(*s[1:]), stack, is_leaf=lambda s: isinstance(s, PartitionSpec))
+    kv_b = cast(PartitionSpec, layer["attention"]["kv_b"]["kernel"])
+    rank, heads = (tuple(kv_b) + (None, None))[:2]
+    return {**layer, "absorbed": {"keys": PartitionSpec(heads, None, rank), "values": PartitionSpec(heads, rank)}}
