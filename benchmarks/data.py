@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
     """Prints one table."""
     del argv
     header = f"{'':7} {'tokens/s/core':>14} {'patches/s/core':>15} {'token fill':>11} {'patch fill':>16}"
-    print(f"{header} {'vision':>7} {'step s':>7} {'eats tokens/s':>14} {'cores a step':>13}")
+    print(f"{header} {'vision':>7} {'step s':>7} {'eats tokens/s':>14} {'cores for it':>13}")
     for name, opened in (("demo", demo_stream), ("photos", photo_stream)):
         config, stream = opened()
         with stream:
