@@ -26,9 +26,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from kimi_jax import sharding
 from kimi_jax.data.example import MediaItem
@@ -37,7 +36,8 @@ from kimi_jax.data.patches import num_features
 from kimi_jax.infer import forward as decoder
 from kimi_jax.infer.cache import NOWHERE, Cache, PagePool, empty_cache, media_digest, page_keys
 from kimi_jax.infer.request import Completion, Event, Request, Sampling
-from kimi_jax.infer.sampler import Sampled, Settings, sample
+from kimi_jax.infer.sampler import Sampled, Settings
+from kimi_jax.infer.step import cut, next_tokens
 from kimi_jax.model import Model
 from kimi_jax.nn.kimi import abstract_params
 from kimi_jax.nn.param import metadata, unbox
@@ -398,24 +398,13 @@ class Engine:
             weights: decoder.Weights, cache: Cache, chunk: decoder.Chunk, settings: Settings
         ) -> tuple[Cache, Sampled]:
             self._counts["compilations"] += 1  # runs only while jax traces
-            rows, length = chunk.tokens.shape
-            if self.mesh is not None and rows == len(self._slots):
-                chunk, settings = jax.lax.with_sharding_constraint((chunk, settings), self._cut(rows))
-            hidden, cache = decoder.forward(self.config, weights, cache, chunk, absorbed=length == 1)
-            last = jnp.take_along_axis(hidden, jnp.maximum(chunk.count - 1, 0)[:, None, None], axis=1)[:, 0]
-            if self.mesh is not None:
-                cache = jax.lax.with_sharding_constraint(cache, self._cut(cache[0].shape[0]))
-            return cache, sample(decoder.logits(self.config, weights, last), settings)
+            return next_tokens(self.config, self.mesh, weights, cache, chunk, settings)
 
         return jax.jit(run, donate_argnums=1)
 
     def _empty_cache(self, num_pages: int) -> Cache:
         make = functools.partial(empty_cache, self.config, num_pages, self.page_size)
-        return make() if self.mesh is None else jax.jit(make, out_shardings=self._cut(num_pages))()
-
-    def _cut(self, size: int) -> NamedSharding:
-        """A first axis of this size along the batch's axis of the mesh, or whole if it does not divide."""
-        return NamedSharding(self.mesh, sharding.layout(self.mesh).spec(("batch",), (size,)))
+        return make() if self.mesh is None else jax.jit(make, out_shardings=cut(self.mesh, num_pages))()
 
 
 def _completion(sequence: _Sequence) -> Completion:

@@ -1,7 +1,7 @@
 """One decoding step of the engine on a pod, lowered from shapes: every slot gets its next token.
 
-What is lowered is what `infer.engine` jits (a test compares the texts), for weights cut by `kimi_jax.sharding` and
-pages and slots cut along the batch's axes, as the engine cuts them.
+What is lowered is `infer.step.next_tokens`, which the engine jits (a test compares the texts), for weights cut by
+`kimi_jax.sharding` and pages and slots cut along the batch's axes, as the engine cuts them.
 
 B slots   W pages in a table   P pages   s tokens a page   H heads   n, v, R widths as in `infer.forward`
 """
@@ -13,14 +13,14 @@ import functools
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kimi_jax import sharding
 from kimi_jax.config import ModelConfig
 from kimi_jax.infer import forward as decoder
-from kimi_jax.infer.cache import Cache, empty_cache
-from kimi_jax.infer.sampler import Sampled, Settings, sample
+from kimi_jax.infer.cache import empty_cache
+from kimi_jax.infer.sampler import Settings
+from kimi_jax.infer.step import cut, next_tokens
 from kimi_jax.nn.decoder import DENSE, MOE
 from kimi_jax.nn.kimi import abstract_params
 from kimi_jax.nn.param import metadata, unbox
@@ -43,25 +43,9 @@ def lower(config: ModelConfig, mesh: Mesh, slots: int, length: int, page_size: i
     chunk = decoder.Chunk(given((slots, 1), "int32"), rows, rows, given((slots, width), "int32"))
     settings = Settings(given((slots,), "float32"), given((slots,), "float32"), given((slots,), "uint32"), rows, rows)
     cache = jax.eval_shape(functools.partial(empty_cache, config, pages, page_size))
-    cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_cut(mesh, pages)), cache)
-    step = jax.jit(functools.partial(_next_tokens, config, mesh), donate_argnums=1)
+    cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut(mesh, pages)), cache)
+    step = jax.jit(functools.partial(next_tokens, config, mesh), donate_argnums=1)
     return step.lower(abstract_weights(config, mesh), cache, chunk, settings)
-
-
-def _next_tokens(
-    config: ModelConfig, mesh: Mesh, weights: decoder.Weights, cache: Cache, chunk: decoder.Chunk, settings: Settings
-) -> tuple[Cache, Sampled]:
-    """What `infer.engine` does with a chunk of all slots."""
-    chunk, settings = jax.lax.with_sharding_constraint((chunk, settings), _cut(mesh, chunk.tokens.shape[0]))
-    hidden, cache = decoder.forward(config, weights, cache, chunk, absorbed=True)
-    last = jnp.take_along_axis(hidden, jnp.maximum(chunk.count - 1, 0)[:, None, None], axis=1)[:, 0]
-    cache = jax.lax.with_sharding_constraint(cache, _cut(mesh, cache[0].shape[0]))
-    return cache, sample(decoder.logits(config, weights, last), settings)
-
-
-def _cut(mesh: Mesh, size: int) -> NamedSharding:
-    """A first axis of this size along the batch's axes of the mesh, or whole if it does not divide."""
-    return NamedSharding(mesh, sharding.layout(mesh).spec(("batch",), (size,)))
 
 
 def abstract_weights(config: ModelConfig, mesh: Mesh) -> decoder.Weights:
