@@ -106,7 +106,7 @@ class PositionTable(nn.Module):
     def __call__(self, coords: Int[Array, "V P 3"], grids: Int[Array, "V P 3"]) -> Float[Array, "V P D"]:
         """See `position_embedding`."""
         c, v = self.config, self.config.vision
-        init = declare(nn.initializers.normal(c.initializer_range), ("grid", "grid", "vision_embed"), AdamW())
+        init = declare(nn.initializers.normal(c.initializer_range), ("grid", "grid", "vision_position"), AdamW())
         shape = (v.init_pos_emb_height, v.init_pos_emb_width, v.hidden_size)
         table = self.param("table", init, shape, c.param_dtype)
         return position_embedding(table, coords, grids, v.init_pos_emb_time)
