@@ -4,6 +4,8 @@
 CONFIG ?= configs/demo.py
 WORKDIR ?= runs/demo
 WORKERS ?= 2
+# whole files: a fixture of a module may cost minutes, and would be made by both workers
+PARALLEL = -n $(WORKERS) --dist loadfile
 VENV := .venv
 QUICK := not slow and not tfds and not seqio and not lm_eval
 
@@ -67,7 +69,7 @@ lint: setup
 	$(VENV)/bin/python -m mypy
 
 quick: setup
-	$(VENV)/bin/python -m pytest -n $(WORKERS) -m "$(QUICK)"
+	$(VENV)/bin/python -m pytest $(PARALLEL) -m "$(QUICK)"
 
 test-slow:
 	@$(MAKE) --no-print-directory test-long
@@ -76,7 +78,7 @@ test-slow:
 	@$(MAKE) --no-print-directory test-py312
 
 test-long: setup
-	$(VENV)/bin/python -m pytest -n $(WORKERS) -m "slow and not tfds and not seqio and not lm_eval"
+	$(VENV)/bin/python -m pytest $(PARALLEL) -m "slow and not tfds and not seqio and not lm_eval"
 
 test-tfds:
 	@if .ci/find_python 3.11 >/dev/null; then $(MAKE) --no-print-directory run-tfds; else $(call NO_PYTHON,3.11); fi
@@ -94,7 +96,7 @@ run-lm-eval: .venv-lm-eval/.ready-demo-test-lm-eval
 	KIMI_SLOW=lm_eval .venv-lm-eval/bin/python -m pytest -m lm_eval
 
 run-py312: .venv312/.ready-demo-test
-	.venv312/bin/python -m pytest -n $(WORKERS) -m "$(QUICK)"
+	.venv312/bin/python -m pytest $(PARALLEL) -m "$(QUICK)"
 
 clean:
 	rm -rf .venv .venv312 .venv-plan .venv-tfds .venv-lm-eval .cache build dist *.egg-info
