@@ -464,7 +464,7 @@ def test_a_request_that_fails_does_so_alone(stream):
             engine.permits.release(3)
             engine.doomed = {1}
             bad = pool.submit(lambda: list(ask(messages=HELLO, stream=stream)))
-            engine.wait(lambda: 1 in engine.left)
+            engine.wait(lambda: 1 in engine.requests)
             engine.permits.release(10_000)
             with pytest.raises(openai.APIError, match="this request failed: vision: MemoryError: too large") as error:
                 bad.result(PATIENCE)
