@@ -111,9 +111,33 @@ def _sort(experts: Array, num_experts: int) -> Sorted:
     return Sorted(order, rank.reshape(experts.shape), jnp.diff(edges))
 
 
+def _wire(rows: Array) -> Array:
+    """[M, D] -> [M, p, D/p] as `ragged_all_to_all` wants rows on TPU, p values to a word of 32 bits.
+
+    In any other form the compiler copies all operands and results, in every round.
+    """
+    packed = 4 // rows.dtype.itemsize
+    return rows.reshape(rows.shape[0], packed if rows.shape[1] % (packed * LANES) == 0 else 1, -1)
+
+
+def _plain(rows: Array) -> Array:
+    return rows.reshape(rows.shape[0], -1)
+
+
+def _scalars(values: Array) -> Array:
+    """One number a row, as rows of the wire."""
+    return _wire(jnp.broadcast_to(values[:, None], (values.size, LANES)))
+
+
+def _buffer(rows: int, like: Array) -> Array:
+    """Room for rows of the wire, as memory was: nobody reads a row that was not sent."""
+    return lax.empty((rows, *like.shape[1:]), like.dtype)
+
+
 def _take(rows: Array, index: Array) -> Array:
-    """Rows of each assignment, float32; zero for those that went nowhere."""
-    return rows.at[index].get(mode="fill", fill_value=0).astype(jnp.float32)
+    """Rows of the wire of each assignment, [..., D] float32; zero for those that went nowhere."""
+    found = rows.at[index].get(mode="fill", fill_value=0).astype(jnp.float32)
+    return found.reshape(*index.shape, -1)
 
 
 class Traffic(NamedTuple):
@@ -191,18 +215,17 @@ def _forward(cut: Cut, x: Array, experts: Array, gates: Array, banks: Banks) -> 
     order = _sort(experts, num_experts)
     traffic = _traffic(cut, order.counts)
     room = _room(cut, x.shape[0] * picks)
-    rows = x[order.order // picks]
+    rows = _wire(x)[order.order // picks]
 
     def turn(i: Array, carry: tuple) -> tuple:
-        results, received, computed = carry
+        results, computed = carry
         window = _window(cut, traffic, i, room)
-        received = _exchange(cut, rows, received, window.there)
-        out = sorted_swiglu(received, window.sizes, banks)
-        return _exchange(cut, out, results, window.back), received, computed + window.sizes.sum()
+        received = _exchange(cut, rows, _buffer(room, rows), window.there)
+        out = sorted_swiglu(_plain(received), window.sizes, banks)
+        return _exchange(cut, _wire(out), results, window.back), computed + window.sizes.sum()
 
     rounds = _rounds(cut, traffic, room)
-    start = jnp.zeros_like(rows), jnp.zeros((room, x.shape[1]), x.dtype), jnp.int32(0)
-    results, _, computed = _repeat(cut, rounds, turn, start)
+    results, computed = _repeat(cut, rounds, turn, (_buffer(rows.shape[0], rows), jnp.int32(0)))
     y = jnp.einsum("nkd,nk->nd", _take(results, order.rank), gates.astype(jnp.float32))
     return _sum(y, (cut.tensor,)).reshape(shape), _report(cut, traffic, order.counts, computed, rounds)
 
@@ -223,27 +246,26 @@ def _backward(cut: Cut, x: Array, experts: Array, gates: Array, banks: Banks, gr
     traffic = _traffic(cut, order.counts)
     room = _room(cut, x.shape[0] * picks[-1])
     token = order.order // picks[-1]
-    rows, grad_rows = x[token], grad.astype(x.dtype)[token]
-    gate_rows = gates.reshape(-1)[order.order].astype(jnp.float32)
-    gate_rows = jnp.broadcast_to(gate_rows[:, None], (gates.size, LANES))
+    rows, grad_rows = _wire(x)[token], _wire(grad.astype(x.dtype))[token]
+    gate_rows = _scalars(gates.reshape(-1)[order.order].astype(jnp.float32))
 
     def turn(i: Array, carry: tuple) -> tuple:
-        drows, dgates, totals, (got, got_grad, got_gates) = carry
+        drows, dgates, totals = carry
         window = _window(cut, traffic, i, room)
-        got = _exchange(cut, rows, got, window.there)
-        got_grad = _exchange(cut, grad_rows, got_grad, window.there)
-        got_gates = _exchange(cut, gate_rows, got_gates, window.there)
-        here, dscale, dbanks = sorted_swiglu_grads(got, got_gates[:, 0], window.sizes, banks, got_grad)
-        drows = _exchange(cut, here, drows, window.back)
-        dgates = _exchange(cut, jnp.broadcast_to(dscale[:, None], (room, LANES)), dgates, window.back)
-        return drows, dgates, jax.tree.map(jnp.add, totals, dbanks), (got, got_grad, got_gates)
+        got, got_grad, got_gates = (
+            _exchange(cut, sent, _buffer(room, sent), window.there) for sent in (rows, grad_rows, gate_rows)
+        )
+        here, dscale, totals = sorted_swiglu_grads(
+            _plain(got), got_gates[:, 0, 0], window.sizes, banks, _plain(got_grad), totals
+        )
+        drows = _exchange(cut, _wire(here), drows, window.back)
+        return drows, _exchange(cut, _scalars(dscale), dgates, window.back), totals
 
-    received = tuple(jnp.zeros((room, a.shape[1]), a.dtype) for a in (rows, grad_rows, gate_rows))
     totals = jax.tree.map(lambda bank: jnp.zeros(bank.shape, jnp.float32), banks)
-    start = jnp.zeros_like(rows), jnp.zeros_like(gate_rows), totals, received
-    drows, dgates, totals, _ = _repeat(cut, _rounds(cut, traffic, room), turn, start)
+    start = _buffer(rows.shape[0], rows), _buffer(rows.shape[0], gate_rows), totals
+    drows, dgates, totals = _repeat(cut, _rounds(cut, traffic, room), turn, start)
     dx = _sum(_take(drows, order.rank).sum(axis=1), (cut.tensor,)).astype(x.dtype)
-    dgates = _sum(_take(dgates[:, 0], order.rank), (cut.tensor,)).astype(gates.dtype)
+    dgates = _sum(_take(dgates[:, :, :1], order.rank)[..., 0], (cut.tensor,)).astype(gates.dtype)
     totals = jax.tree.map(lambda total, bank: total.astype(bank.dtype), totals, banks)
     return dx.reshape(shape), dgates.reshape(picks), _parts(cut, totals)
 
@@ -273,8 +295,8 @@ def _emulated(
     hit = (at >= 0) & (at < size)
     sender = jnp.arange(table.shape[0]) // slices
     index = jnp.where(hit, sender * operand.shape[0] + first + at, 0).sum(axis=1)
-    every = lax.all_gather(operand, axis).reshape(-1, operand.shape[1])
-    out = jnp.where(hit.any(axis=1)[:, None], every[index], output)
+    every = lax.all_gather(operand, axis).reshape(-1, *operand.shape[1:])
+    out = jnp.where(hit.any(axis=1)[:, None, None], every[index], output)
     inside = (first + size <= operand.shape[0]) & (place + size <= output.shape[0])
     kept = jnp.all(size == receive) & jnp.all(inside | (size == 0)) & jnp.all(hit.sum(axis=1) <= 1)
     return jnp.where(kept, out, jnp.nan)

@@ -36,10 +36,14 @@ def sorted_swiglu_grads(
     sizes: Int[Array, " E"],
     banks: Banks,
     grad: Float[Array, "W D"],
+    totals: Banks,
 ) -> Grads:
-    """Gradients of scale * sorted_swiglu(rows) by rows, scale (float32) and banks (float32); forward is made again."""
+    """Gradients of scale * sorted_swiglu(rows) by rows, scale (float32) and banks; forward is made again.
+
+    Those of the banks are added to the totals (float32).
+    """
     tpu = _kernel_or_blocks(_kernel_grads, _blocks_grads, rows)
-    return lax.platform_dependent(rows, scale, sizes, banks, grad, tpu=tpu, default=_blocks_grads)
+    return lax.platform_dependent(rows, scale, sizes, banks, grad, totals, tpu=tpu, default=_blocks_grads)
 
 
 def _kernel_or_blocks(kernel, blocks, rows: Array):
@@ -61,10 +65,10 @@ def _blocks(rows: Array, sizes: Array, banks: Banks) -> Array:
     return _scaled(rows, jnp.ones(rows.shape[0], jnp.float32), sizes, banks).astype(rows.dtype)
 
 
-def _blocks_grads(rows: Array, scale: Array, sizes: Array, banks: Banks, grad: Array) -> Grads:
+def _blocks_grads(rows: Array, scale: Array, sizes: Array, banks: Banks, grad: Array, totals: Banks) -> Grads:
     _, pullback = jax.vjp(lambda r, s, b: _scaled(r, s, sizes, b), rows, scale, banks)
     drows, dscale, dbanks = pullback(grad.astype(jnp.float32))
-    return drows, dscale, jax.tree.map(lambda d: d.astype(jnp.float32), dbanks)
+    return drows, dscale, jax.tree.map(lambda total, d: total + d.astype(jnp.float32), totals, dbanks)
 
 
 # -------------------------------------------------------------------------------------------------------------- kernel
@@ -84,16 +88,22 @@ def _kernel(rows: Array, sizes: Array, banks: Banks, interpret: bool = False) ->
     return dot(inside, down, preferred_element_type=rows.dtype)
 
 
-def _kernel_grads(rows: Array, scale: Array, sizes: Array, banks: Banks, grad: Array, interpret: bool = False) -> Grads:
-    """With a = row gate, b = row up, h = silu(a): y = (h b) down; the scale's gradient is <h b, grad down^T>."""
-    settings = {"group_sizes": sizes, "preferred_element_type": jnp.float32, "interpret": interpret}
+def _kernel_grads(
+    rows: Array, scale: Array, sizes: Array, banks: Banks, grad: Array, totals: Banks, interpret: bool = False
+) -> Grads:
+    """With a = row gate, b = row up, h = silu(a): y = (h b) down; the scale's gradient is <h b, grad down^T>.
+
+    The kernels sum where they can: over gate and up inside one product, over rounds onto the totals in place.
+    """
+    settings = {"group_sizes": sizes, "interpret": interpret}
     dot = functools.partial(gmm, tiling=_tiles(rows.shape[0]), **settings)
+    dot32 = functools.partial(dot, preferred_element_type=jnp.float32)
     outer = functools.partial(tgmm, tiling=_tiles(rows.shape[0], OUTER_TILES), **settings)
     gate, up, down = banks
     # the kernel leaves rows beyond the last expert as memory was
     valid = (jnp.arange(rows.shape[0]) < jnp.sum(sizes))[:, None]
-    a, b = dot(rows, gate), dot(rows, up)
-    dinside = jnp.where(valid, dot(grad, down, transpose_rhs=True), 0.0)
+    a, b = dot32(rows, gate), dot32(rows, up)
+    dinside = jnp.where(valid, dot32(grad, down, transpose_rhs=True), 0.0)
     s = jax.nn.sigmoid(a)
     h = a * s
     inside = jnp.where(valid, h * b, 0.0)
@@ -101,7 +111,9 @@ def _kernel_grads(rows: Array, scale: Array, sizes: Array, banks: Banks, grad: A
     dinside = dinside * scale[:, None]
     da = jnp.where(valid, dinside * b * (s + h * (1 - s)), 0.0).astype(rows.dtype)
     db = jnp.where(valid, dinside * h, 0.0).astype(rows.dtype)
-    drows = dot(da, gate, transpose_rhs=True) + dot(db, up, transpose_rhs=True)
+    both = jnp.concatenate([da, db], axis=1), jnp.concatenate([gate, up], axis=2)
+    drows = dot(*both, preferred_element_type=rows.dtype, transpose_rhs=True)
     inside = (inside * scale[:, None]).astype(rows.dtype)
-    dbanks = outer(rows.T, da), outer(rows.T, db), outer(inside.T, grad)
-    return drows.astype(rows.dtype), dscale, dbanks
+    pairs = (rows, da), (rows, db), (inside, grad)
+    dbanks = (outer(x.T, d, existing_out=total) for (x, d), total in zip(pairs, totals, strict=True))
+    return drows, dscale, tuple(dbanks)
