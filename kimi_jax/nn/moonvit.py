@@ -10,6 +10,7 @@ V bins   P patches a bin   W = P/4 windows   C = 3*14*14 pixels of a patch   D w
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -97,10 +98,26 @@ def pool_frames(x: Float[Array, "V P D"], slots: Int[Array, "V W"]) -> Float[Arr
     return jax.vmap(one)(windows, slots).astype(x.dtype)
 
 
+def on_bins(
+    layout: Layout | None, function: Callable[..., Array], *args: Array, whole: tuple[Array, ...] = ()
+) -> Array:
+    """function(*whole, *args), [V, ...] like args. On each device its own bins of args meet all of `whole`.
+
+    The compiler, left alone, gathers the bins of all devices to where a part of a parameter lies.
+    """
+    if layout is None:
+        return function(*whole, *args)
+    bins = PartitionSpec(layout.axes("batch"))
+    specs = (PartitionSpec(),) * len(whole) + (bins,) * len(args)
+    here = jax.shard_map(function, mesh=layout.mesh, in_specs=specs, out_specs=bins, check_vma=False)
+    return here(*whole, *args)
+
+
 class PositionTable(nn.Module):
     """Owns the learned table [H0, W0, D]."""
 
     config: ModelConfig
+    layout: Layout | None = None
 
     @nn.compact
     def __call__(self, coords: Int[Array, "V P 3"], grids: Int[Array, "V P 3"]) -> Float[Array, "V P D"]:
@@ -109,7 +126,8 @@ class PositionTable(nn.Module):
         init = declare(nn.initializers.normal(c.initializer_range), ("grid", "grid", "vision_position"), AdamW())
         shape = (v.init_pos_emb_height, v.init_pos_emb_width, v.hidden_size)
         table = self.param("table", init, shape, c.param_dtype)
-        return position_embedding(table, coords, grids, v.init_pos_emb_time)
+        embed = functools.partial(position_embedding, frames=v.init_pos_emb_time)
+        return on_bins(self.layout, embed, coords, grids, whole=(table,))
 
 
 class VisionBlock(nn.Module):
@@ -138,17 +156,14 @@ class VisionBlock(nn.Module):
         """The new x. ids: 0 padding, 1.. items of the bin."""
         q, k, v = jnp.moveaxis(self.qkv(self.norm0(x)), 2, 0)
         q, k = rotate_interleaved(q, cos, sin), rotate_interleaved(k, cos, sin)
-        attention = functools.partial(segment_attention, causal=False, scale=q.shape[-1] ** -0.5)
-        if self.layout is None:
-            out = attention(q, k, v, ids)[0]
-        else:  # bins lie whole on the devices of their group
-            rows = PartitionSpec(self.layout.axes("batch"))
-            here = jax.shard_map(
-                lambda *a: attention(*a)[0], mesh=self.layout.mesh, in_specs=rows, out_specs=rows, check_vma=False
-            )
-            out = here(q, k, v, ids)
+
+        def attention(*args: Array) -> Array:
+            return segment_attention(*args, causal=False, scale=q.shape[-1] ** -0.5)[0]
+
+        out = on_bins(self.layout, attention, q, k, v, ids)
         x = x + self.o(out)
-        return x + self.fc1(jax.nn.gelu(self.fc0(self.norm1(x)), approximate=True)), None
+        x = x + self.fc1(jax.nn.gelu(self.fc0(self.norm1(x)), approximate=True))
+        return (x if self.layout is None else self.layout.constrain(x, "batch", None, None)), None
 
 
 class MoonViT3D(nn.Module):
@@ -164,7 +179,7 @@ class MoonViT3D(nn.Module):
             (3 * v.patch_size**2,), (v.hidden_size,), ("pixels",), ("vision_embed",),
             c.initializer_range, c.dtype, c.param_dtype, True,
         )  # fmt: skip
-        self.pos_emb = PositionTable(c)
+        self.pos_emb = PositionTable(c, self.layout)
         remat = jax.checkpoint_policies.nothing_saveable if c.remat else None
         self.blocks = stacked(VisionBlock, v.num_hidden_layers, 3, scan=c.scan_layers, remat=remat)(c, self.layout)
         self.final_norm = LayerNorm(v.layer_norm_eps, c.param_dtype)
@@ -184,6 +199,8 @@ class MoonViT3D(nn.Module):
         v = self.config.vision
         x = self.patch_embed(normalise_pixels(patches))
         x = x + self.pos_emb(coords, grids).astype(x.dtype)
+        if self.layout is not None:
+            x = self.layout.constrain(x, "batch", None, None)
         cos, sin = vision_rotary(coords, v.hidden_size // v.num_attention_heads, v.rope_theta)
         x, _ = self.blocks(x, cos, sin, segment_ids)
         return pool_frames(self.final_norm(x), feature_slots)
