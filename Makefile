@@ -7,21 +7,21 @@ WORKERS ?= 2
 # whole files: a fixture of a module may cost minutes, and would be made by both workers
 PARALLEL = -n $(WORKERS) --dist loadfile
 VENV := .venv
-QUICK := not slow and not tfds and not seqio and not lm_eval
+QUICK := not slow and not tfds and not seqio and not lm_eval and not tpu
 
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 # with CI=true a missing Python is an error, elsewhere a reason to skip
 NO_PYTHON = if [ "$$CI" = true ]; then echo "FAILED: $@ needs Python $(1)" >&2; exit 1; else echo "SKIPPED: $@ needs Python $(1)"; fi
 
-.PHONY: help demo plan setup test lint quick test-slow test-long test-tfds test-lm-eval test-py312 run-tfds run-lm-eval run-py312 clean
+.PHONY: help demo plan setup test lint quick test-slow test-long test-tfds test-lm-eval test-tpu test-py312 run-tfds run-lm-eval run-py312 clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo          train the whole model on text, images and video, evaluate it, write $(WORKDIR)/report.html"
 	@echo "make plan          what Kimi K2.5 needs of three TPU pods: memory, predicted time and traffic (no TPU needed)"
 	@echo "make test          style, types and the quick tests (about a quarter of an hour on 2 cores)"
-	@echo "make test-slow     long proofs, TFDS and seqio sources, lm-eval, the Python 3.12 stack"
+	@echo "make test-slow     long proofs, TFDS and seqio sources, lm-eval, the TPU compiler, the Python 3.12 stack"
 	@echo "make lint          ruff and mypy only;   make quick    the quick tests only"
 	@echo "make clean         forget environments and caches (runs/ is kept)"
 
@@ -53,10 +53,10 @@ demo: setup
 # -------------------------------------------------------------------------------------------------------------- plan
 
 # The TPU compiler has an environment of its own: where it is installed, jax looks for a TPU first.
-.venv-plan/.ready-tpu: setup.py constraints/py311.txt constraints/py312.txt
-	@.ci/venv .venv-plan "3.11 3.12" tpu
+.venv-plan/.ready-demo-test-tpu: setup.py constraints/py311.txt constraints/py312.txt
+	@.ci/venv .venv-plan "3.11 3.12" demo,test,tpu
 
-plan: .venv-plan/.ready-tpu
+plan: .venv-plan/.ready-demo-test-tpu
 	@.venv-plan/bin/python -m benchmarks.plan
 
 # ------------------------------------------------------------------------------------------------------------- tests
@@ -75,16 +75,20 @@ test-slow:
 	@$(MAKE) --no-print-directory test-long
 	@$(MAKE) --no-print-directory test-tfds
 	@$(MAKE) --no-print-directory test-lm-eval
+	@$(MAKE) --no-print-directory test-tpu
 	@$(MAKE) --no-print-directory test-py312
 
 test-long: setup
-	$(VENV)/bin/python -m pytest $(PARALLEL) -m "slow and not tfds and not seqio and not lm_eval"
+	$(VENV)/bin/python -m pytest $(PARALLEL) -m "slow and not tfds and not seqio and not lm_eval and not tpu"
 
 test-tfds:
 	@if .ci/find_python 3.11 >/dev/null; then $(MAKE) --no-print-directory run-tfds; else $(call NO_PYTHON,3.11); fi
 
 test-lm-eval:
 	@if .ci/find_python 3.11 >/dev/null; then $(MAKE) --no-print-directory run-lm-eval; else $(call NO_PYTHON,3.11); fi
+
+test-tpu: .venv-plan/.ready-demo-test-tpu
+	.venv-plan/bin/python -m pytest -m tpu
 
 test-py312:
 	@if .ci/find_python 3.12 >/dev/null; then $(MAKE) --no-print-directory run-py312; else $(call NO_PYTHON,3.12); fi

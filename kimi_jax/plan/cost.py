@@ -85,7 +85,12 @@ class Cost:
 
 
 def label(op_name: str) -> str:
-    """Where in the model an instruction is, and in which pass: `backward moe_layers/mlp/experts/dot_general`."""
+    """Where in the model an instruction is, and in which pass: `backward moe_layers/mlp/experts/dot_general`.
+
+    Empty for instructions without a name, most of them copies into another layout.
+    """
+    if not op_name:
+        return ""
     if "rematted_computation" in op_name or "/remat" in op_name:
         when = "recompute"
     elif "transpose(jvp" in op_name:
@@ -184,7 +189,9 @@ class _Walk:
         elif here.opcode in MOVERS and not any(f'custom_call_target="{name}"' in here.attributes for name in CONTROL):
             what, seconds = "mover", _moved(computation, here) / self.chip.hbm_rate
         if seconds:
-            self.cost.work.append(Work(what, here.name, label(here.op_name) or here.name, times, times * seconds))
+            self.cost.work.append(
+                Work(what, here.name, label(here.op_name) or f"unnamed {here.opcode}", times, times * seconds)
+            )
 
     def _fused(self, fusion: Instruction) -> Iterator[tuple[Computation, Instruction, str]]:
         for name in fusion.called.get("calls", []):

@@ -40,7 +40,7 @@ def memory(compiled: Compiled, topology: Topology) -> dict[str, Any]:
     hbm = topology.chip.hbm
     return {
         "arguments": compiled.arguments,
-        "outputs_not_in_place": compiled.outputs - compiled.aliased,
+        "outputs_not_in_place": compiled.outputs,
         "temporaries": compiled.temporaries,
         "peak": compiled.peak,
         "available": hbm,

@@ -31,10 +31,10 @@ def test_what_the_user_sets_is_stronger():
     assert options(v6e, preset=False, env={}) == {}
 
 
+@pytest.mark.tpu
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
 def test_the_compiler_knows_the_options(topology):
-    """Where the TPU compiler is installed (extra [tpu])."""
-    pytest.importorskip("libtpu")
+    pytest.importorskip("libtpu", reason="needs the extra [tpu]: make test-tpu")
     from kimi_jax.plan import chips, program
 
     devices = program.devices_of(chips.parse_topology(topology))
