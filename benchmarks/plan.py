@@ -34,7 +34,7 @@ def row(plan: dict[str, Any]) -> str:
     fits = "yes" if memory["fits"] else "no"
     cells = [plan["topology"], str(plan["chips"]), mesh, f"{plan['rows']:g}", gib, fits]
     if "rounds" in plan:
-        timed = plan["rounds"]["1"]
+        timed = plan["rounds"][str(plan["usual_rounds"])]
         slow, fast = timed["tokens_per_second_per_chip"]
         cells += [f"{timed['compute_us_per_token']:,.0f}", f"{timed['wire_bytes'] / 1e12:.2f}",
                   f"{slow:,.0f} to {fast:,.0f}", f"{timed['mfu'][0]:.0%} to {timed['mfu'][1]:.0%}"]  # fmt: skip

@@ -37,7 +37,8 @@ def make(
     """The plan as plain data (`report.table` prints it) and the text of the compiled program ("" if it did not fit).
 
     rows: sequences a device, None for the global batch of `config` spread over the devices; rounds: how often a loop
-    of unknown length is taken to run, one prediction each. Raises PlanError, ConfigError, ShardingError.
+    of unknown length is taken to run, one prediction each, beside what the mean load takes ("usual_rounds").
+    Raises PlanError, ConfigError, ShardingError.
     """
     devices = program.devices_of(topology) if devices is None else devices
     mesh = sharding.make_mesh(config.mesh, devices)
@@ -49,11 +50,12 @@ def make(
         return {**plan, "memory": report.memory_failed(error)}, ""
     plan["memory"] = report.memory(compiled, topology)
     parsed, network = hlo.parse(compiled.text), Network.of(topology, mesh)
-    costs = {count: price(parsed, topology.chip, network, count) for count in rounds}
-    if not costs[rounds[0]].dynamic_loops:  # then all rounds are the same
-        costs = {rounds[0]: costs[rounds[0]]}
+    usual = plan["usual_rounds"]
+    costs = {count: price(parsed, topology.chip, network, count) for count in sorted({*rounds, usual})}
+    if not costs[usual].dynamic_loops:  # then all rounds are the same
+        costs = {usual: costs[usual]}
     plan["rounds"] = {str(count): report.timing(config, topology, cost) for count, cost in costs.items()}
-    plan["collectives_per_loop"] = report.collectives_per_loop(costs[rounds[0]])
+    plan["collectives_per_loop"] = report.collectives_per_loop(costs[usual])
     return plan, compiled.text
 
 
@@ -99,6 +101,7 @@ def _description(config: TrainConfig, topology: Topology, mesh: Mesh) -> dict[st
         "groups": config.data.num_groups,
         "rows_per_group": config.data.rows_per_group,
         "microbatches": config.memory.microbatches,
+        "usual_rounds": math.ceil(1 / config.memory.expert_buffer),
         "sequence_length": config.data.sequence_length,
         "vision_bins": config.data.vision_bins,
         "jax": jax.__version__,
@@ -162,4 +165,4 @@ def search(
 def _rank(plan: dict[str, Any]) -> tuple[bool, float]:
     if not plan["memory"]["fits"]:
         return True, -plan["memory"]["spare"]
-    return False, -plan["rounds"]["1"]["tokens_per_second_per_chip"][0]
+    return False, -plan["rounds"][str(plan["usual_rounds"])]["tokens_per_second_per_chip"][0]

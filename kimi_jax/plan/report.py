@@ -198,6 +198,8 @@ def _timing_lines(t: dict[str, Any], rounds: str, plan: dict[str, Any]) -> list[
     low, high = t["step_seconds"]
     slow, fast = t["tokens_per_second_per_chip"]
     title = f"PREDICTED from the compiled program, nothing measured; {rounds} round(s) of loops without a fixed length"
+    if int(rounds) == plan["usual_rounds"]:
+        title += ": the usual load"
     lines = [
         f"  {title}",
         f"    model FLOPs    {t['model_flops'] / 1e12:,.1f} TFLOP a device, {t['model_flops_seconds']:.2f} s at peak",

@@ -201,7 +201,7 @@ def test_the_table_says_what_is_predicted_and_what_fits(network):
 
     plan = {
         "config": "tiny", "topology": "v5p:4x4x4", "chips": 64, "mesh": {"fsdp": 64, "tensor": 1}, "rows": 0.5,
-        "sequence_length": 32, "microbatches": 1, "jax": "0", "libtpu": "0", "params": 10**9,
+        "sequence_length": 32, "microbatches": 1, "usual_rounds": 2, "jax": "0", "libtpu": "0", "params": 10**9,
         "params_bytes": 2**30, "state_bytes": 3 * 2**30,
         "memory": {"arguments": 3 * 2**30, "temporaries": 2**30, "peak": 4 * 2**30, "available": 95 * 2**30,
                    "fits": True, "spare": 91 * 2**30, "compile_seconds": 12.0},

@@ -60,6 +60,6 @@ def test_the_program_holds_the_kernels_and_collectives(compiled):
     assert text.count(" ragged-all-to-all") >= 7  # there and back; rows, gradient, gates there and two back
     for kernel in ("gmm", "tgmm", "splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"):
         assert kernel in text, kernel
-    memory, timed = plan["memory"], plan["rounds"]["1"]
+    memory, timed = plan["memory"], plan["rounds"][str(plan["usual_rounds"])]
     assert memory["fits"] and memory["arguments"] < memory["peak"]
     assert timed["unpriced_kernels"] == [] and timed["compute_seconds"] > 0
