@@ -38,7 +38,7 @@ def test_a_layout_wherever_it_fits(model):
 
 @pytest.mark.parametrize("topology", ["v5p-512", "v5p-1024", "v5p-4096", "ironwood-512"])
 def test_released_model_is_cut_evenly(topology):
-    """Every device holds its share of the weights and at most 3 % more: what does not divide is whole."""
+    """Every device holds its share of the weights and at most 5 % more: what does not divide, most of it of the vision tower, is whole."""
     config = freeze(PODS["get_config"](f"kimi_k2_5@{topology}"))
     devices = PODS["TOPOLOGIES"][topology][0]
     sizes = sharding.mesh_sizes(config.mesh, devices)
@@ -49,7 +49,7 @@ def test_released_model_is_cut_evenly(topology):
         axes = [axis for part in sharding.spec(info, x.shape, mesh) if part for axis in np.atleast_1d(part)]
         total += x.size
         local += x.size // math.prod(sizes[axis] for axis in axes)
-    assert total / devices <= local < 1.03 * total / devices
+    assert total / devices <= local < 1.05 * total / devices
 
 
 def test_names_are_checked():
