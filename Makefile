@@ -20,7 +20,7 @@ NO_PYTHON = if [ "$$CI" = true ]; then echo "FAILED: $@ needs Python $(1)" >&2; 
 help:
 	@echo "make demo          train the whole model on text, images and video, evaluate it, write $(WORKDIR)/report.html"
 	@echo "make plan          what Kimi K2.5 needs of three TPU pods: memory, predicted time and traffic (no TPU needed)"
-	@echo "make test          style, types and the quick tests (about a quarter of an hour on 2 cores)"
+	@echo "make test          style, types and the quick tests (some ten minutes on 2 cores)"
 	@echo "make test-slow     long proofs, TFDS and seqio sources, lm-eval, the TPU compiler, the Python 3.12 stack"
 	@echo "make lint          ruff and mypy only;   make quick    the quick tests only"
 	@echo "make clean         forget environments and caches (runs/ is kept)"
