@@ -67,6 +67,9 @@ def dealt_cross_entropy(
         return nll.reshape(targets.shape)
 
     specs = PartitionSpec(*where, None), cut.matrix, where
-    # backward goes on only when the matrix' gradient is scattered: 4.4 GiB of K2.5's would wait beside all layers'
-    hidden, kernel = lax.optimization_barrier((hidden, kernel))
+    # backward goes on only when the matrix' gradient is scattered: 4.4 GiB of K2.5's would wait beside all layers'.
+    # Not on a CPU: it may start collectives in any order then, and several virtual devices wait for each other forever
+    hidden, kernel = lax.platform_dependent(
+        hidden, kernel, tpu=lambda *both: lax.optimization_barrier(both), default=lambda *both: both
+    )
     return jax.shard_map(here, mesh=cut.mesh, in_specs=specs, out_specs=where, check_vma=False)(hidden, kernel, targets)
