@@ -38,6 +38,7 @@ SPREAD = ("fsdp", "expert", "context")  # what a weight may be cut by just to ne
 # entry whose size divides gets it. (): never cut.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("replica", "fsdp", "expert"),
+    "bins": ("replica", "fsdp", "expert", "context", "tensor"),  # `nn.vision_stage`
     "sequence": ("context",),
     "expert": ("expert",),
     "embed": SPREAD,
@@ -62,7 +63,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "layers": (),
     "lora": (),
 }
-ACTIVATIONS = ("batch", "sequence")  # names that no parameter has
+ACTIVATIONS = ("batch", "bins", "sequence")  # names that no parameter has
 
 
 def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from kimi_jax.config import ModelConfig
@@ -27,21 +26,9 @@ from kimi_jax.nn.layout import Layout
 from kimi_jax.nn.moonvit import MoonViT3D
 from kimi_jax.nn.param import AdamW, declare, unbox
 from kimi_jax.nn.projector import Projector
+from kimi_jax.nn.vision_stage import deal_bins, fuse, join_classes
 
-Batch = dict[str, Any]  # the packed batch; layout in `place_features`, `MoonViT3D` and kimi_jax/data
-
-
-def place_features(
-    x: Float[Array, "B S D"], features: Float[Array, "G F D"], feature_index: Int[Array, "B S"]
-) -> Float[Array, "B S D"]:
-    """Early fusion: where feature_index >= 0, feature number feature_index of the row's group replaces the embedding.
-
-    Rows of a group are consecutive. An index beyond the features gives NaN rather than a silent wrong picture.
-    """
-    groups, width = features.shape[0], x.shape[-1]
-    index = feature_index.reshape(groups, -1)
-    taken = jax.vmap(lambda f, i: f.at[jnp.maximum(i, 0)].get(mode="fill", fill_value=jnp.nan))(features, index)
-    return jnp.where(feature_index[..., None] >= 0, taken.reshape(*x.shape[:-1], width).astype(x.dtype), x)
+Batch = dict[str, Any]  # the packed batch; layout in `vision_stage`, `MoonViT3D` and kimi_jax/data
 
 
 class Embedding(nn.Module):
@@ -112,9 +99,17 @@ class KimiK25(nn.Module):
 
     def vision_features(self, vision_bins: tuple, num_groups: int = 1) -> Float[Array, "G F D"]:
         """Features of all bin classes, flattened a group: for each class its bins, for each bin its slots."""
+        return join_classes(self.encode(vision_bins), num_groups)
+
+    def encode(self, vision_bins: tuple) -> tuple[Float[Array, "V W D"], ...]:
+        """Features of each bin class. The backward pass makes everything before them again."""
         bins = jax.tree.map(jnp.asarray, tuple(vision_bins))
-        features = [self.projector(self.vision(**each)) for each in bins]
-        return jnp.concatenate([f.reshape(num_groups, -1, f.shape[-1]) for f in features], axis=1)
+        if self.layout is not None:
+            bins = tuple(deal_bins(self.layout, each) for each in bins)
+        tower = nn.remat(
+            lambda model, each: model.projector(model.vision(**each)), policy=jax.checkpoint_policies.nothing_saveable
+        )
+        return tuple(tower(self, each) for each in bins)
 
     def hidden(self, batch: Batch, num_groups: int = 1) -> tuple[Float[Array, "B S D"], Aux]:
         """Final-normed hidden states of a packed batch.
@@ -125,14 +120,9 @@ class KimiK25(nn.Module):
         tokens, positions, segment_ids = (jnp.asarray(batch[k]) for k in ("tokens", "positions", "segment_ids"))
         x = self.embed(tokens)
         if batch["vision"]:
-            features = self.vision_features(batch["vision"], num_groups)
-            place = place_features
-            if self.layout is not None:  # features lie beside the rows of their group
-                rows = PartitionSpec(self.layout.axes("batch"))
-                place = jax.shard_map(
-                    place_features, mesh=self.layout.mesh, in_specs=rows, out_specs=rows, check_vma=False
-                )
-            x = place(x, features, jnp.asarray(batch["feature_index"]))
+            features = self.encode(batch["vision"])
+            bins = tuple(len(each["segment_ids"]) for each in batch["vision"])
+            x = fuse(self.layout, x, features, jnp.asarray(batch["feature_index"]), bins, num_groups)
         if self.layout is not None:
             x = self.layout.constrain(x, "batch", "sequence", None)
         dense = routed = None

@@ -107,7 +107,7 @@ def on_bins(
     """
     if layout is None:
         return function(*whole, *args)
-    bins = PartitionSpec(layout.axes("batch"))
+    bins = PartitionSpec(layout.axes("bins") or None)
     specs = (PartitionSpec(),) * len(whole) + (bins,) * len(args)
     here = jax.shard_map(function, mesh=layout.mesh, in_specs=specs, out_specs=bins, check_vma=False)
     return here(*whole, *args)
@@ -163,7 +163,7 @@ class VisionBlock(nn.Module):
         out = on_bins(self.layout, attention, q, k, v, ids)
         x = x + self.o(out)
         x = x + self.fc1(jax.nn.gelu(self.fc0(self.norm1(x)), approximate=True))
-        return (x if self.layout is None else self.layout.constrain(x, "batch", None, None)), None
+        return (x if self.layout is None else self.layout.constrain(x, "bins", None, None)), None
 
 
 class MoonViT3D(nn.Module):
@@ -200,7 +200,7 @@ class MoonViT3D(nn.Module):
         x = self.patch_embed(normalise_pixels(patches))
         x = x + self.pos_emb(coords, grids).astype(x.dtype)
         if self.layout is not None:
-            x = self.layout.constrain(x, "batch", None, None)
+            x = self.layout.constrain(x, "bins", None, None)
         cos, sin = vision_rotary(coords, v.hidden_size // v.num_attention_heads, v.rope_theta)
         x, _ = self.blocks(x, cos, sin, segment_ids)
         return pool_frames(self.final_norm(x), feature_slots)

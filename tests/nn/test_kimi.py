@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from kimi_jax.config import preset
-from kimi_jax.nn import kimi
+from kimi_jax.nn import kimi, vision_stage
 from kimi_jax.nn.param import ParamInfo, metadata, unbox
 from tests.nn import tiny
 
@@ -122,7 +122,7 @@ def test_a_batch_of_padding_only_is_finite():
 
 
 def test_a_feature_that_does_not_exist_is_not_silent():
-    x = kimi.place_features(jnp.zeros((1, 2, 3)), jnp.ones((1, 4, 3)), jnp.array([[-1, 4]]))
+    x = vision_stage.place_features(jnp.zeros((1, 2, 3)), jnp.ones((1, 4, 3)), jnp.array([[-1, 4]]))
     assert not np.isnan(x[0, 0]).any() and np.isnan(x[0, 1]).all()
 
 
