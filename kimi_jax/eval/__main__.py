@@ -84,15 +84,16 @@ def main(argv: Sequence[str]) -> None:
             Console().print(f"[bold]{task.name}[/] ({task.column}, {', '.join(task.metrics)}): {task.doc}")
         return
     from kimi_jax import cli
-    from kimi_jax.train import checkpoint
+    from kimi_jax.config import ConfigError
+    from kimi_jax.train import adapters
 
     cli.enable_compilation_cache()
     try:
-        config, params = checkpoint.load(f.workdir, f.step)
-    except FileNotFoundError as error:
+        config, params, frozen = adapters.load_run(f.workdir, f.step)
+    except (FileNotFoundError, ConfigError) as error:
         raise SystemExit(f"error: {error}") from error
     samples: list[Sample] = []
-    rows = evaluate(params, config, [task.name for task in tasks], f.limit, samples=samples)
+    rows = evaluate(params, config, [task.name for task in tasks], f.limit, samples=samples, frozen=frozen)
     Console().print(table(rows))
     out = f.out or str(epath.Path(f.workdir) / "results.json")
     write_rows(rows, out)

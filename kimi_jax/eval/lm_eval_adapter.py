@@ -28,18 +28,19 @@ class KimiLM(LM):
     """`lm_eval.api.model.LM` over a Scorer. Generation is greedy: sampling options raise ValueError."""
 
     def __init__(
-        self, params: Any, config: TrainConfig, tokenizer: Tokenizer | None = None, apply: Apply | None = None
-    ) -> None:
+        self, params: Any, config: TrainConfig, tokenizer: Tokenizer | None = None, apply: Apply | None = None,
+        frozen: Any = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self._scorer = Scorer(params, config, tokenizer, apply)
+        self._scorer = Scorer(params, config, tokenizer, apply, frozen)
 
     @classmethod
     def from_workdir(cls, workdir: str, step: int | None = None) -> KimiLM:
         """The newest checkpoint of a run. Raises FileNotFoundError if there is none."""
-        from kimi_jax.train import checkpoint
+        from kimi_jax.train import adapters
 
-        config, params = checkpoint.load(workdir, step)
-        return cls(params, config)
+        config, params, frozen = adapters.load_run(workdir, step)
+        return cls(params, config, frozen=frozen)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood of the continuation, whether greedy decoding gives it) of each (context, continuation)."""

@@ -27,6 +27,7 @@ from kimi_jax.data.packing import Batch, Group, GroupShape, concatenate
 from kimi_jax.data.tokenizer import Tokenizer, load_tokenizer
 from kimi_jax.eval import scorers
 from kimi_jax.eval.tasks import Part, Question
+from kimi_jax.nn import lora
 from kimi_jax.nn.kimi import KimiK25
 from kimi_jax.nn.layers import precision
 
@@ -55,16 +56,16 @@ class Scored:
 
 @functools.lru_cache(maxsize=4)
 def make_apply(config: ModelConfig, num_groups: int, mesh_config: MeshConfig) -> Apply:
-    """The compiled function (params, batch, ends int32 [N], candidates int32 [N, A]) -> (nll f32 [B, S],
+    """The compiled function (variables of KimiK25, batch, ends int32 [N], candidates int32 [N, A]) -> (nll f32 [B, S],
     likeliest int32 [B, S], log-probabilities f32 [N, A]), all on every device. `ends` index the flat [B*S] positions.
     """
     mesh = sharding.make_mesh(mesh_config)
     sharding.check_groups(num_groups, mesh)
     model = KimiK25(config, sharding.layout(mesh) if mesh.size > 1 else None)
 
-    def apply(params: Any, batch: Batch, ends: jax.Array, candidates: jax.Array) -> tuple[jax.Array, ...]:
-        x, _ = model.apply({"params": params}, batch, num_groups=num_groups, method=model.hidden)
-        kernel = params["lm_head"]["kernel"]
+    def apply(variables: Any, batch: Batch, ends: jax.Array, candidates: jax.Array) -> tuple[jax.Array, ...]:
+        x, _ = model.apply(variables, batch, num_groups=num_groups, method=model.hidden)
+        kernel = variables["params"]["lm_head"]["kernel"]
         flat = x.reshape(-1, x.shape[-1])
 
         def log_probs(rows: jax.Array) -> jax.Array:
@@ -85,8 +86,8 @@ def make_apply(config: ModelConfig, num_groups: int, mesh_config: MeshConfig) ->
 
     compiled = jax.jit(apply, out_shardings=sharding.replicated(mesh))
 
-    def run(params: Any, batch: Batch, ends: Any, candidates: Any) -> tuple[Any, Any, Any]:
-        return compiled(params, _place(batch, sharding.batch_sharding(mesh)), ends, candidates)
+    def run(variables: Any, batch: Batch, ends: Any, candidates: Any) -> tuple[Any, Any, Any]:
+        return compiled(variables, _place(batch, sharding.batch_sharding(mesh)), ends, candidates)
 
     return run
 
@@ -100,13 +101,17 @@ def _place(batch: Batch, cut: Any) -> Batch:
 
 
 class Scorer:
-    """A model, its tokenizer and the packing shapes of its run; `apply` replaces the compiled model (tests)."""
+    """A model, its tokenizer and the packing shapes of its run; `apply` replaces the compiled model (tests).
+
+    frozen: with `config.lora` the weights; `params` are then its adapters.
+    """
 
     def __init__(
-        self, params: Any, config: TrainConfig, tokenizer: Tokenizer | None = None, apply: Apply | None = None
-    ):
+        self, params: Any, config: TrainConfig, tokenizer: Tokenizer | None = None, apply: Apply | None = None,
+        frozen: Any = None,
+    ):  # fmt: skip
         self.tokenizer = tokenizer or load_tokenizer(config.data.tokenizer)
-        self._params = params
+        self._variables = lora.variables(params, frozen, config.lora)
         self._apply = apply or make_apply(config.model, config.data.num_groups, config.mesh)
         self._shape = GroupShape.of(config.data, config.model)
         self._num_groups = config.data.num_groups
@@ -167,7 +172,7 @@ class Scorer:
         for k, (i, row, start) in enumerate(placed):
             ends[k] = row * self.length + start + len(documents[i].tokens) - 1
             wanted[k, : len(asked[k])] = asked[k]
-        nll, likeliest, logp = (np.asarray(a) for a in self._apply(self._params, batch, ends, wanted))
+        nll, likeliest, logp = (np.asarray(a) for a in self._apply(self._variables, batch, ends, wanted))
         scored = []
         for k, (i, row, start) in enumerate(placed):
             here = np.s_[row, start : start + len(documents[i].tokens) - 1]

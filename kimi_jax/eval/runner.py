@@ -72,13 +72,15 @@ def evaluate(
     tokenizer: Tokenizer | None = None,
     apply: Apply | None = None,
     samples: list[Sample] | None = None,
+    frozen: Any = None,
 ) -> list[Row]:
     """Rows of the named tasks ("all": every one), at most `limit` questions each, in the shapes of `config.data`.
 
-    `samples`, if given, receives the first questions of each task with their answers. Tasks with images or video are
-    left out for a model without vision. Raises KeyError for an unknown task.
+    `samples`, if given, receives the first questions of each task with their answers. frozen: with `config.lora` the
+    weights; `params` are then its adapters. Tasks with images or video are left out for a model without vision. Raises
+    KeyError for an unknown task.
     """
-    scorer = Scorer(params, config, tokenizer, apply)
+    scorer = Scorer(params, config, tokenizer, apply, frozen)
     chosen = [t for t in resolve(tasks) if config.model.vision or t.modality == "text"]
     return [row for task in chosen for row in run_task(scorer, task, limit, samples)]
 

@@ -5,7 +5,7 @@ random, B zero. Adapters are a tree of their own in the collection "lora", shape
 base is the very tree that was loaded and nothing of it is copied or given a gradient:
 
     adapters = unbox(lora.init(config, options, key))
-    variables = {"params": params, "lora": lora.scaled(adapters, options)}
+    variables = lora.variables(adapters, params, options)
     nll, aux = KimiK25(config).apply(variables, batch, method="token_nll")    # differentiate in `adapters`
     params = lora.merge(params, adapters, options)                            # one model again, for export
 
@@ -30,7 +30,7 @@ from jaxtyping import Array, Float
 
 from kimi_jax.config import ConfigError, LoRAConfig, ModelConfig, nearest
 from kimi_jax.nn.kimi import abstract_params
-from kimi_jax.nn.param import AdamW, Muon, Param, ParamInfo
+from kimi_jax.nn.param import ADAPTERS, AdamW, Muon, Param, ParamInfo
 
 # What can be adapted: every matrix below these places of the parameter tree.
 TARGETS = {
@@ -106,6 +106,13 @@ def _without_none(tree: Any) -> Any:
 def scaled(adapters: dict[str, Any], options: LoRAConfig) -> dict[str, Any]:
     """The collection "lora" for `apply`: every b times alpha / rank."""
     return _map_pairs(lambda pair: {"a": pair["a"], "b": options.scale * pair["b"]}, adapters)
+
+
+def variables(learned: Any, frozen: Any, options: LoRAConfig | None) -> dict[str, Any]:
+    """What `apply` takes of a run: all weights learn, or with options adapters beside the frozen weights."""
+    if options is None:
+        return {"params": learned}
+    return {"params": frozen, ADAPTERS: scaled(learned, options)}
 
 
 def _is_pair(tree: Any) -> bool:

@@ -11,9 +11,11 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from kimi_jax.config import ConfigError, TrainConfig
+from kimi_jax import sharding
+from kimi_jax.config import ConfigError, MeshConfig, TrainConfig
 from kimi_jax.hf.files import CheckpointError
 from kimi_jax.model import load
+from kimi_jax.train import checkpoint
 
 COMPUTED = ("dtype", "scan_layers", "remat", "remat_policy")  # what of `config.model` is the run's, not the base's
 
@@ -33,3 +35,13 @@ def load_base(config: TrainConfig, mesh: Mesh) -> tuple[TrainConfig, Any]:
         raise ConfigError(f"config.lora.base: {error}") from error
     own = {name: getattr(config.model, name) for name in COMPUTED}
     return dataclasses.replace(config, model=dataclasses.replace(base.config, **own)), base.params
+
+
+def load_run(workdir: str, step: int | None = None) -> tuple[TrainConfig, Any, Any]:
+    """The settings of a run, what it learned, and with `config.lora` the weights of its base, for evaluation.
+
+    As `checkpoint.load` and `load_base`, with their errors.
+    """
+    config, params = checkpoint.load(workdir, step)
+    config, frozen = load_base(config, sharding.make_mesh(MeshConfig()))
+    return config, params, frozen

@@ -125,7 +125,9 @@ class _Run:
         step, before = int(state.step), time.perf_counter()
         self.say(f"step {step}: evaluating {', '.join(self.config.eval.tasks)}, up to {limit} questions each")
         with self.clock.spend("evaluation"), self.stop.raising(0.0 if jax.process_count() == 1 else None):
-            rows = evaluate(state.params, self.config, self.config.eval.tasks, limit, samples=samples)
+            rows = evaluate(
+                state.params, self.config, self.config.eval.tasks, limit, samples=samples, frozen=state.frozen
+            )
         self.log.evaluation(step, [dataclasses.asdict(row) for row in rows])
         for row in rows:
             scored = f"{row.metric:<16}{row.score:.3f} +- {row.stderr:.3f}"
@@ -325,8 +327,6 @@ def _evaluate_at_end(this: _Run, state: TrainState) -> None:
 
 def _check(config: TrainConfig) -> None:
     """Raises ConfigError now for what would otherwise fail an hour later."""
-    if config.eval.tasks and config.lora is not None:
-        raise ConfigError("config.eval.tasks: a run of adapters is not evaluated; export it merged, and evaluate that")
     if config.eval.tasks:
         from kimi_jax.eval.tasks import resolve
 

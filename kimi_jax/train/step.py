@@ -26,7 +26,6 @@ from kimi_jax.nn import lora
 from kimi_jax.nn.decoder import merge_aux
 from kimi_jax.nn.kimi import KimiK25
 from kimi_jax.nn.layout import Layout
-from kimi_jax.nn.param import ADAPTERS
 from kimi_jax.optim import newton_schulz, qk_clip, router_bias, schedules
 from kimi_jax.optim.muonclip import muonclip, step_metrics
 from kimi_jax.train import flops, spikes
@@ -101,9 +100,7 @@ def loss_fn(
     """
     model = KimiK25(config.model, layout)
     groups = config.data.num_groups // (config.memory.microbatches if whole is not None else 1)
-    variables: dict[str, Any] = {"params": params}
-    if config.lora is not None:
-        variables = {"params": frozen, ADAPTERS: lora.scaled(params, config.lora)}
+    variables = lora.variables(params, frozen, config.lora)
     nll, aux = model.apply(variables, batch, num_groups=groups, method=model.token_nll)
     weights = batch["loss_weights"]
     of_modality = batch["modality"][None] == jnp.arange(len(MODALITIES))[:, None, None]  # [3, B, S]

@@ -15,19 +15,23 @@ import numpy as np
 import pytest
 
 import kimi_jax as kimi
+from kimi_jax import sharding
 from kimi_jax.config import CheckpointConfig, ConfigError, EvalConfig, LoRAConfig, MeshConfig
+from kimi_jax.data.tokenizer import train_tokenizer
+from kimi_jax.eval import runner
+from kimi_jax.eval.packed import Scorer
 from kimi_jax.hf import stream
 from kimi_jax.hf.convert import from_hf, to_hf
 from kimi_jax.hf.stream import EXPERTS, get_leaf
 from kimi_jax.nn.kimi import init_params
 from kimi_jax.nn.param import unbox
-from kimi_jax.train import checkpoint, loop
+from kimi_jax.train import adapters, checkpoint, loop
 from tests.hf.tiny import flat
 from tests.train.test_loop import Stream
 from tests.train.tiny import CONFIG, MODEL, make_batch
 
 MOE = dataclasses.replace(MODEL.moe, moe_intermediate_size=32)  # groups of 32 inputs share an INT4 scale
-BASE = dataclasses.replace(MODEL, initializer_range=0.2, num_hidden_layers=2, vision=None, moe=MOE)
+BASE = dataclasses.replace(MODEL, vocab_size=320, initializer_range=0.2, num_hidden_layers=2, vision=None, moe=MOE)
 IDS = make_batch(3)["tokens"][:1, 16:28]
 
 
@@ -61,11 +65,14 @@ def settings(workdir, base, **changes):
 
 @pytest.fixture(scope="module")
 def trained(base, tmp_path_factory):
-    """The workdir of a run."""
+    """The workdir of a run that is evaluated at its end."""
     workdir = tmp_path_factory.mktemp("run")
+    train_tokenizer(["0 1 2 3 4 5 6 7 8 9"], BASE.vocab_size, workdir / "tokenizer.json")
+    data = dataclasses.replace(CONFIG.data, tokenizer=str(workdir / "tokenizer.json"))
+    tasks = EvalConfig(tasks=("arithmetic",), final_limit=8)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "BatchStream", Same)
-        assert loop.run(settings(workdir, base)) == 0
+        assert loop.run(settings(workdir, base, data=data, eval=tasks)) == 0
     return workdir
 
 
@@ -84,6 +91,23 @@ def test_only_the_adapters_learn_and_the_loss_falls(trained, base):
     assert np.abs(after.logits(IDS) - before.logits(IDS)).max() > 0.1
 
 
+def test_what_is_evaluated_is_the_adapted_model(trained):
+    """In the loop as by the command, adapters beside the weights; by likelihoods it is the model that is served."""
+    config, params, frozen = adapters.load_run(str(trained))
+    (row,) = runner.evaluate(params, config, ("arithmetic",), 8, frozen=frozen)
+    assert [dataclasses.asdict(row)] == json.loads((trained / "results.json").read_text())
+    served = dataclasses.replace(config, lora=None)
+
+    def nll(params, config, frozen=None):
+        scorer = Scorer(params, config, frozen=frozen)
+        return scorer.score([scorer.encode((), "1 + 2 = 3, 4 + 5 = 9")])[0].nll
+
+    adapted = nll(params, config, frozen)
+    mesh = sharding.make_mesh(config.mesh)
+    np.testing.assert_allclose(nll(kimi.load(trained, mesh=mesh).params, served), adapted, rtol=1e-5)
+    assert abs(nll(frozen, served) - adapted) > 0.1
+
+
 def test_a_run_that_was_cut_off_ends_with_the_same_adapters(trained, base, tmp_path, monkeypatch):
     """From the checkpoint of step 6, which does not hold the base: it is read again. Bit for bit."""
     monkeypatch.setattr(loop, "BatchStream", Same)
@@ -91,7 +115,7 @@ def test_a_run_that_was_cut_off_ends_with_the_same_adapters(trained, base, tmp_p
         copy = shutil.copytree if "/" in name else shutil.copyfile
         (tmp_path / "checkpoints").mkdir(exist_ok=True)
         copy(trained / name, tmp_path / name)
-    assert loop.run(settings(tmp_path, base)) == 0
+    assert loop.run(settings(tmp_path, base)) == 0  # without an evaluation, which changes nothing
     one, other = (flat(jax.device_get(checkpoint.load(str(path))[1])) for path in (trained, tmp_path))
     assert {leaf: array.tobytes() for leaf, array in one.items()} == {k: v.tobytes() for k, v in other.items()}
 
@@ -130,7 +154,7 @@ def _rebase(run, to, base):
     [
         ({"lora": LoRAConfig()}, "config.lora.base is empty"),
         ({"lora": LoRAConfig("nowhere")}, "neither config.json"),
-        ({"eval": EvalConfig(tasks=("shape",))}, "export it merged"),
+        ({"eval": EvalConfig(tasks=("nonsense",))}, "no task is called 'nonsense'"),
     ],
 )
 def test_what_cannot_be_run_is_said(changes, message, base, tmp_path):

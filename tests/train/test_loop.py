@@ -69,7 +69,7 @@ def test_run_that_stays_not_finite_is_given_up_with_advice(tmp_path, monkeypatch
 def test_evaluation_on_the_way_and_at_the_end_and_not_again(tmp_path, monkeypatch):
     calls = []
 
-    def evaluate(params, config, tasks, limit, samples=None):
+    def evaluate(params, config, tasks, limit, samples=None, frozen=None):
         calls.append((tuple(tasks), limit))
         return [row(task) for task in tasks]
 
