@@ -7,7 +7,7 @@ WORKERS ?= 2
 # whole files: a fixture of a module may cost minutes, and would be made by both workers
 PARALLEL = -n $(WORKERS) --dist loadfile
 VENV := .venv
-QUICK := not slow and not tfds and not seqio and not lm_eval and not tpu
+QUICK := not slow and not tfds and not seqio and not lm_eval and not transformers and not tpu
 
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export TF_CPP_MIN_LOG_LEVEL ?= 2
@@ -21,7 +21,7 @@ help:
 	@echo "make demo          train the whole model on text, images and video, evaluate it, write $(WORKDIR)/report.html"
 	@echo "make plan          what Kimi K2.5 needs of three TPU pods: memory, predicted time and traffic (no TPU needed)"
 	@echo "make test          style, types and the quick tests (some ten minutes on 2 cores)"
-	@echo "make test-slow     long proofs, TFDS and seqio sources, lm-eval, the TPU compiler, the Python 3.12 stack"
+	@echo "make test-slow     long proofs, TFDS and seqio sources, lm-eval, transformers, the TPU compiler, Python 3.12"
 	@echo "make lint          ruff and mypy only;   make quick    the quick tests only"
 	@echo "make clean         forget environments and caches (runs/ is kept)"
 
@@ -40,8 +40,8 @@ $(VENV)/.ready-demo-test: setup.py constraints/py311.txt constraints/py312.txt
 
 # torch first: the plain requirement of lm-eval would bring the CUDA build. The extra is `lm_eval`; pip 23 finds it only
 # by its normalised name
-.venv-lm-eval/.ready-demo-test-lm-eval: setup.py constraints/py311-lm-eval.txt
-	@.ci/venv .venv-lm-eval "3.11" demo,test,lm-eval constraints/py311-lm-eval.txt torch==2.13.0
+.venv-lm-eval/.ready-demo-test-lm-eval-transformers: setup.py constraints/py311-lm-eval.txt
+	@.ci/venv .venv-lm-eval "3.11" demo,test,lm-eval,transformers constraints/py311-lm-eval.txt torch==2.13.0
 
 # -------------------------------------------------------------------------------------------------------------- demo
 
@@ -79,7 +79,7 @@ test-slow:
 	@$(MAKE) --no-print-directory test-py312
 
 test-long: setup
-	$(VENV)/bin/python -m pytest $(PARALLEL) -m "slow and not tfds and not seqio and not lm_eval and not tpu"
+	$(VENV)/bin/python -m pytest $(PARALLEL) -m "slow and not tfds and not seqio and not lm_eval and not transformers and not tpu"
 
 test-tfds:
 	@if .ci/find_python 3.11 >/dev/null; then $(MAKE) --no-print-directory run-tfds; else $(call NO_PYTHON,3.11); fi
@@ -96,8 +96,8 @@ test-py312:
 run-tfds: .venv-tfds/.ready-demo-test-tfds-seqio
 	KIMI_SLOW=tfds .venv-tfds/bin/python -m pytest -m "tfds or seqio"
 
-run-lm-eval: .venv-lm-eval/.ready-demo-test-lm-eval
-	KIMI_SLOW=lm_eval .venv-lm-eval/bin/python -m pytest -m lm_eval
+run-lm-eval: .venv-lm-eval/.ready-demo-test-lm-eval-transformers
+	KIMI_SLOW=lm_eval .venv-lm-eval/bin/python -m pytest -m "lm_eval or transformers"
 
 run-py312: .venv312/.ready-demo-test
 	.venv312/bin/python -m pytest $(PARALLEL) -m "$(QUICK)"

@@ -66,6 +66,7 @@ setup(
         ],  # reads ArrayRecord files without TensorFlow
         "seqio": ["seqio>=0.0.20,<0.1", "tensorflow>=2.21,<2.22"],
         "lm_eval": ["lm_eval>=0.4.9,<0.5"],
+        "transformers": ["torch>=2.13,<2.14", "transformers>=5.23,<5.24"],  # what the numbers are compared with
         # the compiler, also for plans; gcsfs: a workdir in a bucket
         "tpu": ["libtpu>=0.0.42,<0.0.53", "gcsfs>=2025.5"],
         "test": TEST + DEMO + PARQUET + SERVE + NOTEBOOKS,
