@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import io
 import math
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -125,12 +126,12 @@ def open_image(data: bytes | str | Path, key: str = "") -> PIL.Image.Image:
 
     data: the bytes of the file, or its path. Raises BadRecord(missing_file | broken_image | absurd_size).
     """
+    if not isinstance(data, bytes) and not os.path.isfile(data):  # a pipe would be waited for
+        raise BadRecord("missing_file", key, str(data))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
             return PIL.Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=_formats())
-    except FileNotFoundError as error:
-        raise BadRecord("missing_file", key, str(data)) from error
     except PIL.Image.DecompressionBombError as error:
         raise BadRecord("absurd_size", key, str(error)) from error
     except Exception as error:  # PIL raises anything from SyntaxError to struct.error on damaged headers

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -190,7 +191,7 @@ def read_video(
     if isinstance(source, bytes):
         source = io.BytesIO(source)
     elif isinstance(source, (str, Path)):
-        if not Path(source).is_file():  # neither an address nor a device, which ffmpeg would open too
+        if not os.path.isfile(source):  # neither an address nor a device, which ffmpeg would open too
             raise BadRecord("missing_file", key, name)
         with open(source, "rb") as file:
             return read_video(file, key, name, max_frames, max_bytes)

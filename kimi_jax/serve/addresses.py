@@ -42,14 +42,17 @@ def opener(remote: bool, folder: str) -> Callable[[str], bytes] | None:
 
 def _read(path: Path, folder: Path, shown: str) -> bytes:
     root = folder.resolve()
-    file = (root / path).resolve()  # links are followed first, so that none leads out
-    if not file.is_relative_to(root):
-        raise BadRecord("refused", shown, "only files below the folder of --allow_media_folder are opened")
-    if not file.is_file():
-        raise BadRecord("missing_file", shown)
-    if file.stat().st_size > MAX_BYTES:
-        raise BadRecord("too_long", shown, f"more than {MAX_BYTES} bytes")
-    return file.read_bytes()
+    try:
+        file = (root / path).resolve()  # links are followed first, so that none leads out
+        if not file.is_relative_to(root):
+            raise BadRecord("refused", shown, "only files below the folder of --allow_media_folder are opened")
+        if not file.is_file():
+            raise BadRecord("missing_file", shown)
+        if file.stat().st_size > MAX_BYTES:
+            raise BadRecord("too_long", shown, f"more than {MAX_BYTES} bytes")
+        return file.read_bytes()
+    except (OSError, RuntimeError, ValueError) as error:  # names that are too long or hold zeros, links in a circle
+        raise BadRecord("missing_file", shown, str(error)) from error
 
 
 class _OnlyHttp(urllib.request.HTTPRedirectHandler):

@@ -189,17 +189,22 @@ def test_a_list_of_other_files_is_not_followed(name, tmp_path):
         kimi.process_video(tmp_path / name)
 
 
-@pytest.mark.parametrize("address", ["http://127.0.0.1:9/a.mp4", "concat:a.mp4|b.mp4", "file:a.mp4", "/dev/zero", "."])
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9/a.mp4", "concat:a.mp4|b.mp4", "file:a.mp4"])
 def test_only_files_are_opened(address):
     assert reason(kimi.process_video, address) == "missing_file"
 
 
-def test_a_pipe_nobody_writes_to_does_not_hang(tmp_path):
-    os.mkfifo(tmp_path / "pipe.mp4")
+@pytest.mark.parametrize("name", ["process_image", "process_video"])
+@pytest.mark.parametrize("path", ["/dev/zero", ".", "a\0b", "x" * 5000])
+def test_paths_that_are_no_file(name, path):
+    assert reason(getattr(kimi, name), path) == "missing_file"
+
+
+@pytest.mark.parametrize("name", ["process_image", "process_video"])
+def test_a_pipe_nobody_writes_to_does_not_hang(name, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
     found: list[str] = []
-    thread = threading.Thread(
-        target=lambda: found.append(reason(kimi.process_video, tmp_path / "pipe.mp4")), daemon=True
-    )
+    thread = threading.Thread(target=lambda: found.append(reason(getattr(kimi, name), tmp_path / "pipe")), daemon=True)
     thread.start()
     thread.join(120)
     assert found == ["missing_file"]

@@ -1,6 +1,7 @@
 """What a server opens by address: nothing, unless it is allowed, and then nothing beside it."""
 
 import http.server
+import os
 import threading
 
 import pytest
@@ -51,8 +52,11 @@ def test_files_below_the_folder_only(folder):
     for address in ("../secret.txt", f"{folder.parent}/secret.txt", "link.png", "http://127.0.0.1/", "ftp://x/y"):
         with pytest.raises(BadRecord, match="refused"):
             open_address(address)
-    with pytest.raises(BadRecord, match="missing_file"):
-        open_address("none.png")
+    (folder / "circle.png").symlink_to(folder / "circle.png")
+    os.mkfifo(folder / "pipe.png")
+    for address in ("none.png", "x" * 5000, "a%00b", "circle.png", "pipe.png", "."):
+        with pytest.raises(BadRecord, match="missing_file"):
+            open_address(address)
 
 
 def test_remote_addresses(site):
