@@ -1,8 +1,9 @@
 """What a bank of expert matrices may be: floats, INT4 words with their scales, or a frozen bank with adapters.
 
 Source: reference.md section 4 (INT4 pack-quantized; the layout here is the released one transposed, so that neighbours
-in memory are outputs). The grouped matmul asks for one expert's matrix at a time (`matrix`) and hands back what the
-backward pass found for it (`add_gradient`); a whole bank is never made of floats.
+in memory are outputs). The blocked grouped matmul asks for one expert's matrix at a time (`matrix`) and hands back what
+the backward pass found for it (`add_gradient`); on TPU `kernels.int4_matmul` makes floats of one tile at a time. Of a
+whole bank floats are never made.
 
 E experts   C inputs   O outputs   C8 = C / 8 words   G = C / group scales   r rank of an adapter   b rows of a block
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
@@ -61,13 +63,18 @@ def matrix(bank: Bank, e: Int[Array, ""], dtype: DTypeLike) -> Float[Array, "C O
     return bank[e]
 
 
-def zero_gradient(bank: Bank) -> Any:
-    """Where `add_gradient` begins: float32, None for what has no gradient."""
+def learned(bank: Any) -> Any:
+    """What of a bank has a gradient: floats, an adapter's (a, b), None of INT4. Its leaves may be specs as well."""
     if isinstance(bank, Int4):
         return None
     if isinstance(bank, Adapted):
-        return tuple(jnp.zeros(x.shape, jnp.float32) for x in (bank.a, bank.b))
-    return jnp.zeros(bank.shape, jnp.float32)
+        return bank.a, bank.b
+    return bank
+
+
+def zero_gradient(bank: Bank) -> Any:
+    """Where `add_gradient` begins: float32, in the form of `learned`."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), learned(bank))
 
 
 def add_gradient(total: Any, bank: Bank, e: Int[Array, ""], x: Float[Array, "b C"], dy: Float[Array, "b O"]) -> Any:
@@ -75,7 +82,7 @@ def add_gradient(total: Any, bank: Bank, e: Int[Array, ""], x: Float[Array, "b C
     if isinstance(bank, Int4):
         return None
     if isinstance(bank, Adapted):
-        a, b = bank.a[e].astype(x.dtype), bank.b[e].astype(x.dtype)
+        a, b = bank.a[e], bank.b[e]  # float32: XLA:CPU has no product of bfloat16 this narrow
         da, db = total
         return da.at[e].add(_product(x.T, _product(dy, b.T))), db.at[e].add(_product(_product(x, a).T, dy))
     return total.at[e].add(_product(x.T, dy))
@@ -83,12 +90,8 @@ def add_gradient(total: Any, bank: Bank, e: Int[Array, ""], x: Float[Array, "b C
 
 def finish_gradient(total: Any, bank: Bank) -> Any:
     """The cotangent of the bank, in its dtypes."""
-    if isinstance(bank, Int4):
-        return None
-    if isinstance(bank, Adapted):
-        da, db = total
-        return Adapted(None, da.astype(bank.a.dtype), db.astype(bank.b.dtype))
-    return total.astype(bank.dtype)
+    total = jax.tree.map(lambda x, like: x.astype(like.dtype), total, learned(bank))
+    return Adapted(None, *total) if isinstance(bank, Adapted) else total
 
 
 def _product(x: Array, y: Array) -> Array:

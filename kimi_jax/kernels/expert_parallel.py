@@ -7,6 +7,8 @@ ready for a grouped matmul. The receiver has room for W rows, a little more than
 [r W, r W + W) of every receiver's order there and back, and there are as many rounds as the fullest device of the
 whole mesh needs. The backward pass does the same rounds again from the inputs; nothing else is kept.
 
+Banks may be INT4 or adapted (`kernels.banks`): words and scales lie, and are gathered, where the floats would be.
+
 On TPU rows travel by `ragged_all_to_all`, which a CPU does not have: `_emulated` does there what its documentation
 says, poisons what breaks its contract with NaN, and shares every other line.
 
@@ -27,6 +29,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from kimi_jax.kernels.banks import finish_gradient, learned, zero_gradient
 from kimi_jax.kernels.sorted_experts import Banks, sorted_swiglu, sorted_swiglu_grads
 
 LANES = 128  # a number that travels beside its row takes a vector of the TPU, which moves nothing narrower
@@ -35,16 +38,18 @@ LANES = 128  # a number that travels beside its row takes a vector of the TPU, w
 class Cut(NamedTuple):
     """How the arrays lie over the mesh; hashable.
 
-    tokens: of [B, S, .]; banks: of gate, up and down; expert, tensor: mesh axes (None: not cut) of experts and of F.
-    buffer: W over the mean number of rows.
+    tokens: of [B, S, .]; banks: of gate, up and down, banks of specs; expert, tensor: mesh axes (None: not cut) of
+    experts and of F. buffer: W over the mean number of rows. layer: which one of banks that are stacks [L, E, ...] is
+    meant (None: they are none).
     """
 
     mesh: Mesh | AbstractMesh
     tokens: PartitionSpec
-    banks: tuple[PartitionSpec, PartitionSpec, PartitionSpec]
+    banks: tuple[Any, Any, Any]
     expert: str | None
     tensor: str | None
     buffer: float
+    layer: int | None = None
 
 
 class Report(NamedTuple):
@@ -63,7 +68,8 @@ def expert_parallel(
 ) -> tuple[Float[Array, "B S D"], Report]:
     """Sum over a token's choices of gate * expert(token), float32. An expert number of E means nowhere (padding).
 
-    Differentiable by x, gates and banks. Every mesh axis that cuts tokens must divide them.
+    Differentiable by x, gates and what of the banks is not frozen, unless they are stacks. Every mesh axis that cuts
+    tokens must divide them.
     """
     specs = (cut.tokens,) * 3 + (cut.banks,)
     out = cut.tokens, Report(*(PartitionSpec(),) * 4)
@@ -73,19 +79,21 @@ def expert_parallel(
 
 
 def _fwd(cut: Cut, x: Array, experts: Array, gates: Array, banks: Banks) -> tuple[Any, tuple]:
+    if cut.layer is not None:
+        raise ValueError("expert_parallel has no gradient by banks that are stacks of layers; give it one layer's own")
     return expert_parallel(cut, x, experts, gates, banks), (x, experts, gates, banks)
 
 
 def _bwd(cut: Cut, residuals: tuple, grads: tuple) -> tuple[Any, ...]:
     specs = (cut.tokens,) * 3 + (cut.banks, cut.tokens)
-    dx, dgates, dbanks = jax.shard_map(
+    dx, dgates, totals = jax.shard_map(
         functools.partial(_backward, cut),
         mesh=cut.mesh,
         in_specs=specs,
-        out_specs=(cut.tokens, cut.tokens, cut.banks),
+        out_specs=(cut.tokens, cut.tokens, tuple(map(learned, cut.banks))),
         check_vma=False,
     )(*residuals, grads[0])
-    return dx, None, dgates, dbanks
+    return dx, None, dgates, tuple(map(finish_gradient, totals, residuals[3]))
 
 
 expert_parallel.defvjp(_fwd, _bwd)
@@ -210,8 +218,8 @@ def _repeat(cut: Cut, rounds: Array, body: Callable[[Array, Any], Any], carry: A
 def _forward(cut: Cut, x: Array, experts: Array, gates: Array, banks: Banks) -> tuple[Array, Report]:
     shape, picks = x.shape, experts.shape[-1]
     x, experts, gates = (a.reshape(-1, a.shape[-1]) for a in (x, experts, gates))
-    banks = _whole(cut, banks)
-    num_experts = banks[0].shape[0] * (cut.mesh.shape[cut.expert] if cut.expert else 1)
+    num_experts = _num_experts(cut, banks)
+    banks, first = _here(cut, banks)
     order = _sort(experts, num_experts)
     traffic = _traffic(cut, order.counts)
     room = _room(cut, x.shape[0] * picks)
@@ -221,7 +229,7 @@ def _forward(cut: Cut, x: Array, experts: Array, gates: Array, banks: Banks) -> 
         results, computed = carry
         window = _window(cut, traffic, i, room)
         received = _exchange(cut, rows, _buffer(room, rows), window.there)
-        out = sorted_swiglu(_plain(received), window.sizes, banks)
+        out = sorted_swiglu(_plain(received), window.sizes, banks, first)
         return _exchange(cut, _wire(out), results, window.back), computed + window.sizes.sum()
 
     rounds = _rounds(cut, traffic, room)
@@ -240,8 +248,8 @@ def _report(cut: Cut, traffic: Traffic, counts: Array, computed: Array, rounds: 
 def _backward(cut: Cut, x: Array, experts: Array, gates: Array, banks: Banks, grad: Array) -> tuple[Any, ...]:
     shape, picks = x.shape, experts.shape
     x, experts, gates, grad = (a.reshape(-1, a.shape[-1]) for a in (x, experts, gates, grad))
-    banks = _whole(cut, banks)
-    num_experts = banks[0].shape[0] * (cut.mesh.shape[cut.expert] if cut.expert else 1)
+    num_experts = _num_experts(cut, banks)
+    banks, _ = _here(cut, banks)
     order = _sort(experts, num_experts)
     traffic = _traffic(cut, order.counts)
     room = _room(cut, x.shape[0] * picks[-1])
@@ -261,7 +269,7 @@ def _backward(cut: Cut, x: Array, experts: Array, gates: Array, banks: Banks, gr
         drows = _exchange(cut, _wire(here), drows, window.back)
         return drows, _exchange(cut, _scalars(dscale), dgates, window.back), totals
 
-    totals = jax.tree.map(lambda bank: jnp.zeros(bank.shape, jnp.float32), banks)
+    totals = tuple(map(zero_gradient, banks))
     start = _buffer(rows.shape[0], rows), _buffer(rows.shape[0], gate_rows), totals
     drows, dgates, totals = _repeat(cut, _rounds(cut, traffic, room), turn, start)
     # as a weighted sum: a plain one the compiler makes in the form of the wire, four times as slow
@@ -269,7 +277,7 @@ def _backward(cut: Cut, x: Array, experts: Array, gates: Array, banks: Banks, gr
     dx = jnp.einsum("nkd,nk->nd", _take(drows, order.rank), sent)
     dx = _sum(dx, (cut.tensor,)).astype(x.dtype)
     dgates = _sum(_take(dgates[:, :, :1], order.rank)[..., 0], (cut.tensor,)).astype(gates.dtype)
-    totals = jax.tree.map(lambda total, bank: total.astype(bank.dtype), totals, banks)
+    totals = jax.tree.map(lambda total, bank: total.astype(bank.dtype), totals, tuple(map(learned, banks)))
     return dx.reshape(shape), dgates.reshape(picks), _parts(cut, totals)
 
 
@@ -319,28 +327,48 @@ def _spread(cut: Cut, part: Any) -> tuple[str, ...]:
     return tuple(axis for axis in _names(part) if axis not in (cut.expert, cut.tensor))
 
 
-def _whole(cut: Cut, banks: tuple) -> tuple:
-    """The experts of this device, gathered from those who keep a part of them."""
+def _num_experts(cut: Cut, banks: Banks) -> int:
+    held = jax.tree.leaves(banks)[0].shape[0 if cut.layer is None else 1]
+    return held * (cut.mesh.shape[cut.expert] if cut.expert else 1)
 
+
+def _here(cut: Cut, banks: Banks) -> tuple[Banks, int]:
+    """The experts of this device, gathered from those who keep a part of them; the number of its first one.
+
+    Of stacks nothing is copied if there is nothing to gather: the layers' experts are one bank as they lie.
+    """
+    if cut.layer is None:
+        return _whole(cut, banks), 0
+    if any(_spread(cut, part) for spec in jax.tree.leaves(cut.banks) for part in spec):
+        own = _whole(cut, jax.tree.map(lambda bank: bank[cut.layer, None], banks))
+        return jax.tree.map(lambda bank: bank[0], own), 0
+    each = jax.tree.leaves(banks)[0].shape[1]
+    return jax.tree.map(lambda bank: bank.reshape(-1, *bank.shape[2:]), banks), cut.layer * each
+
+
+def _whole(cut: Cut, banks: Banks) -> Banks:
     def gather(bank: Array, spec: PartitionSpec) -> Array:
         for dim, part in enumerate(spec):
             if axes := _spread(cut, part):
                 bank = lax.all_gather(bank, axes, axis=dim, tiled=True)
         return bank
 
-    return tuple(gather(bank, spec) for bank, spec in zip(banks, cut.banks, strict=True))
+    return jax.tree.map(gather, banks, cut.banks)
 
 
-def _parts(cut: Cut, totals: tuple) -> tuple:
-    """The reverse for gradients: summed over all devices whose tokens met these experts, everyone keeps its part."""
-    cutting = [axis for part in cut.tokens for axis in _names(part) if axis != cut.expert]
+def _parts(cut: Cut, totals: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The reverse for gradients: summed over all devices that did a part of the work, everyone keeps its part.
+
+    Of F every device of the tensor axis has a part, and so has an adapter's gradient that F is summed over in.
+    """
+    dealt = [axis for part in (*cut.tokens, cut.tensor) for axis in _names(part) if axis != cut.expert]
 
     def scatter(total: Array, spec: PartitionSpec) -> Array:
-        done: set[str] = set()
+        done = {cut.tensor} & {axis for part in spec for axis in _names(part)}
         for dim, part in enumerate(spec):
             if axes := _spread(cut, part):
                 total = lax.psum_scatter(total, axes, scatter_dimension=dim, tiled=True)
                 done.update(axes)
-        return _sum(total, tuple(axis for axis in cutting if axis not in done))
+        return _sum(total, tuple(axis for axis in dealt if axis not in done))
 
-    return tuple(scatter(total, spec) for total, spec in zip(totals, cut.banks, strict=True))
+    return jax.tree.map(scatter, totals, tuple(map(learned, cut.banks)))

@@ -18,6 +18,7 @@ D, F widths
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from kimi_jax.kernels import sorted_kernels
 from kimi_jax.kernels.banks import Adapted, Bank, Int4, add_gradient, finish_gradient, matrix, zero_gradient
 
 MAX_BLOCK = 256  # measured on 2 cores: 256 is the fastest of 64, 128, 256 for 1024 and for 512 rows an expert
@@ -36,9 +38,10 @@ class Plan(NamedTuple):
 
     source: Int[Array, " R"]  # assignment that fills each row; M for padding rows
     row: Int[Array, "N k"]  # row of each assignment; R for assignments that go nowhere
-    expert: Int[Array, " nb"]  # expert of each block
+    expert: Int[Array, " nb"]  # expert of each block, its number in the banks
     used: Int[Array, ""]  # blocks that hold at least one row; the others are not computed
     counts: Int[Array, " E"]  # rows of each expert without padding
+    first: Int[Array, ""]  # number of expert 0 in the banks, which may hold more than these experts
 
 
 def block_size(assignments: int, num_experts: int) -> int:
@@ -47,7 +50,9 @@ def block_size(assignments: int, num_experts: int) -> int:
     return min(MAX_BLOCK, max(MIN_BLOCK, 1 << (mean.bit_length() - 1)))
 
 
-def plan_blocks(experts: Int[Array, "N k"], num_experts: int, block: int | None = None) -> Plan:
+def plan_blocks(
+    experts: Int[Array, "N k"], num_experts: int, block: int | None = None, first: Int[Array, ""] | int = 0
+) -> Plan:
     """Sort assignments by expert and pad each expert to whole blocks.
 
     experts: expert of each assignment; a value of `num_experts` or more sends it nowhere (padding tokens).
@@ -72,7 +77,8 @@ def plan_blocks(experts: Int[Array, "N k"], num_experts: int, block: int | None 
 
     rank = jnp.zeros(total, jnp.int32).at[order].set(jnp.arange(total, dtype=jnp.int32), unique_indices=True)
     row = jnp.where(ids < num_experts, starts[ids] + rank - edges[ids], num_rows)
-    return Plan(source, row.reshape(experts.shape), expert, block_ends[-1], counts)
+    first = jnp.asarray(first, jnp.int32)
+    return Plan(source, row.reshape(experts.shape), expert + first, block_ends[-1], counts, first)
 
 
 def _take(x: Array, index: Array) -> Array:
@@ -137,12 +143,10 @@ def grouped_swiglu(
     CPU: one loop over the used blocks does all three products of a block while it is in cache, and the backward pass
     makes the inner values again (a third less time than one loop a product, and nothing [R, F] is stored). Other
     platforms: three `ragged_dot`, the seam for megablox. Rows of unused blocks are zeros on CPU, unspecified elsewhere.
-    INT4 and adapted banks take the loop everywhere: it needs one expert's matrix at a time as floats, forward and
-    backward, where `ragged_dot` needs the bank.
+    INT4 and adapted banks, of which `ragged_dot` would need floats: the kernels of `sorted_kernels` on TPU in bfloat16,
+    else the loop, which makes floats of one expert's matrix at a time, forward and backward.
     """
-    if all(isinstance(bank, jax.Array) for bank in (gate, up, down)):
-        return lax.platform_dependent(rows, gate, up, down, plan, cpu=_blocked, default=_ragged)
-    return _blocked(rows, gate, up, down, plan)
+    return _run(_Ways(_blocked, _ragged, _kernel), rows, (gate, up, down), plan)
 
 
 def _swiglu_fwd(rows: Array, gate: Bank, up: Bank, down: Bank, plan: Plan) -> tuple[Array, tuple]:
@@ -151,15 +155,27 @@ def _swiglu_fwd(rows: Array, gate: Bank, up: Bank, down: Bank, plan: Plan) -> tu
 
 def _swiglu_bwd(residuals: tuple, grad: Array) -> tuple[Any, ...]:
     rows, *banks, plan = residuals
-    if all(isinstance(bank, jax.Array) for bank in banks):
-        grads = lax.platform_dependent(*residuals, grad, cpu=_blocked_grads, default=_ragged_grads)
-    else:
-        gate, up, down = banks
-        grads = _blocked_grads(rows, gate, up, down, plan, grad)
-    return (*grads, None)
+    return *_run(_Ways(_blocked_grads, _ragged_grads, _kernel_grads), rows, tuple(banks), plan, grad), None
 
 
 grouped_swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
+
+
+class _Ways(NamedTuple):
+    """Three functions of rows, gate, up, down, plan, ... that do the same."""
+
+    blocked: Callable[..., Any]
+    ragged: Callable[..., Any]
+    kernel: Callable[..., Any]
+
+
+def _run(ways: _Ways, rows: Array, banks: tuple[Bank, ...], *rest: Any) -> Any:
+    if all(isinstance(bank, jax.Array) for bank in banks):
+        return lax.platform_dependent(rows, *banks, *rest, cpu=ways.blocked, default=ways.ragged)
+    if sorted_kernels.takes(rows, banks):
+        return lax.platform_dependent(rows, *banks, *rest, tpu=ways.kernel, default=ways.blocked)
+    return ways.blocked(rows, *banks, *rest)
+
 
 _dot = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
@@ -202,9 +218,16 @@ def _blocked_grads(rows: Array, gate: Bank, up: Bank, down: Bank, plan: Plan, gr
     return dx.reshape(rows.shape), *map(finish_gradient, totals, banks)
 
 
-def _ragged(rows: Array, gate: Array, up: Array, down: Array, plan: Plan) -> Array:
+def _sizes(rows: Array, plan: Plan) -> Array:
+    """Rows of each expert with its padding, [E]."""
     block = rows.shape[0] // plan.expert.shape[0]
-    sizes = -(-plan.counts // block) * block
+    return -(-plan.counts // block) * block
+
+
+def _ragged(rows: Array, gate: Array, up: Array, down: Array, plan: Plan) -> Array:
+    sizes = _sizes(rows, plan)
+    if gate.shape[0] != sizes.shape[0]:
+        sizes = lax.dynamic_update_slice(jnp.zeros(gate.shape[0], sizes.dtype), sizes, (plan.first,))
     precision = lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None
     dot = functools.partial(lax.ragged_dot, group_sizes=sizes, precision=precision)
     return dot(jax.nn.silu(dot(rows, gate)) * dot(rows, up), down)
@@ -213,3 +236,14 @@ def _ragged(rows: Array, gate: Array, up: Array, down: Array, plan: Plan) -> Arr
 def _ragged_grads(rows: Array, gate: Array, up: Array, down: Array, plan: Plan, grad: Array) -> tuple[Array, ...]:
     _, pullback = jax.vjp(lambda x, g, u, d: _ragged(x, g, u, d, plan), rows, gate, up, down)
     return pullback(grad)
+
+
+def _kernel(rows: Array, gate: Bank, up: Bank, down: Bank, plan: Plan) -> Array:
+    return sorted_kernels.swiglu(rows, _sizes(rows, plan), (gate, up, down), plan.first)
+
+
+def _kernel_grads(rows: Array, gate: Bank, up: Bank, down: Bank, plan: Plan, grad: Array) -> tuple[Any, ...]:
+    banks, ones = (gate, up, down), jnp.ones(rows.shape[0], jnp.float32)
+    totals = tuple(map(zero_gradient, banks))
+    dx, _, totals = sorted_kernels.swiglu_grads(rows, ones, _sizes(rows, plan), banks, grad, totals, plan.first)
+    return dx, *map(finish_gradient, totals, banks)

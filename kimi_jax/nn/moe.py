@@ -8,6 +8,7 @@ B rows   S tokens a row   N = B*S   D width   E experts   k choices   F inner wi
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -165,15 +166,10 @@ def run_experts(
     Banks may hold the experts of all layers one after the other: a layer's own are then used where they lie, where a
     slice of the stack would be a copy. block: rows computed together, see `plan_blocks`.
     """
-    plan = plan_blocks(experts, num_experts, block)
-    counts = plan.counts
-    held = jax.tree.leaves(banks)[0].shape[0]
-    if held != num_experts:
-        all_counts = lax.dynamic_update_slice(jnp.zeros(held, counts.dtype), counts, (first,))
-        plan = plan._replace(expert=plan.expert + first, counts=all_counts)
+    plan = plan_blocks(experts, num_experts, block, first)
     rows = grouped_swiglu(dispatch(x, plan), *banks, plan)
     computed = (plan.source < experts.size).sum(dtype=jnp.int32)
-    return combine(rows, gates, plan), counts, computed
+    return combine(rows, gates, plan), plan.counts, computed
 
 
 BANK_AXES = {
@@ -183,20 +179,40 @@ BANK_AXES = {
 }
 
 
-def cut_experts(layout: Layout, shape: tuple[int, int, int], banks: Banks) -> Cut:
-    """How tokens [B, S, D] and banks of floats lie over the mesh.
+def cut_experts(layout: Layout, shape: tuple[int, int, int], banks: Banks, layer: int | None = None) -> Cut:
+    """How tokens [B, S, D] and banks lie over the mesh. layer: of banks that are stacks of layers [L, E, ...].
 
+    The tensor axis deals out the inner width only if it divides it in all arrays, scales too; else it is not used.
     Raises ShardingError if the mesh cuts the tokens or the experts into parts of different size.
     """
     tokens = layout.spec(("batch", "sequence", None), shape)
-    specs = tuple(layout.spec(axes, bank.shape) for axes, bank in zip(BANK_AXES.values(), banks, strict=True))
-    for name, size in zip(("batch", "sequence", "expert"), (*shape[:2], banks.gate.shape[0]), strict=True):
+    arrays = [pair for axes, bank in zip(BANK_AXES.values(), banks, strict=True) for pair in _arrays(axes, bank)]
+    if layer is not None:
+        arrays = [(("layers", *axes), array) for axes, array in arrays]
+    num = arrays[0][1].shape[arrays[0][0].index("expert")]
+    for name, size in zip(("batch", "sequence", "expert"), (*shape[:2], num), strict=True):
         if size % layout.parts(name):
             raise ShardingError(f"{name} of {size} cannot be cut into {layout.parts(name)} equal parts by the mesh")
-    expert = next(iter(layout.axes("expert")), None)
-    inner = specs[0][2]
-    tensor = "tensor" if "tensor" in ((inner,) if isinstance(inner, str) else inner or ()) else None
-    return Cut(layout.mesh, tokens, specs, expert, tensor, layout.expert_buffer)
+    expert, tensor = next(iter(layout.axes("expert")), None), "tensor" if layout.mesh.shape["tensor"] > 1 else None
+    inner = [array.shape[axes.index("expert_mlp")] for axes, array in arrays if "expert_mlp" in axes]
+    if any(size % layout.mesh.shape["tensor"] for size in inner):
+        tensor = None
+        layout = dataclasses.replace(layout, rules=tuple((n, tuple(a for a in axes if a != "tensor"))
+                                                         for n, axes in layout.rules))  # fmt: skip
+    specs = [layout.spec(axes, array.shape) for axes, array in arrays]
+    cuts = jax.tree.unflatten(jax.tree.structure(tuple(banks)), specs)
+    return Cut(layout.mesh, tokens, cuts, expert, tensor, layout.expert_buffer, layer)
+
+
+def _arrays(axes: tuple[str, str, str], bank: Bank) -> list[tuple[tuple[str, ...], Array]]:
+    """The arrays of a bank with their logical axes, in the order of its leaves."""
+    expert, inputs, outputs = axes
+    if isinstance(bank, Int4):
+        return [(axes, bank.words), (axes, bank.scales)]
+    if isinstance(bank, Adapted):
+        pair = [((expert, inputs, "lora"), bank.a), ((expert, "lora", outputs), bank.b)]
+        return [*_arrays(axes, bank.base), *pair]
+    return [(axes, bank)]
 
 
 class Experts(nn.Module):
@@ -230,13 +246,10 @@ class Experts(nn.Module):
     def __call__(
         self, x: Float[Array, "B S D"], experts: Int[Array, "B S k"], gates: Float[Array, "B S k"]
     ) -> tuple[Float[Array, "B S D"], Report]:
-        """See `run_experts`; over the devices of a layout, `expert_parallel`.
-
-        INT4 and adapted banks are left to the compiler on any mesh.
-        """
+        """See `run_experts`; over the devices of a layout, `expert_parallel`."""
         c, banks = self.config, self.banks()
         x = x.astype(c.dtype)
-        if self.layout is not None and all(isinstance(bank, jax.Array) for bank in banks):
+        if self.layout is not None:
             cut = cut_experts(self.layout, x.shape, banks)
             return expert_parallel(cut, x, experts, gates, tuple(banks))
         run = functools.partial(run_experts, banks=banks, num_experts=c.moe.n_routed_experts)

@@ -6,6 +6,8 @@ size 1 to 10, sums in another order.
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from kimi_jax.hf import int4
 from kimi_jax.kernels import grouped_matmul as gm
 from kimi_jax.kernels.banks import Adapted, Int4, dequantise
+from kimi_jax.nn import moe
 
 E, D, F, K, GROUP, RANK = 4, 32, 16, 2, 16, 3
 
@@ -122,3 +125,26 @@ def test_a_bank_is_never_made_of_floats():
     compiled = jax.jit(jax.grad(loss)).lower(x, banks).compile()
     rows = (16 // gm.MIN_BLOCK + num) * gm.MIN_BLOCK * width * 4  # dispatched, padded to blocks, float32
     assert compiled.memory_analysis().temp_size_in_bytes - 4 * rows < num * width * inner * 2
+
+
+def test_on_tpu_the_kernel_takes_the_words():
+    """One device in bfloat16, experts of a larger bank, forward and backward: no matrix of floats in the program."""
+    held, num, width, inner = 12, 4, 256, 128
+    rng = np.random.default_rng(0)
+    banks = jax.eval_shape(
+        lambda: tuple(packed(rng, *s, held) for s in ((width, inner), (width, inner), (inner, width)))
+    )
+    shapes = ((64, width), "bfloat16"), ((64, K), "int32"), ((64, K), "float32"), ((), "int32")
+    x, experts, gates, first = (jax.ShapeDtypeStruct(*each) for each in shapes)
+
+    def grads(x, experts, gates, banks, first):
+        return jax.grad(lambda x: moe.run_experts(x, experts, gates, moe.Banks(*banks), num, first, 4)[0].sum())(x)
+
+    def text(x):
+        traced = jax.jit(grads).trace(x, experts, gates, banks, first)
+        return traced.lower(lowering_platforms=("tpu",)).as_text()
+
+    floats = rf"({width}x{inner}|{inner}x{width})x(f32|bf16)>"
+    assert "int4_gmm" in text(x) and not re.search(floats, text(x))
+    wide = text(jax.ShapeDtypeStruct(x.shape, "float32"))  # which the kernel would multiply as bfloat16
+    assert "int4_gmm" not in wide and re.search(floats, wide)

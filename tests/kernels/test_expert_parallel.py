@@ -1,10 +1,11 @@
 """Experts over devices equal experts on one: every split of the mesh, every routing, forward and gradient.
 
-float32; sums over choices, tokens and devices come in another order, so that results differ by a few units in the last
-place of the largest summand: 1e-5 of the largest value of an array.
+Banks of floats, of INT4, and with adapters. float32; sums over choices, tokens and devices come in another order, so
+that results differ by a few units in the last place of the largest summand: 1e-5 of the largest value of an array.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,15 @@ import pytest
 
 from kimi_jax import sharding
 from kimi_jax.config import MeshConfig
-from kimi_jax.kernels import sorted_experts
+from kimi_jax.kernels import sorted_experts, sorted_kernels
+from kimi_jax.kernels.banks import Adapted, Int4, learned, zero_gradient
 from kimi_jax.kernels.expert_parallel import expert_parallel
 from kimi_jax.nn.layout import ShardingError
 from kimi_jax.nn.moe import Banks, cut_experts, run_experts
 from tests.nn.tiny import QUICK
 
 B, S, D, F, E, K = 8, 8, 16, 8, 8, 2
+GROUP, RANK = 8, 3
 MESHES = [
     MeshConfig(),
     MeshConfig(expert=8),
@@ -51,6 +54,31 @@ def inputs(dtype=np.float32):
     return x, jnp.abs(gates).astype(jnp.float32), Banks(gate, up, down), grad.astype(jnp.float32)
 
 
+def int4(rng, inputs, outputs, num=E):
+    """Any words; scales of either sign; weights of size 1."""
+    words = rng.integers(-(2**31), 2**31, (num, inputs // 8, outputs)).astype(np.int32)
+    scales = rng.normal(0, 0.2, (num, inputs // GROUP, outputs)).astype(jnp.bfloat16)
+    return Int4(jnp.asarray(words), jnp.asarray(scales))
+
+
+def adapted(rng, base, inputs, outputs, num=E):
+    a, b = rng.normal(size=(num, inputs, RANK)), rng.normal(size=(num, RANK, outputs))
+    return Adapted(base, jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32))
+
+
+def other_banks(kind, width, inner, num=E, dtype=jnp.float32):
+    """INT4; INT4 with adapters; or "mixed": INT4 gate, up with adapters, floats with adapters down."""
+    rng = np.random.default_rng(3)
+    shapes = (width, inner), (width, inner), (inner, width)
+    packed = [int4(rng, *shape, num) for shape in shapes]
+    if kind == "int4":
+        return Banks(*packed)
+    if kind == "mixed":
+        packed[2] = jnp.asarray(rng.normal(size=(num, *shapes[2])), dtype)
+    gate, up, down = (adapted(rng, bank, *shape, num) for bank, shape in zip(packed, shapes, strict=True))
+    return Banks(packed[0] if kind == "mixed" else gate, up, down)
+
+
 def on_one(x, experts, gates, banks):
     y, load, computed = run_experts(*(a.reshape(-1, a.shape[-1]) for a in (x, experts, gates)), banks, E)
     return y.reshape(x.shape), (load, computed)
@@ -61,7 +89,8 @@ def with_grads(fn):
 
     def run(x, experts, gates, banks, grad):
         y, pullback, aux = jax.vjp(lambda x, g, b: fn(x, experts, g, b), x, gates, banks, has_aux=True)
-        return y, aux, pullback(grad)
+        dx, dgates, dbanks = pullback(grad)
+        return y, aux, (dx, dgates, tuple(map(learned, dbanks)))
 
     return jax.jit(run, compiler_options=QUICK)
 
@@ -98,7 +127,7 @@ def test_any_split_and_any_routing_equal_one_device(config):
         y, report, grads = fn(x, jnp.asarray(experts), gates, banks, grad)
         want_y, (load, computed), want_grads = wanted()[name]
         close(y, want_y)
-        close(grads, tuple(want_grads))
+        close(grads, want_grads)
         np.testing.assert_array_equal(report.load, load, err_msg=name)
         assert report.computed == computed == (experts < E).sum()
         devices = config.expert
@@ -106,6 +135,56 @@ def test_any_split_and_any_routing_equal_one_device(config):
             assert report.imbalance == devices and report.rounds >= 2 * devices
         if name == "nothing":
             assert report.rounds == (0 if devices > 1 else 1)
+
+
+@functools.cache
+def wanted_of(kind, width, inner):
+    x, gates, _, grad = inputs()
+    x, grad = (jnp.tile(a, (1, 1, width // D)) for a in (x, grad))
+    args = x, jnp.asarray(routings()["padded"]), gates, other_banks(kind, width, inner), grad
+    return args, with_grads(on_one)(*args)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"), [*((mesh, "adapted") for mesh in MESHES), (MESHES[3], "mixed"), (MESHES[2], "int4")],
+    ids=lambda m: m if isinstance(m, str) else f"r{m.replica}f{m.fsdp}e{m.expert}t{m.tensor}c{m.context}",
+)  # fmt: skip
+def test_int4_and_adapters_equal_one_device(config, kind):
+    """Values, gradients of x, gates and adapters; the frozen have none."""
+    args, (want_y, (load, _), want_grads) = wanted_of(kind, 2 * D, 2 * F)
+    y, report, grads = with_grads(over(sharding.make_mesh(config), 0.5))(*args)
+    close(y, want_y)
+    close(grads, want_grads)
+    np.testing.assert_array_equal(report.load, load)
+    assert len(jax.tree.leaves(grads[2])) == {"int4": 0, "adapted": 6, "mixed": 4}[kind]
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
+
+
+def test_an_inner_width_of_few_scales_is_not_cut():
+    """F = 8 is one word and one group of down: two devices of the tensor axis do the same work, once counted."""
+    config = MeshConfig(fsdp=2, expert=2, tensor=2)
+    mesh = sharding.make_mesh(config)
+    args, (want_y, _, want_grads) = wanted_of("adapted", D, F)
+    assert cut_experts(sharding.layout(mesh), args[0].shape, args[3]).tensor is None
+    y, _, grads = with_grads(over(mesh, 1.25))(*args)
+    close(y, want_y)
+    close(grads, want_grads)
+
+
+@pytest.mark.parametrize("config", [MeshConfig(expert=8), MeshConfig(fsdp=2, expert=4)], ids=["in place", "gathered"])
+def test_a_layer_of_a_stack(config):
+    """Inference: banks [2, E, ...], the second layer's."""
+    x, gates, _, _ = inputs()
+    experts, own = jnp.asarray(routings()["padded"]), other_banks("int4", D, F)
+    stack = jax.tree.map(lambda a: jnp.stack([a[::-1], a]), own)
+    cut = cut_experts(sharding.layout(sharding.make_mesh(config)), x.shape, stack, layer=1)
+
+    def run(x, stack):
+        return expert_parallel(cut, x, experts, gates, tuple(stack))[0]
+
+    close(jax.jit(run, compiler_options=QUICK)(x, stack), on_one(x, experts, gates, own)[0])
+    with pytest.raises(ValueError, match="no gradient by banks that are stacks"):
+        jax.eval_shape(jax.grad(lambda x: run(x, stack).sum()), x)
 
 
 def test_one_round_when_all_fits():
@@ -132,27 +211,70 @@ def test_tpu_program_sends_rows_by_ragged_all_to_all():
     assert "all_gather" in text and "x256xbf16>) -> tensor<8x" not in text
 
 
-def test_kernel_equals_blocks():
-    """megablox, interpreted, against the blocks that the CPU runs: bfloat16 rounds an inner value differently.
+def test_tpu_program_gathers_words_not_floats():
+    """INT4 with adapters in bfloat16: the fsdp axis gathers words, scales and adapters of a device's own experts, the
+    kernel takes them, and no matrix of floats is in the program, forward and backward."""
+    width, inner, devices = 256, 128, 2
+    banks = jax.eval_shape(lambda: other_banks("adapted", width, inner))
+    shapes = (
+        ((B, 512, width), "bfloat16"),
+        ((B, 512, K), "int32"),
+        ((B, 512, K), "float32"),
+        ((B, 512, width), "float32"),
+    )
+    x, experts, gates, grad = (jax.ShapeDtypeStruct(*each) for each in shapes)
+    run = with_grads(over(sharding.make_mesh(MeshConfig(fsdp=4, expert=devices)), 1.25))
+    text = run.trace(x, experts, gates, banks, grad).lower(lowering_platforms=("tpu",)).as_text()
+    gathered = set(re.findall(r"stablehlo.all_gather.*-> tensor<(\w+)>", text))
+    shapes = (width, inner), (inner, width)
+    kinds = (8, "i32"), (GROUP, "bf16")
+    assert gathered == {f"{devices}x{E}xi32"}.union(  # the counts of rows, and:
+        *({f"{E // devices}x{i // part}x{o}x{kind}" for i, o in shapes} for part, kind in kinds),
+        {
+            f"{E // devices}x{n}xf32"
+            for n in (f"{width}x{RANK}", f"{RANK}x{width}", f"{inner}x{RANK}", f"{RANK}x{inner}")
+        },
+    )
+    assert "int4_gmm" in text and "ragged_all_to_all" in text
+    assert not re.search(rf"({width}x{inner}|{inner}x{width})x(f32|bf16)>", text)
 
-    Gradients of the banks are added to what is there. Rows beyond the last expert are whatever memory held.
+
+@pytest.mark.parametrize("kind", ["floats", "mixed"])
+def test_kernels_equal_blocks(kind):
+    """Interpreted, against the blocks that the CPU runs: bfloat16 rounds an inner value differently.
+
+    For three experts of a larger bank. Gradients of the banks are added to what is there. Rows beyond the last expert
+    are whatever memory held.
     """
     rng = np.random.default_rng(2)
-    rows, grad = (jnp.asarray(rng.normal(size=(64, 128)), jnp.bfloat16).at[50:].set(jnp.nan) for _ in range(2))
-    banks = tuple(jnp.asarray(rng.normal(size=s) / 8, jnp.bfloat16) for s in ((3, 128, 64), (3, 128, 64), (3, 64, 128)))
-    totals = tuple(jnp.asarray(rng.normal(size=bank.shape), jnp.float32) for bank in banks)
-    scale, sizes = jnp.asarray(rng.random(64), jnp.float32).at[50:].set(jnp.nan), jnp.asarray([30, 0, 20])
-    got = sorted_experts._kernel(rows, sizes, banks, interpret=True)[:50]
-    want = sorted_experts._blocks(rows, sizes, banks)[:50]
-    np.testing.assert_allclose(got.astype(np.float32), want.astype(np.float32), atol=0.02 * np.abs(want).max())
-    *got, got_banks = sorted_experts._kernel_grads(rows, scale, sizes, banks, grad, totals, interpret=True)
-    *want, want_banks = sorted_experts._blocks_grads(rows, scale, sizes, banks, grad, totals)
-    here = [x[:50] for x in got], [x[:50] for x in want]
-    added = (jax.tree.map(jnp.subtract, bank, totals) for bank in (got_banks, want_banks))
-    for a, b in zip(*map(jax.tree.leaves, here), strict=True):
-        assert np.abs(np.asarray(a - b, np.float32)).max() <= 0.02 * np.abs(b).max()
-    for a, b in zip(*map(jax.tree.leaves, added), strict=True):
-        assert np.abs(b).max() > 0 and np.abs(a - b).max() <= 0.02 * np.abs(b).max()
+    first, num, held, used = 1, 3, 5, 50
+    rows, grad = (jnp.asarray(rng.normal(size=(64, 128)), jnp.bfloat16).at[used:].set(jnp.nan) for _ in range(2))
+    banks = tuple(other_banks("mixed", 128, 64, held, jnp.bfloat16))
+    if kind == "floats":
+        banks = tuple(
+            jnp.asarray(rng.normal(size=s) / 8, jnp.bfloat16) for s in ((held, 128, 64),) * 2 + ((held, 64, 128),)
+        )
+    scale, sizes = jnp.asarray(rng.random(64), jnp.float32).at[used:].set(jnp.nan), jnp.asarray([30, 0, 20])
+    totals = jax.tree.map(
+        lambda a: jnp.asarray(rng.normal(size=a.shape), jnp.float32), tuple(map(zero_gradient, banks))
+    )
+    mine = lambda tree: jax.tree.map(lambda a: a[first : first + num], tree)  # noqa: E731
+    got = sorted_kernels.swiglu(rows, sizes, banks, first, interpret=True)
+    want = sorted_experts._blocks(rows, sizes, mine(banks), 0)
+    *got_rows, got_banks = sorted_kernels.swiglu_grads(rows, scale, sizes, banks, grad, totals, first, interpret=True)
+    *want_rows, want_banks = sorted_experts._blocks_grads(rows, scale, sizes, mine(banks), grad, mine(totals))
+    pairs = [(a[:used], b[:used]) for a, b in zip([got, *got_rows], [want, *want_rows], strict=True)]
+    added = (
+        jax.tree.map(jnp.subtract, mine(got_banks), mine(totals)),
+        jax.tree.map(jnp.subtract, want_banks, mine(totals)),
+    )
+    pairs += zip(*map(jax.tree.leaves, added), strict=True)
+    for a, b in pairs:
+        assert np.abs(b).max() > 0 and np.abs(np.asarray(a - b, np.float32)).max() <= 0.02 * np.abs(b).max()
+    for a, b in zip(*map(jax.tree.leaves, (got_banks, totals)), strict=True):  # other experts' stay
+        np.testing.assert_array_equal(
+            np.delete(a, range(first, first + num), 0), np.delete(b, range(first, first + num), 0)
+        )
 
 
 def test_uneven_cuts_are_refused():
