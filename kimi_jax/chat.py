@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 from absl import app, flags
 
 from kimi_jax import cli
-from kimi_jax.config import ConfigError, MeshConfig
+from kimi_jax.config import ConfigError
 from kimi_jax.data import BadRecord
 from kimi_jax.data.reply import Delta, ReplyParser
 from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.infer.generate import Chat, ReplyStream, chat_request, stream
 from kimi_jax.infer.request import Sampling
 from kimi_jax.model import load
-from kimi_jax.sharding import make_mesh
+from kimi_jax.sharding import serving_mesh
 
 if TYPE_CHECKING:
     from kimi_jax.infer.engine import Engine
@@ -189,7 +189,7 @@ def main(argv: list[str]) -> None:
     temperature = f.temperature if f.temperature is not None else 1.0 if f.thinking else 0.6
     sampling = Sampling(temperature, f.top_p, f.seed, f.max_new_tokens)
     try:
-        mesh = make_mesh(MeshConfig()) if f.mesh else None
+        mesh = serving_mesh() if f.mesh else None
         model = load(f.model, f.dtype, f.experts, mesh)
         engine = Engine(model, slots=1, max_sequence_length=f.max_sequence_length, mesh=mesh)
         conversation = Conversation(engine, model.tokenizer, sampling, f.thinking, f.system)

@@ -106,6 +106,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(placed, tuple(sizes), axis_types=types)
 
 
+def serving_mesh() -> Mesh:
+    """All devices along the expert axis, which cuts every weight as fsdp does; but no expert is gathered."""
+    return make_mesh(MeshConfig(fsdp=1, expert=-1))
+
+
 def layout(mesh: Mesh | AbstractMesh, **settings: float) -> Layout:
     """The rules applied to this mesh; settings: the other fields of `Layout`."""
     return Layout(mesh, tuple(RULES.items()), **settings)

@@ -9,6 +9,8 @@ lengths), and the absorbed form of attention: with kv_b = [K | V] a head,
 so that decoding reads the latents as they lie and never makes a key or a value. A chunk of many queries is cheaper with
 keys and values expanded: the chunk's own at once, then those before it a block of pages at a time.
 
+Over a mesh the chunk's tokens travel to the routed experts (`kernels.expert_parallel`); the rest is the compiler's.
+
 B rows   T tokens of a row's chunk   L layers   P pages   s tokens a page   W pages in a row's table   D width   H heads
 n, r, v  widths of a head without rotary, its rotary part, its values    R = kv_lora_rank    C = R + r    E experts
 K tokens of the block of pages that is looked at together
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +29,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kimi_jax.config import ModelConfig
 from kimi_jax.infer.cache import NOWHERE, Cache
+from kimi_jax.kernels.expert_parallel import expert_parallel
 from kimi_jax.kernels.single_rows import single_rows_swiglu
 from kimi_jax.nn.decoder import DENSE, MOE
 from kimi_jax.nn.kimi import Embedding, Head
 from kimi_jax.nn.layers import SwiGLU, precision, rms_norm
+from kimi_jax.nn.layout import Layout
 from kimi_jax.nn.mla import MLA
-from kimi_jax.nn.moe import Banks, Experts, ExpertsOut, MoE, run_experts
+from kimi_jax.nn.moe import Banks, Experts, ExpertsOut, MoE, cut_experts, run_experts
 from kimi_jax.nn.rope import softmax_scale
 
 KEYS = 256  # tokens of a block of pages
@@ -96,12 +100,19 @@ def _layer(config: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
 
 
 def forward(
-    config: ModelConfig, weights: Weights, cache: Cache, chunk: Chunk, *, absorbed: bool
+    config: ModelConfig,
+    weights: Weights,
+    cache: Cache,
+    chunk: Chunk,
+    *,
+    absorbed: bool,
+    layout: Layout | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """Final-normed hidden states of the chunk, and the cache that now holds its tokens too.
 
     Every row's earlier tokens must be in the pages of its table. absorbed: the form of attention; same result. Padding
-    goes to no expert, and to places in the cache that are not read before they are written again.
+    goes to no expert, and to places in the cache that are not read before they are written again. layout: how the
+    weights lie over a mesh. Raises ShardingError if it does not deal out the experts evenly.
     """
     c, size = config, chunk.tokens.shape[1]
     positions = chunk.start[:, None] + jnp.arange(size, dtype=jnp.int32)
@@ -123,7 +134,7 @@ def forward(
             out = _expanded(c, expand, q_nope, q_rope, keys)
         x = x + attention.apply(own, out, method=lambda mla, y: mla.o(y))
         normed = rms_norm(x, layer["post_attention_norm"]["scale"], c.rms_norm_eps)
-        x = x + _mlp(c, weights, number, normed, real)
+        x = x + _mlp(c, weights, number, normed, real, layout)
     return rms_norm(x, weights.final_norm["scale"], c.rms_norm_eps), tuple(written)
 
 
@@ -211,26 +222,54 @@ def _attend(config: ModelConfig, q: Array, look: Callable, axes: str, width: int
 # ------------------------------------------------------------------------------------------------------------------ MLP
 
 
-def _mlp(config: ModelConfig, weights: Weights, number: int, x: Array, real: Array) -> Array:
-    """Layer `number`'s MLP. All layers' experts are one bank, a view of the stack, and the layer's a range of it."""
+def _mlp(config: ModelConfig, weights: Weights, number: int, x: Array, real: Array, layout: Layout | None) -> Array:
+    """Layer `number`'s MLP."""
     own, moe = {"params": weights.layers[number]["mlp"]}, config.moe
     if moe is None or number < config.num_dense_layers:
         return SwiGLU(config, config.intermediate_size).apply(own, x)
-    num = moe.n_routed_experts
-    banks = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), weights.banks)
-    choices = x.shape[0] * x.shape[1] * moe.num_experts_per_tok
-    first = num * (number - config.num_dense_layers)
+    banks, layer = cast(Banks, weights.banks), number - config.num_dense_layers
+    run = _on_one_device(banks, layer, moe.n_routed_experts) if layout is None else _over(layout, banks, layer)
+    return MoE(config).apply(own, x, real, None, run)[0]
+
+
+RunExperts = Callable[[Array, Array, Array], ExpertsOut]  # rows [N, D], their choices and gates [N, k]
+
+
+def _on_one_device(banks: Banks, layer: int, num: int) -> RunExperts:
+    """All layers' experts are one bank, a view of the stack, and the layer's a range of it."""
+    banks = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), banks)
+    first = num * layer
 
     def blocks(rows: Array, chosen: Array, gates: Array) -> ExpertsOut:
-        return run_experts(rows, chosen, gates, banks, num, first, FEW_ROWS if choices < FEW_ROWS * num else None)
+        block = FEW_ROWS if chosen.size < FEW_ROWS * num else None
+        return run_experts(rows, chosen, gates, banks, num, first, block)
 
     def singly(rows: Array, chosen: Array, gates: Array) -> ExpertsOut:
         load = jnp.bincount(chosen.reshape(-1), length=num).astype(jnp.int32)
-        return single_rows_swiglu(rows, chosen, gates, tuple(banks), num, first), load, load.sum()
+        return single_rows_swiglu(rows, chosen, gates, banks, num, first), load, load.sum()
 
     def experts(rows: Array, chosen: Array, gates: Array) -> ExpertsOut:
-        if choices > num:
+        if chosen.size > num:
             return blocks(rows, chosen, gates)
         return lax.platform_dependent(rows, chosen, gates, cpu=singly, default=blocks)
 
-    return MoE(config).apply(own, x, real, None, experts)[0]
+    return experts
+
+
+def _over(layout: Layout, banks: Banks, layer: int) -> RunExperts:
+    """The rows, wherever they lie, are dealt to all devices evenly, so that a piece of one prompt is everyone's too."""
+    parts, num = layout.parts("batch"), jax.tree.leaves(banks)[0].shape[1]
+
+    def experts(rows: Array, chosen: Array, gates: Array) -> ExpertsOut:
+        count = rows.shape[0]
+
+        def dealt(a: Array, fill: int = 0) -> Array:
+            padding = -count % (parts * layout.parts("sequence"))
+            return jnp.pad(a, ((0, padding), (0, 0)), constant_values=fill).reshape(parts, -1, a.shape[1])
+
+        x = dealt(rows)
+        cut = cut_experts(layout, x.shape, banks, layer)
+        y, report = expert_parallel(cut, x, dealt(chosen, num), dealt(gates), tuple(banks))
+        return y.reshape(-1, rows.shape[1])[:count], report.load, report.computed
+
+    return experts

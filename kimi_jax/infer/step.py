@@ -35,7 +35,9 @@ def next_tokens(
     decoding = length == 1
     if mesh is not None and decoding:
         chunk, settings = jax.lax.with_sharding_constraint((chunk, settings), cut(mesh, rows))
-    hidden, cache = decoder.forward(config, weights, cache, chunk, absorbed=decoding)
+    # a few rows: room for all of them at any expert device, so that they travel in one round
+    layout = None if mesh is None else sharding.layout(mesh, expert_buffer=float(mesh.shape["expert"]))
+    hidden, cache = decoder.forward(config, weights, cache, chunk, absorbed=decoding, layout=layout)
     last = jnp.take_along_axis(hidden, jnp.maximum(chunk.count - 1, 0)[:, None, None], axis=1)[:, 0]
     if mesh is not None:
         cache = jax.lax.with_sharding_constraint(cache, cut(mesh, cache[0].shape[0]))

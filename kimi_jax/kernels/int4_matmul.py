@@ -63,7 +63,7 @@ def int4_gmm(
             f"rows {rows.shape} and INT4 matrices [{inputs}, {outputs}] in groups of {group} do not fit together"
             f"{' transposed' if transpose else ''}; groups must be whole words, tiles of {width} whole groups"
         )
-    tile_m, tile_k, tile_n = row_tile(*rows.shape[:1], sizes.shape[0]), min(given, width), min(made, width)
+    tile_m, tile_k, tile_n = row_tile(rows.shape[0], sizes.shape[0]), min(given, width), min(made, width)
     tile_c, tile_o = (tile_n, tile_k) if transpose else (tile_k, tile_n)
     padded = -(-rows.shape[0] // tile_m) * tile_m
     visits, num_visits = make_group_metadata(

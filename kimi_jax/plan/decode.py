@@ -21,6 +21,7 @@ from kimi_jax.infer import forward as decoder
 from kimi_jax.infer.cache import empty_cache
 from kimi_jax.infer.sampler import Settings
 from kimi_jax.infer.step import cut, next_tokens
+from kimi_jax.kernels.banks import Int4
 from kimi_jax.nn.decoder import DENSE, MOE
 from kimi_jax.nn.kimi import abstract_params
 from kimi_jax.nn.param import metadata, unbox
@@ -58,7 +59,10 @@ def abstract_weights(config: ModelConfig, mesh: Mesh) -> decoder.Weights:
         if length:
             stack = {**cuts[name], "mlp": {k: v for k, v in cuts[name]["mlp"].items() if k != "experts"}}
             layers += [_layer(stack)] * length
-    banks = decoder.Banks(**cuts[MOE]["mlp"]["experts"]) if config.num_moe_layers else None
+    banks = None
+    if config.num_moe_layers:
+        experts = cuts[MOE]["mlp"]["experts"]
+        banks = decoder.Banks(**{k: Int4(**v) if isinstance(v, dict) else v for k, v in experts.items()})
     specs = decoder.Weights(cuts["embed"], tuple(layers), banks, cuts["final_norm"], cuts["lm_head"])
     out = jax.eval_shape(functools.partial(decoder.prepare, config), shapes)
     return jax.tree.map(

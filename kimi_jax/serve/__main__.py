@@ -18,13 +18,12 @@ import sys
 from absl import app, flags
 
 from kimi_jax import cli
-from kimi_jax.config import MeshConfig
 from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.infer.engine import Engine
 from kimi_jax.model import load
 from kimi_jax.serve.addresses import opener
 from kimi_jax.serve.worker import EngineWorker
-from kimi_jax.sharding import make_mesh
+from kimi_jax.sharding import serving_mesh
 
 _MODEL = flags.DEFINE_string("model", None, "A released directory or a workdir, with its tokenizer.")
 _NAME = flags.DEFINE_string("name", "", "What clients call the model; default: the last part of --model.")
@@ -70,7 +69,7 @@ def main(argv: list[str]) -> None:
 
 def _load(path: str) -> tuple[Engine, Tokenizer]:
     """The model in an engine whose programs are compiled. Raises ValueError and OSError for what cannot be served."""
-    mesh = make_mesh(MeshConfig()) if _MESH.value else None
+    mesh = serving_mesh() if _MESH.value else None
     model = load(path, _DTYPE.value, _EXPERTS.value, mesh)
     tokenizer = model.tokenizer  # before anything is compiled: it may be missing
     print(f"{path} is loaded; compiling", file=sys.stderr)

@@ -321,10 +321,14 @@ def test_eight_devices_give_the_tokens_of_one():
         check(request, completion)
 
 
-def test_int4_experts_are_decoded_as_they_are():
+@pytest.mark.parametrize("devices", [1, 8])
+def test_int4_experts_are_decoded_as_they_are(devices):
+    """On one device; over eight, where they stay and three slots' tokens travel to them."""
     found = kimi.load(shared("fixtures/tiny_int4"), experts="int4")
-    engine = Engine(found, slots=2, page_size=16, max_sequence_length=LENGTH, chunks=(16,))
-    assert engine._weights.banks.gate.words.dtype == np.int32
+    mesh = None if devices == 1 else sharding.make_mesh(MeshConfig(expert=4))
+    engine = Engine(found, slots=3, page_size=16, max_sequence_length=LENGTH, chunks=(16,), mesh=mesh)
+    words = engine._weights.banks.gate.words
+    assert words.dtype == np.int32 and words.addressable_shards[0].data.size * devices == words.size
     prompt = np.random.default_rng(0).integers(0, 400, 20).astype(np.int32)
     request = Request(prompt, sampling=Sampling(0.0, max_new_tokens=4))
     check(request, engine.run([request])[0], found)

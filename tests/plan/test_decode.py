@@ -1,5 +1,7 @@
 """What is planned is what decodes: the engine's own program, its weights and pages cut as the engine cuts them."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -23,9 +25,10 @@ def mesh():
     return sharding.make_mesh(MeshConfig(fsdp=2, expert=4))
 
 
-@pytest.fixture(scope="module")
-def engine(mesh):
+@pytest.fixture(scope="module", params=[None, 16], ids=["floats", "int4"])
+def engine(mesh, request):
     config = decode.served(MODEL)
+    config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, int4_group_size=request.param))
     params = jax.jit(lambda: unbox(init_params(config, jax.random.key(0))))()
     return Engine(Model(config, params), slots=SLOTS, page_size=PAGE, max_sequence_length=LENGTH, mesh=mesh)
 

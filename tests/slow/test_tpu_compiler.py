@@ -1,4 +1,5 @@
-"""The TPU compiler itself, which needs no TPU: a whole training step compiled for four v5p chips by the plan's command.
+"""The TPU compiler itself, which needs no TPU: a whole training step compiled for four v5p chips by the plan's command,
+and K2.5's experts as INT4 with adapters.
 
 Runs in an environment of its own (`make test-tpu`): where libtpu is installed, jax looks for a TPU first.
 """
@@ -24,6 +25,56 @@ try:
     program.compile_lowered(lambda: jax.jit(lambda x: (x @ x) @ (x.T @ x)).lower(x))
 except program.DoesNotFit as error:
     print(error.needed, error.available, program.reported(program._reports()))
+"""
+
+# 4 of the 64 expert devices of K2.5, with 6 experts each; value and gradients
+INT4_EXPERTS = """
+import json, re
+import jax
+from jax.sharding import NamedSharding
+from kimi_jax import sharding
+from kimi_jax.config import MeshConfig
+from kimi_jax.kernels.banks import Adapted, Int4
+from kimi_jax.kernels.expert_parallel import expert_parallel
+from kimi_jax.nn.moe import BANK_AXES, Banks, cut_experts
+from kimi_jax.plan import chips, program
+
+D, F, GROUP, RANK, EACH, PICKS, DEVICES, TOKENS = 7168, 2048, 32, 16, 384 // 64, 8, 4, 64
+mesh = sharding.make_mesh(MeshConfig(fsdp=1, expert=DEVICES), program.devices_of(chips.parse_topology("v5p:2x2x1")))
+layout = sharding.layout(mesh)
+
+def array(axes, shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, layout.spec(axes, shape)))
+
+def bank(name, inputs, outputs):
+    num, axes = EACH * DEVICES, BANK_AXES[name]
+    words, scales = (num, inputs // 8, outputs), (num, inputs // GROUP, outputs)
+    a = array((axes[0], axes[1], "lora"), (num, inputs, RANK), "float32")
+    b = array((axes[0], "lora", axes[2]), (num, RANK, outputs), "float32")
+    return Adapted(Int4(array(axes, words, "int32"), array(axes, scales, "bfloat16")), a, b)
+
+def tokens(width, dtype):
+    return array(("batch", "sequence", None), (DEVICES, TOKENS, width), dtype)
+
+def run(x, experts, gates, banks):
+    def value(x, gates, pairs):
+        adapted = Banks(*(Adapted(bank.base, *pair) for bank, pair in zip(banks, pairs)))
+        return expert_parallel(cut_experts(layout, x.shape, adapted), x, experts, gates, tuple(adapted))[0]
+
+    y, pullback = jax.vjp(value, x, gates, [(bank.a, bank.b) for bank in banks])
+    return y, pullback(y)
+
+banks = Banks(bank("gate", D, F), bank("up", D, F), bank("down", F, D))
+args = tokens(D, "bfloat16"), tokens(PICKS, "int32"), tokens(PICKS, "float32"), banks
+compiled = jax.jit(run).lower(*args).compile()
+text = compiled.as_text()
+print(json.dumps({
+    "floats": re.findall(r"(?:f32|bf16)\\[[0-9,]*(?:7168,2048|2048,7168)\\]", text),
+    "words": re.findall(r"s32\\[6,896,2048\\]", text),
+    "kernels": sorted({name for name in ("int4_gmm", "tgmm", "ragged-all-to-all") if name in text}),
+    "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+    "bank": EACH * D * F * 2,
+}))
 """
 
 
@@ -63,3 +114,13 @@ def test_the_program_holds_the_kernels_and_collectives(compiled):
     memory, timed = plan["memory"], plan["rounds"][str(plan["usual_rounds"])]
     assert memory["fits"] and memory["arguments"] < memory["peak"]
     assert timed["unpriced_kernels"] == [] and timed["compute_seconds"] > 0
+
+
+def test_int4_experts_stay_words():
+    """At K2.5's widths, a device's 6 experts: the kernel compiles, forward and for the inputs' gradient; no matrix of
+    floats is in the program, whose temporaries (most of them adapters, whose rank of 16 takes 128 lanes) are smaller
+    than two of the three banks would be in bfloat16."""
+    found = json.loads(run("-c", INT4_EXPERTS).splitlines()[-1])
+    assert found["kernels"] == ["int4_gmm", "ragged-all-to-all", "tgmm"]
+    assert found["words"] and not found["floats"]
+    assert found["temporaries"] < 2 * found["bank"]
