@@ -16,8 +16,17 @@ from absl import app, flags
 
 # topology -> the layout of `configs/pods.py` that is made for it
 PODS = {"v5p:4x8x8": "v5p-512", "v5p:8x8x8": "v5p-1024", "v5p:8x8x16": "v5p-2048"}
-_DIR = flags.DEFINE_string("dir", "runs/plan", "Where the plans go.")
-_PODS = flags.DEFINE_list("pods", list(PODS), "Which pods.")
+HEADER = (
+    "| pod | chips | mesh | rows a chip | GiB a chip | fits | compute us/token | TB sent | tokens/s/chip | MFU "
+    "| compile s |"
+)
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Of the command line."""
+    flags.DEFINE_string("dir", "runs/plan", "Where the plans go.")
+    flags.DEFINE_list("pods", list(PODS), "Which pods.")
 
 
 def command(pod: str, out: Path) -> list[str]:
@@ -45,15 +54,11 @@ def row(plan: dict[str, Any]) -> str:
 
 def main(_: list[str]) -> int:
     """Makes the plans one after the other; exit status 1 if one could not be made at all."""
-    folder = Path(_DIR.value)
+    folder = Path(FLAGS.dir)
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [
-        "| pod | chips | mesh | rows a chip | GiB a chip | fits | compute us/token | TB sent | tokens/s/chip | MFU "
-        "| compile s |",
-        "|" + " --- |" * 11,
-    ]
+    lines = [HEADER, "|" + " --- |" * 11]
     failed = False
-    for pod in _PODS.value:
+    for pod in FLAGS.pods:
         out = folder / f"{pod.replace(':', '_')}.json"
         out.unlink(missing_ok=True)
         arguments = command(pod, out)
@@ -70,4 +75,5 @@ def main(_: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

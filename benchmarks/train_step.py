@@ -1,27 +1,28 @@
-"""A training step here and in transformers' DeepseekV3 on torch: tokens a second and their ratio, from one run.
+"""A training step here, in transformers' DeepseekV3 on torch and in MaxText: tokens a second and their ratio, one run.
 
-Run:    python -m benchmarks.train_step [--dtype=bfloat16] [--repeats=9]      (needs torch and transformers)
-        python -m benchmarks.train_step --nopeer                              (our side alone)
+Run:    python -m benchmarks.train_step [--torch=PYTHON] [--maxtext=PYTHON] [--dtype=bfloat16] [--repeats=9]
+        (an interpreter with torch and transformers; one with `maxtext[tpu]==0.2.5`; without them our side alone)
 Goal:   1.5 times as fast at equal dtype; 60 % of the machine's dense-matmul rate, embedding look-ups not counted.
 
-One random model of 29 M parameters (8 layers of width 256, 32 experts, 4 a token), written once in the released layout
-and read by both sides; 8 sequences of 512 tokens, text only; two threads. Before anything is timed both must agree on
-the loss. All take turns, so that a busy machine slows all, and a ratio is the median of the ratios of neighbours.
+One random model of 29 M parameters (8 layers of width 256, 32 experts, 4 a token); 8 sequences of 512 tokens of text;
+two threads. It is written once in the released layout, which transformers reads: before anything is timed both must
+agree on the loss. MaxText draws weights of its own, as many and in the same shapes. All take turns, so that a busy
+machine slows all, and a ratio is the median of the ratios of neighbours.
   muonclip    the step that `train` runs: gradients, clipping, MuonClip, QK-clip, router bias, metrics
   adamw       gradients, clipping and AdamW for every weight: what the other side does
   gradients   forward and backward alone
-  torch ...   forward, backward and torch's fused AdamW, for each way that transformers has to run experts. In bfloat16
-              "autocast" keeps weights and moments in float32 as we do, "bf16" has everything in bfloat16
+  torch ...   `benchmarks.train_step_torch`, one for each way that transformers has to run experts
+  maxtext ... `benchmarks.train_step_maxtext`, likewise
 The share is of `measure_matmul_rate` (square matmuls of 1024 in jax, same dtype), measured in every turn.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
+import math
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,7 @@ import numpy as np
 import optax
 from absl import app, flags
 
+from benchmarks.peer import Peer, seconds
 from kimi_jax import sharding
 from kimi_jax.config import DataConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
 from kimi_jax.hf import stream
@@ -42,7 +44,7 @@ from kimi_jax.train.metrics import measure_matmul_rate
 from kimi_jax.train.step import gradients, make_train_step
 
 FLAGS = flags.FLAGS
-Step = Callable[[], object]  # makes one step and waits for its end
+Timer = Callable[[], float]  # makes one step and says its seconds
 
 
 def define_flags() -> None:
@@ -52,7 +54,8 @@ def define_flags() -> None:
     flags.DEFINE_integer("rows", 8, "Sequences.", lower_bound=1)
     flags.DEFINE_integer("tokens", 512, "Of a sequence.", lower_bound=2)
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of activations and matmuls.")
-    flags.DEFINE_bool("peer", True, "Run transformers too.")
+    flags.DEFINE_string("torch", "", "Python of an environment with torch and transformers.")
+    flags.DEFINE_string("maxtext", "", "Python of an environment with MaxText.")
 
 
 def model_config(dtype: str) -> ModelConfig:
@@ -139,47 +142,25 @@ class Ours:
         jax.block_until_ready(self._gradients(self._params, self.batch))
 
 
-def peer_steps(folder: str, ids: np.ndarray, dtype: str, loss: float) -> dict[str, Step]:
+def torch_timers(folder: str, loss: float) -> dict[str, Timer]:
     """transformers' steps by name. Each is asked for its loss first, which must be ours."""
-    import torch
-    from transformers import DeepseekV3ForCausalLM
-
-    torch.set_num_threads(FLAGS.threads)
-    tokens = torch.tensor(ids.astype(np.int64))
-
-    def one(experts: str, weights: torch.dtype, autocast: bool) -> Step:
-        model = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=weights, experts_implementation=experts).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-        cast = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
-
-        def step() -> float:
-            with cast:
-                out = model(tokens, labels=tokens).loss
-            out.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            return out.item()
-
-        first = step()
-        tolerance = 1e-4 if dtype == "float32" else 2e-2
-        assert abs(first - loss) < tolerance * loss, f"not the same model: loss {first} with {experts}, {loss} here"
-        return step
-
-    ways = {"": (torch.float32, False)}
-    if dtype == "bfloat16":
-        ways = {" autocast": (torch.float32, True), " bf16": (torch.bfloat16, False)}
-    return {
-        f"torch {experts}{name}": one(experts, *way)
-        for experts in ("eager", "grouped_mm")
-        for name, way in ways.items()
-    }
+    settings = {"folder": folder, "dtype": FLAGS.dtype, "threads": FLAGS.threads}
+    peer = Peer(FLAGS.torch, "benchmarks.train_step_torch", settings)
+    tolerance = 1e-4 if FLAGS.dtype == "float32" else 2e-2
+    for name, first in peer.ready["losses"].items():
+        assert abs(first - loss) < tolerance * loss, f"not the same model: loss {first} with {name}, {loss} here"
+    return {name: functools.partial(peer.seconds, name) for name in peer.ready["losses"]}
 
 
-def seconds(step: Step) -> float:
-    """Time of one call."""
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
+def maxtext_timers(folder: str, model: ModelConfig) -> dict[str, Timer]:
+    """MaxText's steps by name: as many weights, and losses of models that know nothing."""
+    settings = {"folder": folder, "dtype": FLAGS.dtype, "model": dataclasses.asdict(model)}
+    peer = Peer(FLAGS.maxtext, "benchmarks.train_step_maxtext", settings)
+    total, guess = count_params(model)["total"], math.log(model.vocab_size)
+    for params, (name, first) in zip(peer.ready["params"], peer.ready["losses"].items(), strict=True):
+        assert params == total, f"not the same shape: {params:,} parameters in {name}, {total:,} here"
+        assert abs(first - guess) < 0.1 * guess, f"loss {first} of {name}, a guess has {guess:.2f}"
+    return {name: functools.partial(peer.seconds, name) for name in peer.ready["losses"]}
 
 
 def main(argv: list[str]) -> None:
@@ -196,21 +177,25 @@ def main(argv: list[str]) -> None:
     ours = Ours(config, batch)
     loss, imbalance = ours.losses()
     print(f"loss {loss:.5f}; fullest expert over mean {imbalance:.2f}; {work / 1e9:.0f} GFLOP a step")
-    steps: dict[str, Step] = {"adamw": ours.adamw, "muonclip": ours.muonclip, "gradients": ours.gradients}
-    if FLAGS.peer:
-        with tempfile.TemporaryDirectory() as folder:
+    own = {"adamw": ours.adamw, "muonclip": ours.muonclip, "gradients": ours.gradients}
+    timers: dict[str, Timer] = {name: functools.partial(seconds, step) for name, step in own.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(f"{folder}/ids.npy", batch["tokens"])
+        if FLAGS.torch:
             stream.save(folder, model, ours.params, "deepseek_v3", dtype="float32")
-            steps |= peer_steps(folder, batch["tokens"], FLAGS.dtype, loss)
-    for step in steps.values():
-        step()
+            timers |= torch_timers(folder, loss)
+        if FLAGS.maxtext:
+            timers |= maxtext_timers(folder, model)
+    for timer in timers.values():
+        timer()
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     turns = []
     for _ in range(FLAGS.repeats):
         rate = measure_matmul_rate(mesh, FLAGS.dtype, seconds=0.3)
-        turns.append((rate, [seconds(step) for step in steps.values()]))
+        turns.append((rate, [timer() for timer in timers.values()]))
     print(f"dense matmuls: {statistics.median(rate for rate, _ in turns) / 1e9:.0f} GFLOP/s")
     print(f"{FLAGS.dtype:26} {'s':>6} {'tokens/s':>9} {'adamw is':>9} {'of dense':>9}")
-    for i, name in enumerate(steps):
+    for i, name in enumerate(timers):
         time_s = statistics.median(times[i] for _, times in turns)
         ratio = statistics.median(times[i] / times[0] for _, times in turns)
         share = statistics.median(work / times[i] / rate for rate, times in turns)
