@@ -41,12 +41,17 @@ LAYOUTS = {
     "v5p:4x8x8": "ici_expert_parallelism=16 ici_fsdp_parallelism=16 ragged_buffer_factor=1.5 remat_policy=full",
 }
 
-_MAXTEXT = flags.DEFINE_string("maxtext", None, "Python of an environment with MaxText.")
-_DIR = flags.DEFINE_string("dir", "runs/maxtext_plan", "Where the plans go, and where the table finds them.")
-_PODS = flags.DEFINE_list("pods", list(LAYOUTS), "Which pods.")
-_SIDES = flags.DEFINE_list("sides", ["ours", "maxtext"], "What to compile.")
-_SEQUENCES = flags.DEFINE_list("sequences", ["4", "2", "1"], "Sequences a chip, tried in this order until they fit.")
-_LAYOUT = flags.DEFINE_string("layout", "", "MaxText's, instead of the best found.")
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Of the command line."""
+    flags.DEFINE_string("maxtext", None, "Python of an environment with MaxText.")
+    flags.DEFINE_string("dir", "runs/maxtext_plan", "Where the plans go, and where the table finds them.")
+    flags.DEFINE_list("pods", list(LAYOUTS), "Which pods.")
+    flags.DEFINE_list("sides", ["ours", "maxtext"], "What to compile; nothing: only print the table.")
+    flags.DEFINE_list("sequences", ["4", "2", "1"], "Sequences a chip, tried in this order until they fit.")
+    flags.DEFINE_string("layout", "", "MaxText's, instead of the best found.")
 
 
 def ours(pod: str, sequences: int, folder: Path) -> dict[str, Any]:
@@ -60,7 +65,7 @@ def ours(pod: str, sequences: int, folder: Path) -> dict[str, Any]:
 
 def maxtext(pod: str, sequences: int, folder: Path) -> dict[str, Any]:
     """The same of MaxText's. Raises RuntimeError if it fails for another reason than memory."""
-    layout = _LAYOUT.value or LAYOUTS[pod]
+    layout = FLAGS.layout or LAYOUTS[pod]
     arguments = (
         *MAXTEXT, *layout.split(), f"compile_topology={our_plan.PODS[pod]}", f"per_device_batch_size={sequences}",
     )  # fmt: skip
@@ -68,7 +73,7 @@ def maxtext(pod: str, sequences: int, folder: Path) -> dict[str, Any]:
         **os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_as_text",
     }  # fmt: skip
-    command = [_MAXTEXT.value, str(Path(__file__).with_name("maxtext_compile.py")), str(folder), *arguments]
+    command = [FLAGS.maxtext, str(Path(__file__).with_name("maxtext_compile.py")), str(folder), *arguments]
     print("$ " + " ".join(command), flush=True)
     done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
     if not (folder / "seconds.json").exists():
@@ -114,12 +119,17 @@ def text_only(topology: Topology, sequences: int) -> TrainConfig:
 def largest(pod: str, side: str) -> list[dict[str, Any]]:
     """Plans with ever fewer sequences, the last one fits (or none does)."""
     plans = []
-    for sequences in map(int, _SEQUENCES.value):
+    for sequences in map(int, FLAGS.sequences):
         with tempfile.TemporaryDirectory() as folder:
             plans.append({"ours": ours, "maxtext": maxtext}[side](pod, sequences, Path(folder)))
         if plans[-1]["memory"]["fits"]:
             break
     return plans
+
+
+def header() -> str:
+    """The first line of the table."""
+    return f"| side {our_plan.HEADER} step us/token | libtpu |"
 
 
 def row(side: str, plan: dict[str, Any]) -> str:
@@ -134,13 +144,13 @@ def row(side: str, plan: dict[str, Any]) -> str:
 
 def main(_: list[str]) -> None:
     """Compiles what is asked for, then prints all that --dir holds."""
-    folder = Path(_DIR.value)
+    folder = Path(FLAGS.dir)
     folder.mkdir(parents=True, exist_ok=True)
-    for pod in _PODS.value:
-        for side in _SIDES.value:
+    for pod in FLAGS.pods:
+        for side in FLAGS.sides:
             plans = largest(pod, side)
             (folder / f"{pod.replace(':', '_')}_{side}.json").write_text(json.dumps(plans, indent=1))
-    print(f"\n| side {our_plan.HEADER} step us/token | libtpu |\n|" + " --- |" * 14)
+    print(f"\n{header()}\n|" + " --- |" * 14)
     layouts = []
     for path in sorted(folder.glob("*.json")):
         plans = json.loads(path.read_text())
@@ -150,4 +160,5 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)
