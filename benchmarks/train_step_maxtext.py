@@ -32,9 +32,9 @@ WAYS = {
 FIXED = (
     "model_name=default", "decoder_block=deepseek", "attention_type=mla", "rope_type=default", "enable_dropout=False",
     "mlp_activations=['silu','linear']", "logits_via_embedding=False", "routed_score_func=sigmoid", "routed_bias=True",
-    "hardware=cpu", "attention=dot_product", "remat_policy=none", "weight_dtype=float32", "opt_type=adamw",
-    "learning_rate=1e-5", "dataset_type=synthetic", "enable_checkpointing=False", "skip_jax_distributed_system=True",
-    "run_name=train_step", "steps=100000", "log_config=False", "jax_cache_dir=",
+    "hardware=cpu", "attention=dot_product", "remat_policy=none", "scan_layers=False", "weight_dtype=float32",
+    "opt_type=adamw", "learning_rate=1e-5", "dataset_type=synthetic", "enable_checkpointing=False",
+    "skip_jax_distributed_system=True", "run_name=train_step", "steps=100000", "log_config=False", "jax_cache_dir=",
 )  # fmt: skip
 
 
