@@ -1,11 +1,13 @@
 """Prefill and decoding here against transformers' DeepseekV3 on torch: tokens a second and their ratio, from one run.
 
-Run:    python -m benchmarks.decode [--repeats=5] [--prompt=512] [--new=16] [--profile]   (needs torch and transformers)
+Run:    python -m benchmarks.decode [--repeats=5] [--prompt=512] [--new=16] [--profile] [--torch=PYTHON]
 Goal:   prefill 1.5 times as fast; decoding 3 times at batch 1, 8 times at batch 8.
 
 Both run the same random model in float32 on the same two threads: 12 layers of width 512, 32 experts, 4 a token, 188 M
-parameters, written once in the released layout. The two take turns, so that a busy machine slows both, and a ratio is
-the median of the ratios of neighbours. Before that both must agree on the logits. Prompts are random and new each time,
+parameters, written once in the released layout. Each side has an interpreter of its own (--torch: one with torch and
+transformers, if not this one): in one process torch's waiting threads took a quarter of the speed of ours. They take
+turns, so that a busy machine slows both, and a ratio is the median of the ratios of neighbours; transformers' is the
+faster of its two ways to run experts. Before that both must agree on the logits. Prompts are random and new each time,
 so no prefix is ever known. Prefill is the time until every prompt has its first token, decoding that of `new` further
 tokens of all rows at once.
 
@@ -23,17 +25,17 @@ import json
 import pathlib
 import re
 import statistics
+import sys
 import tempfile
 import time
 from typing import Any
 
 import jax
 import numpy as np
-import torch
 from absl import app, flags
-from transformers import DeepseekV3ForCausalLM
 
 import kimi_jax as kimi
+from benchmarks.peer import Peer
 from kimi_jax.hf import stream
 from kimi_jax.infer.engine import Engine
 from kimi_jax.infer.request import Request, Sampling
@@ -45,6 +47,7 @@ flags.DEFINE_integer("repeats", 5, "Turns of each side.", lower_bound=1)
 flags.DEFINE_integer("prompt", 512, "Tokens of a prompt.", lower_bound=1)
 flags.DEFINE_integer("new", 16, "Tokens decoded after it.", lower_bound=1)
 flags.DEFINE_integer("threads", 2, "Of torch; jax takes as many as the process may use (taskset).", lower_bound=1)
+flags.DEFINE_string("torch", sys.executable, "An interpreter with torch and transformers.")
 flags.DEFINE_bool("profile", False, "Print the parts of a step too.")
 flags.DEFINE_multi_integer("batch", [1, 8], "Prompts at once.", lower_bound=1)
 
@@ -76,20 +79,6 @@ def ours(engine: Engine, prompts: np.ndarray, new: int) -> tuple[float, float]:
         engine.cancel(number)
     engine.step()
     return prefill, decode
-
-
-@torch.inference_mode()
-def theirs(model: Any, prompts: np.ndarray, new: int) -> tuple[float, float]:
-    """Seconds of prefill and of decoding, greedy, with transformers' own key-value cache."""
-    start = time.perf_counter()
-    out = model(torch.tensor(prompts), use_cache=True, logits_to_keep=1)
-    token = out.logits[:, -1:].argmax(-1)
-    prefill = time.perf_counter() - start
-    start = time.perf_counter()
-    for _ in range(new):
-        out = model(token, past_key_values=out.past_key_values, use_cache=True)
-        token = out.logits[:, -1:].argmax(-1)
-    return prefill, time.perf_counter() - start
 
 
 # part of the model, and what in the path or the operands of an operation tells it; the first that fits
@@ -166,35 +155,43 @@ def profile(engine: Engine, batch: int, rng: np.random.Generator) -> None:
     engine.step()
 
 
-def compare(model: kimi.Model, peer: Any, batch: int, rng: np.random.Generator) -> None:
+def compare(model: kimi.Model, peer: Peer, batch: int, rng: np.random.Generator) -> None:
     """Prints the two rows of one batch size."""
     engine = Engine(model, slots=batch, max_sequence_length=FLAGS.prompt + FLAGS.new + 4 * batch)
     engine.warmup()
-    times = []
+    times: list[tuple[tuple[float, float], dict[str, list[float]]]] = []
     for turn in range(FLAGS.repeats + 1):
         prompts = rng.integers(0, model.config.vocab_size, (batch, FLAGS.prompt)).astype(np.int32)
-        pair = np.array([ours(engine, prompts, FLAGS.new), theirs(peer, prompts.astype(np.int64), FLAGS.new)])
+        mine = ours(engine, prompts, FLAGS.new)
+        theirs = {
+            experts: [peer.seconds(f"{name} {batch} {experts}") for name in ("prefill", "decode")]
+            for experts in peer.ready["experts"]
+        }
         if turn:  # the first one warms caches of both
-            times.append(pair)
+            times.append((mine, theirs))
     if FLAGS.profile:
         profile(engine, batch, rng)
     for column, (name, tokens) in enumerate((("prefill", FLAGS.prompt), ("decode", FLAGS.new))):
-        mine, other = (statistics.median(batch * tokens / pair[side, column] for pair in times) for side in (0, 1))
-        ratio = statistics.median(pair[1, column] / pair[0, column] for pair in times)
-        print(f"{name:8} {batch:5} {mine:14.1f} {other:14.1f} {ratio:7.2f}", flush=True)
+        here = statistics.median(mine[column] for mine, _ in times)
+        each = {e: statistics.median(theirs[e][column] for _, theirs in times) for e in peer.ready["experts"]}
+        best = min(each, key=lambda e: each[e])
+        ratio = statistics.median(theirs[best][column] / mine[column] for mine, theirs in times)
+        rates = f"{batch * tokens / here:14.1f} {batch * tokens / each[best]:14.1f}"
+        print(f"{name:8} {batch:5} {rates} {ratio:7.2f}   ({best})", flush=True)
 
 
 def main(argv: list[str]) -> None:
     """Prints the table."""
     del argv
-    torch.set_num_threads(FLAGS.threads)
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         random_model(folder)
-        model, peer = kimi.load(folder), DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids = rng.integers(0, model.config.vocab_size, (1, 64))
-    with torch.inference_mode():
-        other = peer(torch.tensor(ids)).logits.numpy()
+        model = kimi.load(folder)
+        ids = rng.integers(0, model.config.vocab_size, (1, 64))
+        np.save(f"{folder}/ids.npy", ids)
+        settings = {"prompt": FLAGS.prompt, "new": FLAGS.new, "batch": FLAGS.batch, "threads": FLAGS.threads}
+        peer = Peer(FLAGS.torch, "benchmarks.decode_torch", {"folder": folder, **settings})
+        other = np.load(peer.ready["logits"])
     error = np.abs(model.logits(ids) - other).max() / np.abs(other).max()
     print(f"largest difference of the logits: {error:.1e} of the largest")
     assert error < 1e-4, "not the same model"
