@@ -17,7 +17,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +30,7 @@ from kimi_jax.config import ConfigError, TrainConfig
 from kimi_jax.data.packing import Group, GroupShape
 from kimi_jax.plan.chips import Topology
 from kimi_jax.train import state as state_lib
+from kimi_jax.train import xla_flags
 from kimi_jax.train.step import make_optimizer, make_train_step
 
 
@@ -116,18 +117,21 @@ def lower(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
 
 def compile_step(config: TrainConfig, mesh: Mesh) -> Compiled:
     """Lowers and compiles the training step. Raises DoesNotFit when the compiler runs out of the chip's memory."""
-    return compile_lowered(lambda: lower(config, mesh))
+    return compile_lowered(lambda: lower(config, mesh), xla_flags.options(list(mesh.devices.flat), config.xla_preset))
 
 
-def compile_lowered(make: Callable[[], jax.stages.Lowered]) -> Compiled:
-    """Compiles what `make` lowers. Raises DoesNotFit when the compiler runs out of the chip's memory."""
+def compile_lowered(make: Callable[[], jax.stages.Lowered], options: Mapping[str, str] | None = None) -> Compiled:
+    """Compiles what `make` lowers. options: of the compiler, for a training step those that `train.loop` gives it.
+
+    Raises DoesNotFit when the compiler runs out of the chip's memory.
+    """
     for old in _reports().glob("*memory-usage-report.txt"):
         old.unlink()
     start = time.perf_counter()
     lowered = make()
     traced = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=dict(options or {}))
     except jax.errors.JaxRuntimeError as error:
         too_large = memory_error(error, time.perf_counter() - traced)
         if too_large is None:

@@ -68,6 +68,7 @@ def timing(config: TrainConfig, topology: Topology, cost: Cost) -> dict[str, Any
     needed = flops.train_flops(config.model, counts)
     low, high = max(cost.compute, cost.communication), cost.compute + cost.communication
     chip = topology.chip
+    spared = sum(c["dearest"] - c["cheapest"] for c in cost.conditionals)
     return {
         "tokens": counts["tokens"],
         "patches": counts["patches"],
@@ -75,6 +76,7 @@ def timing(config: TrainConfig, topology: Topology, cost: Cost) -> dict[str, Any
         "model_flops_seconds": needed / chip.flops,
         "compute_seconds": cost.compute,
         "compute_us_per_token": 1e6 * cost.compute / counts["tokens"],
+        "cheapest_us_per_token": 1e6 * (cost.compute - spared) / counts["tokens"],
         "communication_seconds": cost.communication,
         "wire_bytes": cost.wire,
         "step_seconds": [low, high],
@@ -213,8 +215,8 @@ def _timing_lines(t: dict[str, Any], rounds: str, plan: dict[str, Any]) -> list[
     if t["dynamic_loops"]:
         lines.append(f"    {rounds} round(s) of   {'; '.join(t['dynamic_loops'])}")
     if t["conditionals"]:
-        saved = sum(c["dearest"] - c["cheapest"] for c in t["conditionals"])
-        lines.append(f"    conditionals   counted at their dearest branch; {saved:.3f} s less at the cheapest")
+        cheapest = t["cheapest_us_per_token"]
+        lines.append(f"    conditionals   counted at their dearest branch; {cheapest:,.0f} us a token at the cheapest")
     if t["unpriced_kernels"]:
         lines.append(f"    NOT COUNTED    kernels without a known cost: {', '.join(t['unpriced_kernels'])}")
     return lines
