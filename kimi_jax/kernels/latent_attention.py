@@ -277,7 +277,7 @@ def _backward(
     if cut.heads:  # every group of heads had the whole latent, and the whole input of queries
         dlatent, dx = lax.psum(dlatent, cut.heads), lax.psum(dx, cut.heads)
     dquery, dkernel = (
-        part_of_sum(total.astype(jnp.float32), spec, (cut.heads,), cut.summed())
+        part_of_sum(total, spec, (cut.heads,), cut.summed())
         for total, spec in ((dquery, cut.query), (dkernel, cut.kernel))
     )
     return dx, dquery.astype(query.dtype), dlatent.astype(latent.dtype), dkernel.astype(kernel.dtype)

@@ -84,7 +84,7 @@ class DecoderLayer(nn.Module):
         self.input_norm = RMSNorm(c.rms_norm_eps, c.param_dtype)
         self.attention = MLA(c, self.layout)
         self.post_attention_norm = RMSNorm(c.rms_norm_eps, c.param_dtype)
-        self.mlp = MoE(c, self.layout) if self.routed else SwiGLU(c, c.intermediate_size)
+        self.mlp = MoE(c, self.layout) if self.routed else SwiGLU(c, c.intermediate_size, self.layout)
 
     def __call__(
         self,

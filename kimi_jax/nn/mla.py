@@ -8,6 +8,7 @@ d = n + r   I width of what the queries' matrix takes   C = kv_lora_rank + r   p
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -31,20 +32,19 @@ class MLA(nn.Module):
     def setup(self) -> None:
         """Parameters q_a, q_a_norm, q_b (or q), kv_a, kv_a_norm, kv_b, o."""
         c = self.config
+        linear = functools.partial(text_linear, layout=self.layout)
         width, heads = {"embed": c.hidden_size}, {"heads": c.num_attention_heads}
         query = {**heads, "head_dim": c.qk_head_dim}
         if c.q_lora_rank is None:
-            self.q = text_linear(c, width, query)
+            self.q = linear(c, width, query)
         else:
-            self.q_a = text_linear(c, width, {"q_lora": c.q_lora_rank})
+            self.q_a = linear(c, width, {"q_lora": c.q_lora_rank})
             self.q_a_norm = RMSNorm(c.lora_norm_eps, c.param_dtype)
-            self.q_b = text_linear(c, {"q_lora": c.q_lora_rank}, query)
-        self.kv_a = text_linear(c, width, {"kv_lora": c.kv_lora_rank + c.qk_rope_head_dim})
+            self.q_b = linear(c, {"q_lora": c.q_lora_rank}, query)
+        self.kv_a = linear(c, width, {"kv_lora": c.kv_lora_rank + c.qk_rope_head_dim})
         self.kv_a_norm = RMSNorm(c.lora_norm_eps, c.param_dtype)
-        self.kv_b = text_linear(
-            c, {"kv_lora": c.kv_lora_rank}, {**heads, "head_dim": c.qk_nope_head_dim + c.v_head_dim}
-        )
-        self.o = text_linear(c, {**heads, "head_dim": c.v_head_dim}, width)
+        self.kv_b = linear(c, {"kv_lora": c.kv_lora_rank}, {**heads, "head_dim": c.qk_nope_head_dim + c.v_head_dim})
+        self.o = linear(c, {**heads, "head_dim": c.v_head_dim}, width)
 
     def inputs(
         self, x: Float[Array, "B S D"], positions: Int[Array, "B S"]
@@ -78,14 +78,15 @@ class MLA(nn.Module):
         """
         c = self.config
         scale, queries = softmax_scale(c), self.q if c.q_lora_rank is None else self.q_b
-        query_input, cos, sin, latent = self.inputs(x, positions)
         if self.layout is None:
+            query_input, cos, sin, latent = self.inputs(x, positions)
             q_nope, q_rope = jnp.split(queries(query_input), [c.qk_nope_head_dim], axis=-1)
             q = jnp.concatenate([q_nope, rotate_to_halves(q_rope, cos, sin)], axis=-1)
             out, max_logits = segment_attention(q, *self.expand(latent), segment_ids, causal=True, scale=scale)
         else:
             query, kernel = queries.matrix(), self.kv_b.matrix()
             cut = cut_attention(self.layout, x.shape, query.shape, kernel.shape, scale, c.q_lora_rank is None)
+            query_input, cos, sin, latent = self.inputs(x, positions)
             args = query_input.astype(c.dtype), query, cos, sin, latent, kernel, segment_ids
             out, max_logits = latent_attention(cut, *args)
         return self.o(out), max_logits

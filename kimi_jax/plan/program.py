@@ -55,6 +55,7 @@ class Compiled:
     outputs: int  # that do not lie where an argument was
     peak: int  # what a device must have
     seconds: float  # to compile, without tracing
+    cpu_seconds: float  # the same of all cores, which other work on the machine does not change
     trace_seconds: float
 
     @property
@@ -129,7 +130,7 @@ def compile_lowered(make: Callable[[], jax.stages.Lowered], options: Mapping[str
         old.unlink()
     start = time.perf_counter()
     lowered = make()
-    traced = time.perf_counter()
+    traced, cpu = time.perf_counter(), time.process_time()
     try:
         compiled = lowered.compile(compiler_options=dict(options or {}))
     except jax.errors.JaxRuntimeError as error:
@@ -137,7 +138,7 @@ def compile_lowered(make: Callable[[], jax.stages.Lowered], options: Mapping[str
         if too_large is None:
             raise
         raise too_large from None
-    seconds = time.perf_counter() - traced
+    seconds, cpu = time.perf_counter() - traced, time.process_time() - cpu
     memory = compiled.memory_analysis()
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Compiled(
@@ -146,6 +147,7 @@ def compile_lowered(make: Callable[[], jax.stages.Lowered], options: Mapping[str
         outputs=outputs,
         peak=reported(_reports()) or memory.argument_size_in_bytes + outputs + memory.temp_size_in_bytes,
         seconds=seconds,
+        cpu_seconds=cpu,
         trace_seconds=traced - start,
     )
 
