@@ -34,7 +34,8 @@ def counts() -> dict[str, dict[str, int]]:
 
 
 # the same on jax 0.10.2 and 0.12. Matrices are cut along both sides: each is gathered, and its gradient scattered, in
-# two steps; what is summed over both axes is a norm's gradient or a statistic. Gathers over `expert` are also what stands in for ragged_all_to_all on a CPU
+# two steps; what is summed over both axes is a norm's gradient or a statistic. Gathers over `expert` are also what
+# stands in for ragged_all_to_all on a CPU
 GOLDEN = {
     "1": {
         "all-gather expert": 2,
