@@ -62,6 +62,15 @@ class MLA(nn.Module):
         latent = jnp.concatenate([self.kv_a_norm(latent), k_rope], axis=-1)
         return x if c.q_lora_rank is None else query_input, cos, sin, latent
 
+    def project(
+        self, x: Float[Array, "B S D"], positions: Int[Array, "B S"]
+    ) -> tuple[Float[Array, "B S H n"], Float[Array, "B S H r"], Float[Array, "B S C"]]:
+        """Queries without and with rotary, and the latent."""
+        query_input, cos, sin, latent = self.inputs(x, positions)
+        q = (self.q if self.config.q_lora_rank is None else self.q_b)(query_input)
+        q_nope, q_rope = jnp.split(q, [self.config.qk_nope_head_dim], axis=-1)
+        return q_nope, rotate_to_halves(q_rope, cos, sin), latent
+
     def expand(self, latent: Float[Array, "B S C"]) -> tuple[Float[Array, "B S H d"], Float[Array, "B S H v"]]:
         """Keys (part without rotary, then the rotary part) and values of every head."""
         c = self.config
@@ -77,14 +86,13 @@ class MLA(nn.Module):
         Returns the output and each head's largest scaled logit (float32, no gradient).
         """
         c = self.config
-        scale, queries = softmax_scale(c), self.q if c.q_lora_rank is None else self.q_b
+        scale = softmax_scale(c)
         if self.layout is None:
-            query_input, cos, sin, latent = self.inputs(x, positions)
-            q_nope, q_rope = jnp.split(queries(query_input), [c.qk_nope_head_dim], axis=-1)
-            q = jnp.concatenate([q_nope, rotate_to_halves(q_rope, cos, sin)], axis=-1)
+            q_nope, q_rope, latent = self.project(x, positions)
+            q = jnp.concatenate([q_nope, q_rope], axis=-1)
             out, max_logits = segment_attention(q, *self.expand(latent), segment_ids, causal=True, scale=scale)
         else:
-            query, kernel = queries.matrix(), self.kv_b.matrix()
+            query, kernel = (self.q if c.q_lora_rank is None else self.q_b).matrix(), self.kv_b.matrix()
             cut = cut_attention(self.layout, x.shape, query.shape, kernel.shape, scale, c.q_lora_rank is None)
             query_input, cos, sin, latent = self.inputs(x, positions)
             args = query_input.astype(c.dtype), query, cos, sin, latent, kernel, segment_ids
