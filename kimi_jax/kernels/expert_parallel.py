@@ -152,6 +152,13 @@ def _buffer(bundles: int, like: Array) -> Array:
     return lax.empty((bundles, *like.shape[1:]), like.dtype)
 
 
+def _own_buffer(like: Array) -> Array:
+    """The same, made anew in every layer: jax takes what depends on nothing out of the scan over layers, and a buffer
+    that all of them share is copied in each. Both branches are the same."""
+    empty = functools.partial(_buffer, like.shape[0], like)
+    return lax.cond(like[0, 0, 0] == 0, empty, empty)
+
+
 def _take(rows: Array, index: Array) -> Array:
     """Rows of each assignment, float32; zero for those that went nowhere."""
     return rows.at[index].get(mode="fill", fill_value=0).astype(jnp.float32)
@@ -263,8 +270,7 @@ def _forward(cut: Cut, x: Array, experts: Array, gates: Array, banks: Banks) -> 
         return _exchange(cut, _wire(out, bundle), results, window.back), computed + window.computed
 
     rounds = _rounds(cut, traffic, room)
-    # any data of this layer will do: a buffer of nothing is made once for all layers, and copied in each of them
-    start = -rows, jnp.int32(0)
+    start = _own_buffer(rows), jnp.int32(0)
     results, computed = _repeat(cut, rounds, turn, start)
     y = jnp.einsum("knd,kn->nd", _take(_plain(results), order.rank.T), gates.astype(jnp.float32).T)
     return _sum(y, (cut.tensor,)).reshape(shape), _report(cut, traffic, order.counts, computed, rounds)
