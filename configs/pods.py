@@ -31,7 +31,7 @@ TOPOLOGIES = {
 EXPERT = {"kimi_k2_5": 64, "kimi_vl_a3b": 8, "moonlight_16b_a3b": 8, "small": 2, "demo": 2}
 BYTES_A_PARAMETER = 12
 # Where these take more than so much of the memory, an expert's device has room for half as many arriving rows, and the
-# usual load takes two rounds
+# usual load takes two rounds; elsewhere each layer keeps one array more, so that less is made again
 TIGHT, HALF_ROOM = 0.4, 0.64
 ROWS_A_DEVICE = 4
 BINS_OF_FOUR_ROWS = ((1024, 2), (4096, 1))  # a tenth of four rows of 4,096 tokens is 6,550 patches
@@ -52,11 +52,13 @@ def get_config(name: str = "kimi_k2_5@v5p-1024") -> ml_collections.ConfigDict:
     if model_name not in ("demo", "small"):
         bins = BINS_OF_FOUR_ROWS if config.model.vision else config.data.vision_bins
         data = dataclasses.replace(data, rows_per_group=ROWS_A_DEVICE, vision_bins=bins)
-    memory = config.memory
+    memory, model = config.memory, config.model
     if _parameters(config.model) * BYTES_A_PARAMETER > TIGHT * devices * TOPOLOGIES[topology][1] * 1e9:
         memory = dataclasses.replace(memory, expert_buffer=HALF_ROOM)
+    elif model.remat:
+        model = dataclasses.replace(model, remat_policy="attention_sum")
     workdir = f"runs/{model_name}-{topology}"
-    return c.thaw(dataclasses.replace(config, mesh=mesh, data=data, memory=memory, workdir=workdir))
+    return c.thaw(dataclasses.replace(config, model=model, mesh=mesh, data=data, memory=memory, workdir=workdir))
 
 
 def fitting(model: c.ModelConfig, topology: str) -> int:

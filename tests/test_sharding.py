@@ -71,9 +71,10 @@ def test_axes_share_an_array_by_preference():
         return sharding.spec(ParamInfo(axes, Muon()), shape, mesh)
 
     assert cut(("layers", "expert", "embed", "expert_mlp"), (3, 4, 8, 8)) == P(None, "expert", "fsdp", "tensor")
-    assert cut(("expert", "expert_mlp", "embed"), (3, 8, 8)) == P(None, "tensor", ("fsdp", "expert"))
-    assert cut(("embed", "heads", "head_dim"), (8, 4, 4)) == P(("fsdp", "expert"), "tensor", None)
-    assert cut(("embed", "heads", "head_dim"), (6, 8, 4)) == P("fsdp", ("tensor", "expert"), None)
+    assert cut(("expert", "expert_mlp", "embed"), (3, 8, 8)) == P(None, ("tensor", "expert"), "fsdp")
+    assert cut(("embed", "heads", "head_dim"), (8, 4, 4)) == P("fsdp", ("tensor", "expert"), None)
+    assert cut(("embed", "q_lora"), (8, 8)) == P("fsdp", "expert")
+    assert cut(("q_lora", "heads", "head_dim"), (8, 2, 4)) == P(("expert", "fsdp"), "tensor", None)
     assert cut(("embed", "norm"), (7, 8)) == P(None, None)
 
 

@@ -7,13 +7,17 @@ ready for a grouped matmul. The receiver has room for W rows, a little more than
 [r W, r W + W) of every receiver's order there and back, and there are as many rounds as the fullest device of the
 whole mesh needs. The backward pass does the same rounds again from the inputs; nothing else is kept.
 
+Rows travel by bundles of 8, the rows of one tile of a TPU's memory: what arrives is then a matrix as the kernels take
+it, where single rows would have to be copied into that form and back. Stretches are filled up to whole bundles with
+rows that count for nothing.
+
 Banks may be INT4 or adapted (`kernels.banks`): words and scales lie, and are gathered, where the floats would be.
 
 On TPU rows travel by `ragged_all_to_all`, which a CPU does not have: `_emulated` does there what its documentation
 says, poisons what breaks its contract with NaN, and shares every other line.
 
 B rows, S tokens a row of the whole batch   n tokens here   k choices   M = n*k assignments here   D, F widths
-X devices of the expert axis   E experts   W room of a receiver
+X devices of the expert axis   E experts   W room of a receiver   g rows a bundle   N sorted rows here, whole bundles
 """
 
 from __future__ import annotations
@@ -27,12 +31,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kimi_jax.kernels.banks import finish_gradient, learned, zero_gradient
 from kimi_jax.kernels.sorted_experts import Banks, sorted_swiglu, sorted_swiglu_grads
+from kimi_jax.kernels.spread import names, part_of_sum, whole
 
-LANES = 128  # a number that travels beside its row takes a vector of the TPU, which moves nothing narrower
+LANES = 128  # numbers that travel beside their bundle take a vector of the TPU, which moves nothing narrower
+BUNDLE = 8
+FEWEST = 64  # rows that an expert has from a device on the mean, below which bundles would be mostly filling
 
 
 class Cut(NamedTuple):
@@ -102,86 +109,108 @@ expert_parallel.defvjp(_fwd, _bwd)
 
 
 class Sorted(NamedTuple):
-    """A device's assignments in the order of their experts."""
+    """A device's assignments in the order of their experts, each expert's filled up to whole bundles."""
 
-    order: Int[Array, " M"]  # assignment of each sorted row
-    rank: Int[Array, "n k"]  # sorted row of each assignment; M for those that go nowhere
-    counts: Int[Array, " E"]
+    source: Int[Array, " N"]  # assignment of each sorted row; any for those that fill up
+    filled: Bool[Array, " N"]  # False for those
+    rank: Int[Array, "n k"]  # sorted row of each assignment; N for those that go nowhere
+    counts: Int[Array, " E"]  # of assignments
 
 
-def _sort(experts: Array, num_experts: int) -> Sorted:
+def _bundle(cut: Cut, assignments: int, num_experts: int) -> int:
+    """g."""
+    return BUNDLE if cut.expert is not None and assignments >= FEWEST * num_experts else 1
+
+
+def _sort(experts: Array, num_experts: int, bundle: int) -> Sorted:
     ids = jnp.minimum(experts.reshape(-1), num_experts)
+    total = ids.size if bundle == 1 else -(-(ids.size + num_experts * (bundle - 1)) // bundle) * bundle
     order = jnp.argsort(ids)
-    places = jnp.arange(ids.size, dtype=jnp.int32)
+    in_order = ids[order]
+    edges = jnp.searchsorted(in_order, jnp.arange(num_experts + 1, dtype=ids.dtype)).astype(jnp.int32)
+    counts = jnp.diff(edges)
+    ends = jnp.cumsum(-(-counts // bundle) * bundle)
+    shift = jnp.concatenate([jnp.zeros(1, jnp.int32), ends]) - edges  # how far filling has moved an expert's rows
+    places = jnp.where(in_order < num_experts, jnp.arange(ids.size, dtype=jnp.int32) + shift[in_order], total)
     rank = jnp.zeros(ids.size, jnp.int32).at[order].set(places, unique_indices=True)
-    rank = jnp.where(ids < num_experts, rank, ids.size)
-    edges = jnp.searchsorted(ids[order], jnp.arange(num_experts + 1, dtype=ids.dtype)).astype(jnp.int32)
-    return Sorted(order, rank.reshape(experts.shape), jnp.diff(edges))
+    source = jnp.full(total, ids.size, jnp.int32).at[places].set(order.astype(jnp.int32), mode="drop")
+    return Sorted(jnp.minimum(source, ids.size - 1), source < ids.size, rank.reshape(experts.shape), counts)
 
 
-def _wire(rows: Array) -> Array:
-    """[M, D] -> [M, p, D/p] as `ragged_all_to_all` wants rows on TPU, p values to a word of 32 bits.
-
-    In any other form the compiler copies all operands and results, in every round.
-    """
-    packed = 4 // rows.dtype.itemsize
-    return rows.reshape(rows.shape[0], packed if rows.shape[1] % (packed * LANES) == 0 else 1, -1)
+def _wire(rows: Array, bundle: int) -> Array:
+    """[N, D] -> [N/g, g, D]: what `ragged_all_to_all` moves. On TPU the same bytes, if g is 8."""
+    return rows.reshape(-1, bundle, rows.shape[1])
 
 
-def _plain(rows: Array) -> Array:
-    return rows.reshape(rows.shape[0], -1)
+def _plain(bundles: Array) -> Array:
+    return bundles.reshape(-1, bundles.shape[-1])
 
 
-def _scalars(values: Array) -> Array:
-    """One number a row, as rows of the wire."""
-    return _wire(jnp.broadcast_to(values[:, None], (values.size, LANES)))
+def _scalars(values: Array, bundle: int) -> Array:
+    """One number a row, as a vector a bundle: [N] -> [N/g, 1, LANES]."""
+    return jnp.pad(values.reshape(-1, 1, bundle), ((0, 0), (0, 0), (0, LANES - bundle)))
 
 
-def _buffer(rows: int, like: Array) -> Array:
-    """Room for rows of the wire, as memory was: nobody reads a row that was not sent."""
-    return lax.empty((rows, *like.shape[1:]), like.dtype)
+def _numbers(vectors: Array, bundle: int) -> Array:
+    return vectors[:, 0, :bundle].reshape(-1)
+
+
+def _buffer(bundles: int, like: Array) -> Array:
+    """Room for bundles, as memory was: nobody reads a row that was not sent."""
+    return lax.empty((bundles, *like.shape[1:]), like.dtype)
+
+
+def _own_buffer(like: Array) -> Array:
+    """The same, made anew in every layer: jax takes what depends on nothing out of the scan over layers, and a buffer
+    that all of them share is copied in each. Both branches are the same."""
+    empty = functools.partial(_buffer, like.shape[0], like)
+    return lax.cond(like[0, 0, 0] == 0, empty, empty)
 
 
 def _take(rows: Array, index: Array) -> Array:
-    """Rows of the wire of each assignment, [..., D] float32; zero for those that went nowhere."""
-    found = rows.at[index].get(mode="fill", fill_value=0).astype(jnp.float32)
-    return found.reshape(*index.shape, -1)
+    """Rows of each assignment, float32; zero for those that went nowhere."""
+    return rows.at[index].get(mode="fill", fill_value=0).astype(jnp.float32)
 
 
 class Traffic(NamedTuple):
-    """Who has how many rows for whom, known to all devices of an expert group."""
+    """Who has how much for whom, in bundles but for `rows`, known to all devices of an expert group."""
 
-    counts: Int[Array, "X E"]  # rows of each sender for each expert
+    rows: Int[Array, "X E"]  # assignments of each sender to each expert
+    counts: Int[Array, "X E"]
     source: Int[Array, "X E"]  # first of them in the sender's order
     target: Int[Array, "X E"]  # first of them in the order of the expert's device
-    received: Int[Array, " X"]  # rows of each device
+    received: Int[Array, " X"]  # of each device
 
 
-def _traffic(cut: Cut, counts: Array) -> Traffic:
-    every = lax.all_gather(counts, cut.expert) if cut.expert else counts[None]
+def _traffic(cut: Cut, counts: Array, bundle: int) -> Traffic:
+    rows = lax.all_gather(counts, cut.expert) if cut.expert else counts[None]
+    every = -(-rows // bundle)
     devices, experts = every.shape
     of_expert = every.sum(axis=0).reshape(devices, -1)
     first = (jnp.cumsum(of_expert, axis=1) - of_expert).reshape(experts)
     target = first + jnp.cumsum(every, axis=0) - every
-    return Traffic(every, jnp.cumsum(every, axis=1) - every, target, of_expert.sum(axis=1))
+    return Traffic(rows, every, jnp.cumsum(every, axis=1) - every, target, of_expert.sum(axis=1))
 
 
 class Window(NamedTuple):
-    """One round. Arguments of `ragged_all_to_all` after the arrays, both ways, and rows of each expert here."""
+    """One round. Arguments of `ragged_all_to_all` after the arrays, both ways; rows of each expert here, filled up;
+    assignments among them."""
 
     there: tuple[Array, Array, Array, Array]
     back: tuple[Array, Array, Array, Array]
     sizes: Int[Array, " E/X"]
+    computed: Int[Array, ""]
 
 
-def _window(cut: Cut, traffic: Traffic, turn: Array, room: int) -> Window:
+def _window(cut: Cut, traffic: Traffic, turn: Array, room: int, bundle: int) -> Window:
+    """room: W in bundles."""
     devices, experts = traffic.counts.shape
     me = lax.axis_index(cut.expert) if cut.expert else 0
     low = turn * room
     start = jnp.clip(traffic.target - low, 0, room)  # where each stretch begins in the window
     size = jnp.clip(traffic.target + traffic.counts - low, 0, room) - start
-    source = traffic.source + jnp.maximum(low - traffic.target, 0)
-    source = jnp.where(size > 0, source, 0)
+    before = jnp.maximum(low - traffic.target, 0)  # what earlier rounds have taken of a stretch
+    source = jnp.where(size > 0, traffic.source + before, 0)
 
     def mine(x: Array) -> Array:
         """What all senders have for the experts of this device."""
@@ -190,15 +219,16 @@ def _window(cut: Cut, traffic: Traffic, turn: Array, room: int) -> Window:
 
     there = source[me], size[me], start[me], mine(size).reshape(-1)
     back = mine(start).reshape(-1), mine(size).reshape(-1), mine(source).reshape(-1), size[me]
-    return Window(there, back, mine(size).sum(axis=0))
+    computed = jnp.clip(traffic.rows - bundle * before, 0, bundle * size)
+    return Window(there, back, bundle * mine(size).sum(axis=0), mine(computed).sum())
 
 
-def _room(cut: Cut, assignments: int) -> int:
+def _room(cut: Cut, assignments: int, rows: int) -> int:
     """W, in whole tiles. Without an expert axis nothing travels and everything fits."""
     if cut.expert is None:
-        return assignments
+        return rows
     tile = 512 if assignments >= 4096 else 8
-    most = assignments * cut.mesh.shape[cut.expert]
+    most = rows * cut.mesh.shape[cut.expert]
     return min(-(-math.ceil(assignments * cut.buffer) // tile) * tile, -(-most // tile) * tile)
 
 
@@ -215,68 +245,79 @@ def _repeat(cut: Cut, rounds: Array, body: Callable[[Array, Any], Any], carry: A
     return lax.fori_loop(0, rounds, body, carry)
 
 
+class Plan(NamedTuple):
+    """What both passes begin with. room: W in bundles."""
+
+    order: Sorted
+    traffic: Traffic
+    token: Int[Array, " N"]  # of each sorted row
+    room: int
+    bundle: int
+
+
+def _plan(cut: Cut, experts: Int[Array, "n k"], num_experts: int) -> Plan:
+    bundle = _bundle(cut, experts.size, num_experts)
+    order = _sort(experts, num_experts, bundle)
+    room = _room(cut, experts.size, order.source.size) // bundle
+    return Plan(order, _traffic(cut, order.counts, bundle), order.source // experts.shape[1], room, bundle)
+
+
 def _forward(cut: Cut, x: Array, experts: Array, gates: Array, banks: Banks) -> tuple[Array, Report]:
-    shape, picks = x.shape, experts.shape[-1]
+    shape = x.shape
     x, experts, gates = (a.reshape(-1, a.shape[-1]) for a in (x, experts, gates))
-    num_experts = _num_experts(cut, banks)
+    order, traffic, token, room, bundle = _plan(cut, experts, _num_experts(cut, banks))
     banks, first = _here(cut, banks)
-    order = _sort(experts, num_experts)
-    traffic = _traffic(cut, order.counts)
-    room = _room(cut, x.shape[0] * picks)
-    rows = _wire(x)[order.order // picks]
+    rows = _wire(x[token], bundle)
 
     def turn(i: Array, carry: tuple) -> tuple:
         results, computed = carry
-        window = _window(cut, traffic, i, room)
+        window = _window(cut, traffic, i, room, bundle)
         received = _exchange(cut, rows, _buffer(room, rows), window.there)
         out = sorted_swiglu(_plain(received), window.sizes, banks, first)
-        return _exchange(cut, _wire(out), results, window.back), computed + window.sizes.sum()
+        return _exchange(cut, _wire(out, bundle), results, window.back), computed + window.computed
 
     rounds = _rounds(cut, traffic, room)
-    results, computed = _repeat(cut, rounds, turn, (_buffer(rows.shape[0], rows), jnp.int32(0)))
-    y = jnp.einsum("nkd,nk->nd", _take(results, order.rank), gates.astype(jnp.float32))
+    start = _own_buffer(rows), jnp.int32(0)
+    results, computed = _repeat(cut, rounds, turn, start)
+    y = jnp.einsum("knd,kn->nd", _take(_plain(results), order.rank.T), gates.astype(jnp.float32).T)
     return _sum(y, (cut.tensor,)).reshape(shape), _report(cut, traffic, order.counts, computed, rounds)
 
 
 def _report(cut: Cut, traffic: Traffic, counts: Array, computed: Array, rounds: Array) -> Report:
-    cutting = tuple(axis for part in cut.tokens for axis in _names(part))
-    mean = jnp.maximum(jnp.mean(traffic.received.astype(jnp.float32)), 1.0)
-    imbalance = lax.pmax(jnp.max(traffic.received) / mean, tuple(cut.mesh.axis_names))
+    cutting = tuple(axis for part in cut.tokens for axis in names(part))
+    received = traffic.rows.sum(axis=0).reshape(traffic.received.shape[0], -1).sum(axis=1)
+    mean = jnp.maximum(jnp.mean(received.astype(jnp.float32)), 1.0)
+    imbalance = lax.pmax(jnp.max(received) / mean, tuple(cut.mesh.axis_names))
     return Report(_sum(counts, cutting), _sum(computed, cutting), rounds, imbalance)
 
 
 def _backward(cut: Cut, x: Array, experts: Array, gates: Array, banks: Banks, grad: Array) -> tuple[Any, ...]:
     shape, picks = x.shape, experts.shape
     x, experts, gates, grad = (a.reshape(-1, a.shape[-1]) for a in (x, experts, gates, grad))
-    num_experts = _num_experts(cut, banks)
+    order, traffic, token, room, bundle = _plan(cut, experts, _num_experts(cut, banks))
     banks, _ = _here(cut, banks)
-    order = _sort(experts, num_experts)
-    traffic = _traffic(cut, order.counts)
-    room = _room(cut, x.shape[0] * picks[-1])
-    token = order.order // picks[-1]
-    rows, grad_rows = _wire(x)[token], _wire(grad.astype(x.dtype))[token]
-    gate_rows = _scalars(gates.reshape(-1)[order.order].astype(jnp.float32))
+    rows, grad_rows = _wire(x[token], bundle), _wire(grad.astype(x.dtype)[token], bundle)
+    gate_rows = jnp.where(order.filled, gates.reshape(-1)[order.source].astype(jnp.float32), 0.0)
+    gate_rows = _scalars(gate_rows, bundle)
 
     def turn(i: Array, carry: tuple) -> tuple:
         drows, dgates, totals = carry
-        window = _window(cut, traffic, i, room)
+        window = _window(cut, traffic, i, room, bundle)
         got, got_grad, got_gates = (
             _exchange(cut, sent, _buffer(room, sent), window.there) for sent in (rows, grad_rows, gate_rows)
         )
         here, dscale, totals = sorted_swiglu_grads(
-            _plain(got), got_gates[:, 0, 0], window.sizes, banks, _plain(got_grad), totals
+            _plain(got), _numbers(got_gates, bundle), window.sizes, banks, _plain(got_grad), totals
         )
-        drows = _exchange(cut, _wire(here), drows, window.back)
-        return drows, _exchange(cut, _scalars(dscale), dgates, window.back), totals
+        drows = _exchange(cut, _wire(here, bundle), drows, window.back)
+        return drows, _exchange(cut, _scalars(dscale, bundle), dgates, window.back), totals
 
     totals = tuple(map(zero_gradient, banks))
     start = _buffer(rows.shape[0], rows), _buffer(rows.shape[0], gate_rows), totals
     drows, dgates, totals = _repeat(cut, _rounds(cut, traffic, room), turn, start)
-    # as a weighted sum: a plain one the compiler makes in the form of the wire, four times as slow
-    sent = (order.rank < gates.size).astype(jnp.float32)
-    dx = jnp.einsum("nkd,nk->nd", _take(drows, order.rank), sent)
+    dx = _take(_plain(drows), order.rank.T).sum(axis=0)
     dx = _sum(dx, (cut.tensor,)).astype(x.dtype)
-    dgates = _sum(_take(dgates[:, :, :1], order.rank)[..., 0], (cut.tensor,)).astype(gates.dtype)
+    dgates = _sum(_take(_numbers(dgates, bundle), order.rank), (cut.tensor,)).astype(gates.dtype)
     totals = jax.tree.map(lambda total, bank: total.astype(bank.dtype), totals, tuple(map(learned, banks)))
     return dx.reshape(shape), dgates.reshape(picks), _parts(cut, totals)
 
@@ -313,18 +354,9 @@ def _emulated(
     return jnp.where(kept, out, jnp.nan)
 
 
-def _names(part: Any) -> tuple[str, ...]:
-    return () if part is None else (part,) if isinstance(part, str) else tuple(part)
-
-
 def _sum(x: Array, axes: tuple[str | None, ...]) -> Array:
     axes = tuple(axis for axis in axes if axis is not None)
     return lax.psum(x, axes) if axes else x
-
-
-def _spread(cut: Cut, part: Any) -> tuple[str, ...]:
-    """The axes that cut a bank only to need less room: not those on which the work is dealt."""
-    return tuple(axis for axis in _names(part) if axis not in (cut.expert, cut.tensor))
 
 
 def _num_experts(cut: Cut, banks: Banks) -> int:
@@ -339,7 +371,8 @@ def _here(cut: Cut, banks: Banks) -> tuple[Banks, int]:
     """
     if cut.layer is None:
         return _whole(cut, banks), 0
-    if any(_spread(cut, part) for spec in jax.tree.leaves(cut.banks) for part in spec):
+    kept = cut.expert, cut.tensor
+    if any(axis not in kept for spec in jax.tree.leaves(cut.banks) for part in spec for axis in names(part)):
         own = _whole(cut, jax.tree.map(lambda bank: bank[cut.layer, None], banks))
         return jax.tree.map(lambda bank: bank[0], own), 0
     each = jax.tree.leaves(banks)[0].shape[1]
@@ -347,13 +380,7 @@ def _here(cut: Cut, banks: Banks) -> tuple[Banks, int]:
 
 
 def _whole(cut: Cut, banks: Banks) -> Banks:
-    def gather(bank: Array, spec: PartitionSpec) -> Array:
-        for dim, part in enumerate(spec):
-            if axes := _spread(cut, part):
-                bank = lax.all_gather(bank, axes, axis=dim, tiled=True)
-        return bank
-
-    return jax.tree.map(gather, banks, cut.banks)
+    return jax.tree.map(lambda bank, spec: whole(bank, spec, (cut.expert, cut.tensor)), banks, cut.banks)
 
 
 def _parts(cut: Cut, totals: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -361,14 +388,10 @@ def _parts(cut: Cut, totals: tuple[Any, ...]) -> tuple[Any, ...]:
 
     Of F every device of the tensor axis has a part, and so has an adapter's gradient that F is summed over in.
     """
-    dealt = [axis for part in (*cut.tokens, cut.tensor) for axis in _names(part) if axis != cut.expert]
+    dealt = [axis for part in (*cut.tokens, cut.tensor) for axis in names(part) if axis != cut.expert]
 
-    def scatter(total: Array, spec: PartitionSpec) -> Array:
-        done = {cut.tensor} & {axis for part in spec for axis in _names(part)}
-        for dim, part in enumerate(spec):
-            if axes := _spread(cut, part):
-                total = lax.psum_scatter(total, axes, scatter_dimension=dim, tiled=True)
-                done.update(axes)
-        return _sum(total, tuple(axis for axis in dealt if axis not in done))
+    def part(total: Array, spec: PartitionSpec) -> Array:
+        own = {cut.tensor} & {axis for entry in spec for axis in names(entry)}
+        return part_of_sum(total, spec, (cut.expert, cut.tensor), tuple(axis for axis in dealt if axis not in own))
 
-    return jax.tree.map(scatter, totals, tuple(map(learned, cut.banks)))
+    return jax.tree.map(part, totals, tuple(map(learned, cut.banks)))

@@ -6,8 +6,13 @@ stretch at a time, and joins the pieces by their log-sum-exp: its own stretch ca
 not at all (so devices with late stretches work most, up to twice the mean). Backward goes over the same pieces with the
 joint log-sum-exp, and the latents' gradient is scattered back. Without a context axis there is one piece.
 
-B rows   S tokens   H heads   C latent with rotary key   L latent rank   d, v widths of keys and values
-t tokens of a stretch   X stretches
+Queries, keys and values are made here as well, one product each, so that on TPU a kernel can take them as they come
+(`kernels.latent_flash`); elsewhere, and where it does not fit, heads are cut out of them. What turns a query, x cos +
+x' sin, has x' from columns of its own: the matrix' columns are swapped, not the lanes of all queries.
+
+B rows   S tokens   H heads   I input of queries   C latent with rotary key   L its rank   d, v widths of keys, values
+r rotary width   p = r / 2   n = d - r   w = n + 2 r and u = n + v columns of a head   t tokens of a stretch
+X stretches
 """
 
 from __future__ import annotations
@@ -22,30 +27,45 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from kimi_jax.kernels import latent_flash
 from kimi_jax.kernels.segment_attention import Piece, attend, attend_grads
+from kimi_jax.kernels.spread import part_of_sum, whole
 
 
 class Cut(NamedTuple):
-    """Mesh axes of rows, of the tokens of a row and of heads (None: not cut); scale, exact_above: as in `Piece`."""
+    """Mesh axes of rows, of the tokens of a row and of heads (None: not cut); how the two matrices lie; scale,
+    exact_above: as in `Piece`."""
 
     mesh: Mesh | AbstractMesh
     rows: tuple[str, ...]
     context: str | None
     heads: str | None
+    query: PartitionSpec
+    kernel: PartitionSpec
     scale: float
     exact_above: float
 
-    def specs(self) -> tuple[PartitionSpec, ...]:
-        """Of queries, latents, the matrix and segment ids."""
+    def inputs(self) -> tuple[PartitionSpec, ...]:
+        """Of x, the query matrix, cos, sin, latents, the matrix of keys and values, segment ids."""
+        rows = self.rows or None
+        tokens = PartitionSpec(rows, self.context, None)
+        return tokens, self.query, tokens, tokens, tokens, self.kernel, PartitionSpec(rows, self.context)
+
+    def outputs(self) -> tuple[PartitionSpec, ...]:
+        """Of the output, its log-sum-exp and the largest logits."""
         rows = self.rows or None
         return (
-            PartitionSpec(rows, self.context, self.heads, None), PartitionSpec(rows, self.context, None),
-            PartitionSpec(None, self.heads, None), PartitionSpec(rows, self.context),
+            PartitionSpec(rows, self.context, self.heads, None), PartitionSpec(rows, self.heads, self.context),
+            PartitionSpec(self.heads),
         )  # fmt: skip
+
+    def summed(self) -> tuple[str, ...]:
+        """Mesh axes along which gradients of matrices are summed."""
+        return (*self.rows, *((self.context,) if self.context else ()))
 
 
 def join_heads(
-    both: Float[Array, "B S H w"], k_rope: Float[Array, "B S r"], nope: int
+    both: Float[Array, "B S H u"], k_rope: Float[Array, "B S r"], nope: int
 ) -> tuple[Float[Array, "B S H d"], Float[Array, "B S H v"]]:
     """Keys (`nope` columns, then the rotary part that all heads share) and values (the other columns)."""
     k_nope, v = jnp.split(both, [nope], axis=-1)
@@ -53,59 +73,138 @@ def join_heads(
     return jnp.concatenate([k_nope, k_rope], axis=-1), v
 
 
-def expand(
-    latent: Float[Array, "B S C"], kernel: Float[Array, "L H w"], d: int
-) -> tuple[Float[Array, "B S H d"], Float[Array, "B S H v"]]:
-    """Keys and values of all heads; w = d - (C - L) + v."""
-    rank, heads, width = kernel.shape
-    latent, k_rope = jnp.split(latent, [rank], axis=-1)
-    exact = lax.Precision.HIGHEST if latent.dtype == jnp.float32 else None
-    both = jnp.matmul(latent, kernel.reshape(rank, -1), precision=exact)
-    return join_heads(both.reshape(*latent.shape[:-1], heads, width), k_rope, d - k_rope.shape[-1])
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def latent_attention(
     cut: Cut,
-    q: Float[Array, "B S H d"],
+    x: Float[Array, "B S I"],
+    query: Float[Array, "I H d"],
+    cos: Float[Array, "B S p"],
+    sin: Float[Array, "B S p"],
     latent: Float[Array, "B S C"],
-    kernel: Float[Array, "L H w"],
+    kernel: Float[Array, "L H u"],
     segment_ids: Int[Array, "B S"],
 ) -> tuple[Float[Array, "B S H v"], Float[Array, " H"]]:
-    """`segment_attention`, causal, over `expand(latent, kernel)`: output and each head's largest scaled logit."""
-    return _fwd(cut, q, latent, kernel, segment_ids)[0]
+    """Causal `segment_attention` of the queries x @ query, turned by cos and sin, over the keys and values of latents.
+
+    Returns the output and each head's largest scaled logit. Differentiable by x, latent and both matrices.
+    """
+    return _fwd(cut, x, query, cos, sin, latent, kernel, segment_ids)[0]
 
 
-def _fwd(cut: Cut, q: Array, latent: Array, kernel: Array, segment_ids: Array) -> tuple:
-    specs = cut.specs()
-    lse_spec = PartitionSpec(specs[0][0], cut.heads, cut.context)
+def _fwd(cut: Cut, *args: Array) -> tuple:
     out, lse, top = jax.shard_map(
         functools.partial(_forward, cut),
         mesh=cut.mesh,
-        in_specs=specs,
-        out_specs=(specs[0], lse_spec, PartitionSpec(cut.heads)),
+        in_specs=cut.inputs(),
+        out_specs=cut.outputs(),
         check_vma=False,
-    )(q, latent, kernel, segment_ids)
+    )(*args)
     out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention")  # for policies of remat
-    return (out, top), (q, latent, kernel, segment_ids, out, lse)
+    return (out, top), (*args, out, lse)
 
 
 def _bwd(cut: Cut, residuals: tuple, grads: tuple) -> tuple[Any, ...]:
-    specs = cut.specs()
-    lse_spec = PartitionSpec(specs[0][0], cut.heads, cut.context)
-    dq, dlatent, dkernel = jax.shard_map(
+    inputs, (out, lse, _) = cut.inputs(), cut.outputs()
+    dx, dquery, dlatent, dkernel = jax.shard_map(
         functools.partial(_backward, cut),
         mesh=cut.mesh,
-        in_specs=(*specs, specs[0], lse_spec, specs[0]),
-        out_specs=specs[:3],
+        in_specs=(*inputs, out, lse, out),
+        out_specs=(inputs[0], cut.query, inputs[4], cut.kernel),
         check_vma=False,
     )(*residuals, grads[0])
-    return dq, dlatent, dkernel, None
+    return dx, dquery, None, None, dlatent, dkernel, None
 
 
 latent_attention.defvjp(_fwd, _bwd)
 
 # ------------------------------------------------------------------------------------------------------- on each device
+
+
+def _product(x: Float[Array, "B t I"], matrix: Float[Array, "I H w"]) -> Float[Array, "B t Hw"]:
+    exact = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.matmul(x, matrix.reshape(matrix.shape[0], -1), precision=exact)
+
+
+def _queries(x: Float[Array, "B t I"], query: Float[Array, "I H d"], nope: int) -> Float[Array, "B t Hw"]:
+    """Of each head: columns without rotary; first, then second members of the pairs; the same swapped, -second first.
+
+    As `nn.rope.rotate_to_halves` orders them.
+    """
+    plain, a, b = query[..., :nope], query[..., nope::2], query[..., nope + 1 :: 2]
+    return _product(x, jnp.concatenate([plain, a, b, -b, a], axis=-1))
+
+
+def _keys(latent: Array, kernel: Array) -> tuple[Float[Array, "B t Hu"], Float[Array, "B t r"]]:
+    """Keys without rotary and values of each head; the turned key."""
+    latent, rope = jnp.split(latent, [kernel.shape[0]], axis=-1)
+    return _product(latent, kernel), rope
+
+
+class _Call(NamedTuple):
+    """What is static in one piece of attention."""
+
+    how: Piece
+    heads: int
+    nope: int
+
+    def heads_of(self, q: Array, cos: Array, sin: Array, kv: Array, rope: Array) -> tuple[Array, Array, Array]:
+        """q, k, v [B, t, H, .] from the products, queries turned."""
+        q, kv = (a.reshape(*a.shape[:2], self.heads, -1) for a in (q, kv))
+        plain, straight, swapped = jnp.split(q, [self.nope, self.nope + rope.shape[-1]], axis=-1)
+        cos, sin = (jnp.concatenate([a, a], axis=-1)[:, :, None] for a in (cos, sin))
+        q = jnp.concatenate([plain, straight * cos + swapped * sin], axis=-1)
+        return q, *join_heads(kv, rope, self.nope)
+
+    def flash(self, q: Array, kv: Array, rope: Array) -> latent_flash.Shape:
+        """The same for the kernel."""
+        value = kv.shape[-1] // self.heads - self.nope
+        widths = self.heads, self.nope, 2 * rope.shape[-1], value
+        return latent_flash.Shape(*widths, q.shape[1], kv.shape[1], self.how.scale, self.how.causal)
+
+    def turn(self, cos: Array, sin: Array, rope: Array) -> tuple[Array, Array]:
+        """How the kernel wants the rotation and the turned key."""
+        turn = jnp.concatenate([cos, cos, sin, sin], axis=-1).astype(jnp.float32) * self.how.scale
+        return turn, jnp.concatenate([rope, rope], axis=-1)
+
+
+def _attend(call: _Call, *args: Array) -> tuple[Array, Array, Array]:
+    """One piece: q, cos, sin, kv, rope and the ids of queries and keys to output [B, t, H, v], log-sum-exp, maxima."""
+
+    def plain(*args: Array) -> tuple[Array, Array, Array]:
+        return attend(call.how, *call.heads_of(*args[:5]), *args[5:])
+
+    def kernel(q: Array, cos: Array, sin: Array, kv: Array, rope: Array, query_ids: Array, key_ids: Array) -> tuple:
+        turn, rope_twice = call.turn(cos, sin, rope)
+        arrays = q, turn, kv, rope_twice, query_ids, key_ids
+        out, lse, top = latent_flash.forward(call.flash(q, kv, rope), *arrays)
+        return out.reshape(*q.shape[:2], call.heads, -1), lse, top.max(axis=(0, 2))
+
+    return lax.platform_dependent(*args, tpu=kernel if _fits(call, *args) else plain, default=plain)
+
+
+def _attend_grads(call: _Call, *args: Array) -> tuple[Array, Array, Array]:
+    """Gradients of q, kv and rope in the same form; args: those of `_attend`, then output, log-sum-exp and gradient."""
+
+    def plain(q: Array, cos: Array, sin: Array, kv: Array, rope: Array, *others: Array) -> tuple:
+        heads, pullback = jax.vjp(lambda q, kv, rope: call.heads_of(q, cos, sin, kv, rope), q, kv, rope)
+        return pullback(attend_grads(call.how, *heads, *others))
+
+    def kernel(
+        q: Array, cos: Array, sin: Array, kv: Array, rope: Array, query_ids: Array, key_ids: Array,
+        out: Array, lse: Array, grad: Array,
+    ) -> tuple:  # fmt: skip
+        turn, rope_twice = call.turn(cos, sin, rope)
+        out, grad = (a.reshape(*a.shape[:2], -1) for a in (out, grad))
+        arrays = q, turn, kv, rope_twice, query_ids, key_ids, out, lse, grad.astype(q.dtype)
+        dq, dkv, drope = latent_flash.backward(call.flash(q, kv, rope), *arrays)
+        first, second = jnp.split(drope, 2, axis=-1)
+        return dq, dkv, (first + second).astype(rope.dtype)
+
+    return lax.platform_dependent(*args, tpu=kernel if _fits(call, *args) else plain, default=plain)
+
+
+def _fits(call: _Call, q: Array, cos: Array, sin: Array, kv: Array, rope: Array, *_: Array) -> bool:
+    return latent_flash.fits(call.flash(q, kv, rope), q.dtype)
 
 
 def _gather(cut: Cut, x: Array) -> Array:
@@ -117,12 +216,17 @@ def _mine(cut: Cut) -> Array | int:
     return lax.axis_index(cut.context) if cut.context else 0
 
 
-def _forward(cut: Cut, q: Array, latent: Array, kernel: Array, ids: Array) -> tuple[Array, Array, Array]:
+def _forward(
+    cut: Cut, x: Array, query: Array, cos: Array, sin: Array, latent: Array, kernel: Array, ids: Array
+) -> tuple[Array, Array, Array]:
+    query, kernel = whole(query, cut.query, (cut.heads,)), whole(kernel, cut.kernel, (cut.heads,))
     latents, all_ids, me = _gather(cut, latent), _gather(cut, ids), _mine(cut)
+    nope = query.shape[-1] - 2 * cos.shape[-1]
+    q = _queries(x, query, nope)
 
     def piece(i: Array | int, causal: bool) -> tuple[Array, Array, Array]:
-        k, v = expand(latents[i], kernel, q.shape[-1])
-        return attend(Piece(causal, cut.scale, cut.exact_above), q, k, v, ids, all_ids[i])
+        call = _Call(Piece(causal, cut.scale, cut.exact_above), query.shape[1], nope)
+        return _attend(call, q, cos, sin, *_keys(latents[i], kernel), ids, all_ids[i])
 
     def join(i: Array, carry: tuple) -> tuple:
         out, lse, top = carry
@@ -143,16 +247,20 @@ def _forward(cut: Cut, q: Array, latent: Array, kernel: Array, ids: Array) -> tu
 
 
 def _backward(
-    cut: Cut, q: Array, latent: Array, kernel: Array, ids: Array, out: Array, lse: Array, grad: Array
-) -> tuple[Array, Array, Array]:
+    cut: Cut, x: Array, query: Array, cos: Array, sin: Array, latent: Array, kernel: Array, ids: Array,
+    out: Array, lse: Array, grad: Array,
+) -> tuple[Array, Array, Array, Array]:  # fmt: skip
+    query, kernel = whole(query, cut.query, (cut.heads,)), whole(kernel, cut.kernel, (cut.heads,))
     latents, all_ids, me = _gather(cut, latent), _gather(cut, ids), _mine(cut)
+    nope = query.shape[-1] - 2 * cos.shape[-1]
+    q, pull_queries = jax.vjp(lambda x, w: _queries(x, w, nope), x, query)
 
     def piece(i: Array | int, causal: bool) -> tuple[Array, Array, Array]:
-        (k, v), pullback = jax.vjp(lambda x, w: expand(x, w, q.shape[-1]), latents[i], kernel)
-        how = Piece(causal, cut.scale)
-        dq, dk, dv = attend_grads(how, q, k, v, ids, all_ids[i], out, lse, grad)
-        dlatent, dkernel = pullback((dk, dv))
-        return dq.astype(jnp.float32), dlatent, dkernel.astype(jnp.float32)
+        keys, pull_keys = jax.vjp(_keys, latents[i], kernel)
+        call = _Call(Piece(causal, cut.scale), query.shape[1], nope)
+        dq, *dkeys = _attend_grads(call, q, cos, sin, *keys, ids, all_ids[i], out, lse, grad)
+        dlatent, dkernel = pull_keys(tuple(dkeys))
+        return dq, dlatent, dkernel
 
     def add(i: Array, carry: tuple) -> tuple:
         dq, dlatents, dkernel = carry
@@ -162,10 +270,14 @@ def _backward(
     dq, dlatent, dkernel = piece(me, causal=True)
     if cut.context:
         dlatents = jnp.zeros_like(latents).at[me].set(dlatent)
-        dq, dlatents, dkernel = lax.fori_loop(0, me, add, (dq, dlatents, dkernel))
+        start = dq.astype(jnp.float32), dlatents, dkernel.astype(jnp.float32)
+        dq, dlatents, dkernel = lax.fori_loop(0, me, add, start)
         dlatent = lax.psum_scatter(dlatents, cut.context, scatter_dimension=0)
-    if cut.heads:  # every group of heads had the whole latent
-        dlatent = lax.psum(dlatent, cut.heads)
-    summed = (*cut.rows, *((cut.context,) if cut.context else ()))
-    dkernel = lax.psum(dkernel, summed) if summed else dkernel
-    return dq.astype(q.dtype), dlatent.astype(latent.dtype), dkernel.astype(kernel.dtype)
+    dx, dquery = pull_queries(dq.astype(q.dtype))
+    if cut.heads:  # every group of heads had the whole latent, and the whole input of queries
+        dlatent, dx = lax.psum(dlatent, cut.heads), lax.psum(dx, cut.heads)
+    dquery, dkernel = (
+        part_of_sum(total, spec, (cut.heads,), cut.summed())
+        for total, spec in ((dquery, cut.query), (dkernel, cut.kernel))
+    )
+    return dx, dquery.astype(query.dtype), dlatent.astype(latent.dtype), dkernel.astype(kernel.dtype)

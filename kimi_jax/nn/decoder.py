@@ -51,8 +51,9 @@ class Aux:
 # What `config.remat_policy` keeps of a layer beside its input: names given below and in `kernels.segment_attention`.
 REMAT_POLICIES: dict[str, tuple[str, ...]] = {
     "layer_inputs": (),  # the least memory; everything is made again
+    "attention_sum": ("expert_inputs",),  # what the MLP's norm takes: the output projection runs once
     "attention_output": ("attention",),  # with its log-sum-exp: attention itself runs once
-    "expert_inputs": ("attention", "expert_inputs"),  # and the output projection too
+    "expert_inputs": ("attention", "expert_inputs"),  # both
     "offload_layer_inputs": (),  # inputs wait in the host's memory (TPU)
 }
 
@@ -83,7 +84,7 @@ class DecoderLayer(nn.Module):
         self.input_norm = RMSNorm(c.rms_norm_eps, c.param_dtype)
         self.attention = MLA(c, self.layout)
         self.post_attention_norm = RMSNorm(c.rms_norm_eps, c.param_dtype)
-        self.mlp = MoE(c, self.layout) if self.routed else SwiGLU(c, c.intermediate_size)
+        self.mlp = MoE(c, self.layout) if self.routed else SwiGLU(c, c.intermediate_size, self.layout)
 
     def __call__(
         self,

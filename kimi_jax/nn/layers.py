@@ -18,6 +18,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from kimi_jax.config import ModelConfig
+from kimi_jax.kernels.spread import spread_matmul
+from kimi_jax.nn.layout import Layout
 from kimi_jax.nn.param import ADAPTERS, AdamW, Muon, declare
 
 
@@ -100,7 +102,8 @@ class LayerNorm(nn.Module):
 class Linear(nn.Module):
     """x[..., *inputs] -> y[..., *outputs]: one matrix, seen as an array with several input and output axes.
 
-    inputs, outputs: sizes; input_axes, output_axes: their logical names. The matrix is one Muon matrix. If the
+    inputs, outputs: sizes; input_axes, output_axes: their logical names; layout: of x [B, S, *inputs] and the matrix
+    over a mesh, None to leave that to the compiler. The matrix is one Muon matrix. If the
     collection of adapters has a `kernel` {a [*inputs, r], b [r, *outputs]}, x a b is added before the bias.
     """
 
@@ -112,6 +115,7 @@ class Linear(nn.Module):
     dtype: str = "float32"
     param_dtype: str = "float32"
     use_bias: bool = False
+    layout: Layout | None = None
 
     def setup(self) -> None:
         """Create `kernel` [*inputs, *outputs] and, if asked for, `bias` [*outputs]."""
@@ -136,8 +140,11 @@ class Linear(nn.Module):
         x, kernel = x.astype(self.dtype), self.kernel.astype(self.dtype)
         lead = x.shape[: x.ndim - len(self.inputs)]
         x = x.reshape(*lead, math.prod(self.inputs))
-        kernel = kernel.reshape(x.shape[-1], math.prod(self.outputs))
-        y = project(x, kernel, self.use_bias)
+        if self.layout is not None and not self.use_bias:
+            names = (*self.input_axes, *self.output_axes)
+            y = spread_matmul(self.layout.matrix(names, kernel.shape, len(self.inputs)), x, kernel)
+        else:
+            y = project(x, kernel.reshape(x.shape[-1], math.prod(self.outputs)), self.use_bias)
         if self.has_variable(ADAPTERS, "kernel"):
             adapter: Any = self.get_variable(ADAPTERS, "kernel")
             a = adapter["a"].astype(self.dtype).reshape(x.shape[-1], -1)
@@ -149,11 +156,13 @@ class Linear(nn.Module):
         return y
 
 
-def text_linear(config: ModelConfig, inputs: dict[str, int], outputs: dict[str, int]) -> Linear:
+def text_linear(
+    config: ModelConfig, inputs: dict[str, int], outputs: dict[str, int], layout: Layout | None = None
+) -> Linear:
     """A `Linear` of the language model from {axis name: size}, without bias."""
     return Linear(
         tuple(inputs.values()), tuple(outputs.values()), tuple(inputs), tuple(outputs),
-        config.initializer_range, config.dtype, config.param_dtype,
+        config.initializer_range, config.dtype, config.param_dtype, layout=layout,
     )  # fmt: skip
 
 
@@ -162,13 +171,14 @@ class SwiGLU(nn.Module):
 
     config: ModelConfig
     inner: int
+    layout: Layout | None = None
 
     def setup(self) -> None:
         """Three matrices."""
         width = {"embed": self.config.hidden_size}
-        self.gate = text_linear(self.config, width, {"mlp": self.inner})
-        self.up = text_linear(self.config, width, {"mlp": self.inner})
-        self.down = text_linear(self.config, {"mlp": self.inner}, width)
+        self.gate = text_linear(self.config, width, {"mlp": self.inner}, self.layout)
+        self.up = text_linear(self.config, width, {"mlp": self.inner}, self.layout)
+        self.down = text_linear(self.config, {"mlp": self.inner}, width, self.layout)
 
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
         """Same shape, in the activations' dtype."""

@@ -1,8 +1,9 @@
 """How arrays lie over a mesh, as far as the model has to know it.
 
-Source: design.md section 3. Most of the model is written as if there were one device, and the compiler cuts it. Three
-places say themselves what happens on each device (`jax.shard_map`): the routed experts, attention, and the loss over
-the vocabulary. They, and the constraints at the edges of blocks, get a `Layout`; without one nothing is cut.
+Source: design.md section 3. Most of the model is written as if there were one device, and the compiler cuts it. Some
+places say themselves what happens on each device (`jax.shard_map`): the routed experts, attention, the decoder's
+matrices, and the loss over the vocabulary. They, and the constraints at the edges of blocks, get a `Layout`; without
+one nothing is cut.
 The table of rules is in `kimi_jax.sharding`.
 """
 
@@ -15,6 +16,7 @@ import jax
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from kimi_jax.kernels.spread import MatrixCut
 from kimi_jax.kernels.vocabulary import VocabularyCut
 
 
@@ -74,6 +76,12 @@ class Layout:
         """How token ids and a table or output matrix with these logical axes lie over the mesh."""
         sequence = (*self.axes("sequence"), *(("tensor",) if self.mesh.shape["tensor"] > 1 else ()))
         return VocabularyCut(self.mesh, self.axes("batch"), self.axes("sequence"), sequence, self.spec(names, shape))
+
+    def matrix(self, names: tuple[str, ...], shape: tuple[int, ...], inputs: int) -> MatrixCut:
+        """How tokens [B, S, .] and a matrix with these logical axes lie; the first `inputs` of them are its inputs."""
+        return MatrixCut(
+            self.mesh, self.axes("batch"), self.axes("sequence"), self.spec(names, shape), inputs, "tensor"
+        )
 
     def constrain(self, x: jax.Array, *names: str | None) -> jax.Array:
         """The same array, cut by these names; for the edges of blocks, where the compiler should not choose."""

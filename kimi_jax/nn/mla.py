@@ -3,11 +3,12 @@
 Source: reference.md section 3 (MLA, naive form); paper.md sections 1.5 and 2.4 (QK-clip: what gets which factor).
 
 B rows   S tokens   D width   H heads   n, r, v: widths of the part without rotary, the rotary part, the values
-d = n + r   C = kv_lora_rank + r
+d = n + r   I width of what the queries' matrix takes   C = kv_lora_rank + r   p = r / 2
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -31,35 +32,43 @@ class MLA(nn.Module):
     def setup(self) -> None:
         """Parameters q_a, q_a_norm, q_b (or q), kv_a, kv_a_norm, kv_b, o."""
         c = self.config
+        linear = functools.partial(text_linear, layout=self.layout)
         width, heads = {"embed": c.hidden_size}, {"heads": c.num_attention_heads}
         query = {**heads, "head_dim": c.qk_head_dim}
         if c.q_lora_rank is None:
-            self.q = text_linear(c, width, query)
+            self.q = linear(c, width, query)
         else:
-            self.q_a = text_linear(c, width, {"q_lora": c.q_lora_rank})
+            self.q_a = linear(c, width, {"q_lora": c.q_lora_rank})
             self.q_a_norm = RMSNorm(c.lora_norm_eps, c.param_dtype)
-            self.q_b = text_linear(c, {"q_lora": c.q_lora_rank}, query)
-        self.kv_a = text_linear(c, width, {"kv_lora": c.kv_lora_rank + c.qk_rope_head_dim})
+            self.q_b = linear(c, {"q_lora": c.q_lora_rank}, query)
+        self.kv_a = linear(c, width, {"kv_lora": c.kv_lora_rank + c.qk_rope_head_dim})
         self.kv_a_norm = RMSNorm(c.lora_norm_eps, c.param_dtype)
-        self.kv_b = text_linear(
-            c, {"kv_lora": c.kv_lora_rank}, {**heads, "head_dim": c.qk_nope_head_dim + c.v_head_dim}
-        )
-        self.o = text_linear(c, {**heads, "head_dim": c.v_head_dim}, width)
+        self.kv_b = linear(c, {"kv_lora": c.kv_lora_rank}, {**heads, "head_dim": c.qk_nope_head_dim + c.v_head_dim})
+        self.o = linear(c, {**heads, "head_dim": c.v_head_dim}, width)
 
-    def project(
+    def inputs(
         self, x: Float[Array, "B S D"], positions: Int[Array, "B S"]
-    ) -> tuple[Float[Array, "B S H n"], Float[Array, "B S H r"], Float[Array, "B S C"]]:
-        """Queries without and with rotary, and the latent: all that attention must know of a token as a key.
+    ) -> tuple[Float[Array, "B S I"], Float[Array, "B S p"], Float[Array, "B S p"], Float[Array, "B S C"]]:
+        """What the queries' matrix takes, cos and sin, and the latent: all that a token is as a key.
 
         The latent is kv_lora_rank normalised numbers, then the turned rotary key that all heads share.
         """
         c = self.config
         cos, sin = text_rotary(c, positions)
-        q = self.q(x) if c.q_lora_rank is None else self.q_b(self.q_a_norm(self.q_a(x)))
-        q_nope, q_rope = jnp.split(q, [c.qk_nope_head_dim], axis=-1)
+        if c.q_lora_rank is not None:
+            query_input = self.q_a_norm(self.q_a(x))
         latent, k_rope = jnp.split(self.kv_a(x), [c.kv_lora_rank], axis=-1)
         k_rope = rotate_to_halves(k_rope[:, :, None], cos, sin)[:, :, 0]
         latent = jnp.concatenate([self.kv_a_norm(latent), k_rope], axis=-1)
+        return x if c.q_lora_rank is None else query_input, cos, sin, latent
+
+    def project(
+        self, x: Float[Array, "B S D"], positions: Int[Array, "B S"]
+    ) -> tuple[Float[Array, "B S H n"], Float[Array, "B S H r"], Float[Array, "B S C"]]:
+        """Queries without and with rotary, and the latent."""
+        query_input, cos, sin, latent = self.inputs(x, positions)
+        q = (self.q if self.config.q_lora_rank is None else self.q_b)(query_input)
+        q_nope, q_rope = jnp.split(q, [self.config.qk_nope_head_dim], axis=-1)
         return q_nope, rotate_to_halves(q_rope, cos, sin), latent
 
     def expand(self, latent: Float[Array, "B S C"]) -> tuple[Float[Array, "B S H d"], Float[Array, "B S H v"]]:
@@ -76,20 +85,32 @@ class MLA(nn.Module):
         positions: 0.. in each document; segment_ids: 0 padding, 1.. documents.
         Returns the output and each head's largest scaled logit (float32, no gradient).
         """
-        q_nope, q_rope, latent = self.project(x, positions)
-        q = jnp.concatenate([q_nope, q_rope], axis=-1)
-        scale = softmax_scale(self.config)
+        c = self.config
+        scale = softmax_scale(c)
         if self.layout is None:
+            q_nope, q_rope, latent = self.project(x, positions)
+            q = jnp.concatenate([q_nope, q_rope], axis=-1)
             out, max_logits = segment_attention(q, *self.expand(latent), segment_ids, causal=True, scale=scale)
         else:
-            cut = cut_attention(self.layout, q.shape, scale)
-            out, max_logits = latent_attention(cut, q, latent, self.kv_b.matrix(), segment_ids)
+            query, kernel = (self.q if c.q_lora_rank is None else self.q_b).matrix(), self.kv_b.matrix()
+            cut = cut_attention(self.layout, x.shape, query.shape, kernel.shape, scale, c.q_lora_rank is None)
+            query_input, cos, sin, latent = self.inputs(x, positions)
+            args = query_input.astype(c.dtype), query, cos, sin, latent, kernel, segment_ids
+            out, max_logits = latent_attention(cut, *args)
         return self.o(out), max_logits
 
 
-def cut_attention(layout: Layout, shape: tuple[int, ...], scale: float) -> Cut:
-    """How queries [B, S, H, d] lie over the mesh. Heads that do not divide are whole on every device.
+def cut_attention(
+    layout: Layout,
+    shape: tuple[int, ...],
+    query: tuple[int, ...],
+    kernel: tuple[int, ...],
+    scale: float,
+    direct: bool = False,
+) -> Cut:
+    """How x [B, S, .], the queries' matrix [I, H, d] and that of keys and values lie over the mesh, from their shapes.
 
+    Heads that do not divide are whole on every device; direct: I is the model's width.
     Raises ShardingError if the mesh cuts rows or their tokens into parts of different size.
     """
     for name, size in zip(("batch", "sequence"), shape[:2], strict=True):
@@ -97,8 +118,12 @@ def cut_attention(layout: Layout, shape: tuple[int, ...], scale: float) -> Cut:
             raise ShardingError(f"{name} of {size} cannot be cut into {layout.parts(name)} equal parts by the mesh")
     context = next(iter(layout.axes("sequence")), None)
     tensor = layout.mesh.shape["tensor"]
-    heads = "tensor" if tensor > 1 and shape[2] % tensor == 0 else None
-    return Cut(layout.mesh, layout.axes("batch"), context, heads, scale, layout.exact_above)
+    heads = "tensor" if tensor > 1 and query[1] % tensor == 0 else None
+    specs = (
+        layout.spec(("embed" if direct else "q_lora", "heads", "head_dim"), query),
+        layout.spec(("kv_lora", "heads", "head_dim"), kernel),
+    )
+    return Cut(layout.mesh, layout.axes("batch"), context, heads, *specs, scale, layout.exact_above)
 
 
 def clip_attention(attention_params: dict[str, Any], gamma: Float[Array, " H"]) -> dict[str, Any]:

@@ -274,7 +274,7 @@ class MoE(nn.Module):
         self.router = Router(self.config)
         self.experts = Experts(self.config, self.layout)
         if moe.n_shared_experts:
-            self.shared = SwiGLU(self.config, moe.moe_intermediate_size * moe.n_shared_experts)
+            self.shared = SwiGLU(self.config, moe.moe_intermediate_size * moe.n_shared_experts, self.layout)
 
     def __call__(
         self,

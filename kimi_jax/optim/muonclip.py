@@ -109,21 +109,40 @@ def scale_by_muon(
         momentum = jax.tree.map(lambda m, g: mu * m.astype(g.dtype) + g, state.momentum, updates)
         ahead = jax.tree.map(lambda m, g: mu * m + g, momentum, updates) if config.muon_nesterov else momentum
         arrays, treedef = jax.tree.flatten(ahead)
-        scaled = []
-        for array, (group, axes) in zip(arrays, leaves, strict=True):
-            matrices = as_matrices(array, group)
-            scale = config.update_rms * math.sqrt(max(matrices.shape[1:]))
-            if layout is None:
-                direction = newton_schulz.orthogonalize(matrices, config.newton_schulz_steps, ns_dtype)
-            else:
-                where = newton_schulz.Dealing(group.batch, group.rows, layout.mesh, layout.spec(axes, array.shape))
-                direction = newton_schulz.orthogonalize_dealt(array, where, config.newton_schulz_steps, ns_dtype)
-            scaled.append((scale * direction).reshape(array.shape))
+        shapes = [as_matrices(array, group).shape[1:] for array, (group, _) in zip(arrays, leaves, strict=True)]
+        directions = _directions(config, arrays, leaves, ns_dtype, layout)
+        scaled = [
+            (config.update_rms * math.sqrt(max(shape)) * direction).reshape(array.shape)
+            for array, shape, direction in zip(arrays, shapes, directions, strict=True)
+        ]
         return jax.tree.unflatten(treedef, scaled), MuonState(
             jax.tree.map(lambda m: m.astype(kept or m.dtype), momentum)
         )
 
     return optax.GradientTransformation(init, update)
+
+
+def _directions(
+    config: OptimizerConfig, arrays: list[Array], leaves: list[Leaf], dtype: DTypeLike | None, layout: Layout | None
+) -> list[Array]:
+    """Every matrix orthogonalised; over a mesh, parameters whose matrices are of one kind together."""
+    steps = config.newton_schulz_steps
+    if layout is None:
+        matrices = [as_matrices(array, group) for array, (group, _) in zip(arrays, leaves, strict=True)]
+        return [newton_schulz.orthogonalize(x, steps, dtype) for x in matrices]
+    dealings = [
+        newton_schulz.Dealing(group.batch, group.rows, layout.mesh, layout.spec(axes, array.shape))
+        for array, (group, axes) in zip(arrays, leaves, strict=True)
+    ]
+    kinds: dict[tuple, list[int]] = {}
+    for i, (array, dealing) in enumerate(zip(arrays, dealings, strict=True)):
+        kinds.setdefault((array.dtype, *dealing.kind(array.shape)), []).append(i)
+    out: list[Array] = list(arrays)
+    for members in kinds.values():
+        together = [arrays[i] for i in members], [dealings[i] for i in members]
+        for i, direction in zip(members, newton_schulz.orthogonalize_dealt(*together, steps, dtype), strict=True):
+            out[i] = direction
+    return out
 
 
 def as_matrices(leaf: Float[Array, "..."], group: Muon) -> Float[Array, "N R C"]:

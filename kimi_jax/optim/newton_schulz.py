@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,22 +72,31 @@ class Dealing(NamedTuple):
     mesh: Mesh | AbstractMesh
     spec: PartitionSpec
 
+    def kind(self, shape: tuple[int, ...]) -> tuple[Any, ...]:
+        """Equal for parameters of this and that `shape` whose matrices are of one shape and cut in one way."""
+        inner = tuple(shape[self.batch :])
+        parts = tuple(self.spec)[self.batch :]
+        return inner, self.rows, parts + (None,) * (len(inner) - len(parts))
+
 
 def orthogonalize_dealt(
-    leaf: Float[Array, "..."], where: Dealing, steps: int = 5, dtype: DTypeLike | None = None
-) -> Float[Array, "..."]:
-    """`orthogonalize` of every matrix of a parameter that is cut over a mesh, without gathering the parameter.
+    leaves: Sequence[Float[Array, "..."]],
+    where: Sequence[Dealing],
+    steps: int = 5,
+    dtype: DTypeLike | None = None,
+) -> list[Float[Array, "..."]]:
+    """`orthogonalize` of every matrix of parameters of one `kind` that are cut over a mesh, without gathering them.
 
     A device has parts of many matrices and needs whole ones: an all-to-all gives each device of a
     group that shares matrices a few whole ones of them, a second one takes the results back. That is done for so many
     matrices at a time that a device holds about ROOM bytes of whole ones. Where the matrices cannot be dealt evenly,
-    zeros fill up.
+    zeros fill up. Parameters of one kind go together because the TPU compiler makes code for every loop that it sees.
     """
-    batch, rows, mesh, spec = where
     dtype = jnp.dtype(dtype) if dtype is not None else default_dtype()
-    inner = leaf.shape[batch:]
+    inner, rows, parts = where[0].kind(leaves[0].shape)
+    mesh = where[0].mesh
     # axes of one matrix, after one axis for all matrices here: (which, mesh axes that cut it)
-    cuts = [(i + 1, part) for i, part in enumerate(spec[batch:]) if part is not None]
+    cuts = [(i + 1, part) for i, part in enumerate(parts) if part is not None]
     group = math.prod(mesh.shape[axis] for _, part in cuts for axis in ((part,) if isinstance(part, str) else part))
     shape = math.prod(inner[:rows]), math.prod(inner[rows:])
     each = max(1, ROOM // (math.prod(shape) * dtype.itemsize))  # whole matrices a device holds at a time
@@ -99,12 +109,16 @@ def orthogonalize_dealt(
             whole = lax.all_to_all(whole, part, axis, 0, tiled=True)
         return whole
 
-    def here(local: Array) -> Array:
-        x = local.reshape(-1, *local.shape[batch:])
-        count = x.shape[0]
-        portion = min(each, -(-count // group)) * group
-        x = jnp.pad(x.astype(dtype), ((0, -count % portion), *((0, 0) for _ in x.shape[1:])))
-        out = lax.map(deal, x.reshape(-1, portion, *x.shape[1:]))
-        return out.reshape(x.shape)[:count].reshape(local.shape).astype(local.dtype)
+    def here(*local: Array) -> tuple[Array, ...]:
+        stacks = [x.reshape(-1, *x.shape[w.batch :]).astype(dtype) for x, w in zip(local, where, strict=True)]
+        counts = [x.shape[0] for x in stacks]
+        total = sum(counts)
+        portion = min(each, -(-total // group)) * group
+        stacks.append(jnp.zeros((-total % portion, *stacks[0].shape[1:]), dtype))
+        x = jnp.concatenate(stacks)
+        out = lax.map(deal, x.reshape(-1, portion, *x.shape[1:])).reshape(x.shape)
+        ends = [sum(counts[:i]) for i in range(1, len(counts) + 1)]
+        return tuple(y.reshape(x.shape).astype(x.dtype) for y, x in zip(jnp.split(out, ends), local, strict=False))
 
-    return jax.shard_map(here, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(leaf)
+    specs = tuple(w.spec for w in where)
+    return list(jax.shard_map(here, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False)(*leaves))

@@ -17,7 +17,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +30,7 @@ from kimi_jax.config import ConfigError, TrainConfig
 from kimi_jax.data.packing import Group, GroupShape
 from kimi_jax.plan.chips import Topology
 from kimi_jax.train import state as state_lib
+from kimi_jax.train import xla_flags
 from kimi_jax.train.step import make_optimizer, make_train_step
 
 
@@ -54,6 +55,7 @@ class Compiled:
     outputs: int  # that do not lie where an argument was
     peak: int  # what a device must have
     seconds: float  # to compile, without tracing
+    cpu_seconds: float  # the same of all cores, which other work on the machine does not change
     trace_seconds: float
 
     @property
@@ -116,24 +118,27 @@ def lower(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
 
 def compile_step(config: TrainConfig, mesh: Mesh) -> Compiled:
     """Lowers and compiles the training step. Raises DoesNotFit when the compiler runs out of the chip's memory."""
-    return compile_lowered(lambda: lower(config, mesh))
+    return compile_lowered(lambda: lower(config, mesh), xla_flags.options(list(mesh.devices.flat), config.xla_preset))
 
 
-def compile_lowered(make: Callable[[], jax.stages.Lowered]) -> Compiled:
-    """Compiles what `make` lowers. Raises DoesNotFit when the compiler runs out of the chip's memory."""
+def compile_lowered(make: Callable[[], jax.stages.Lowered], options: Mapping[str, str] | None = None) -> Compiled:
+    """Compiles what `make` lowers. options: of the compiler, for a training step those that `train.loop` gives it.
+
+    Raises DoesNotFit when the compiler runs out of the chip's memory.
+    """
     for old in _reports().glob("*memory-usage-report.txt"):
         old.unlink()
     start = time.perf_counter()
     lowered = make()
-    traced = time.perf_counter()
+    traced, cpu = time.perf_counter(), time.process_time()
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=dict(options or {}))
     except jax.errors.JaxRuntimeError as error:
         too_large = memory_error(error, time.perf_counter() - traced)
         if too_large is None:
             raise
         raise too_large from None
-    seconds = time.perf_counter() - traced
+    seconds, cpu = time.perf_counter() - traced, time.process_time() - cpu
     memory = compiled.memory_analysis()
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Compiled(
@@ -142,6 +147,7 @@ def compile_lowered(make: Callable[[], jax.stages.Lowered]) -> Compiled:
         outputs=outputs,
         peak=reported(_reports()) or memory.argument_size_in_bytes + outputs + memory.temp_size_in_bytes,
         seconds=seconds,
+        cpu_seconds=cpu,
         trace_seconds=traced - start,
     )
 

@@ -47,6 +47,7 @@ def memory(compiled: Compiled, topology: Topology) -> dict[str, Any]:
         "fits": compiled.peak <= hbm,
         "spare": hbm - compiled.peak,
         "compile_seconds": round(compiled.seconds, 1),
+        "compile_cpu_seconds": round(compiled.cpu_seconds, 1),
         "trace_seconds": round(compiled.trace_seconds, 1),
     }
 
@@ -68,6 +69,7 @@ def timing(config: TrainConfig, topology: Topology, cost: Cost) -> dict[str, Any
     needed = flops.train_flops(config.model, counts)
     low, high = max(cost.compute, cost.communication), cost.compute + cost.communication
     chip = topology.chip
+    spared = sum(c["dearest"] - c["cheapest"] for c in cost.conditionals)
     return {
         "tokens": counts["tokens"],
         "patches": counts["patches"],
@@ -75,6 +77,7 @@ def timing(config: TrainConfig, topology: Topology, cost: Cost) -> dict[str, Any
         "model_flops_seconds": needed / chip.flops,
         "compute_seconds": cost.compute,
         "compute_us_per_token": 1e6 * cost.compute / counts["tokens"],
+        "cheapest_us_per_token": 1e6 * (cost.compute - spared) / counts["tokens"],
         "communication_seconds": cost.communication,
         "wire_bytes": cost.wire,
         "step_seconds": [low, high],
@@ -149,7 +152,7 @@ def table(plan: dict[str, Any]) -> str:
     lines.append(_memory_line(plan["memory"]))
     lines.append(f"  params    {plan['params']:,} in all, {plan['params_bytes'] / GIB:.1f} GiB a device; "
                  f"with optimizer {plan['state_bytes'] / GIB:.1f} GiB")  # fmt: skip
-    lines.append(f"  compile   {plan['memory']['compile_seconds']:.0f} s on this machine")
+    lines.append(_compile_line(plan["memory"]))
     for rounds, timed in plan.get("rounds", {}).items():
         lines += _timing_lines(timed, rounds, plan)
     return "\n".join(lines)
@@ -169,6 +172,11 @@ def _memory_line(m: dict[str, Any]) -> str:
     return f"  memory    {m['peak'] / GIB:.1f} of {m['available'] / GIB:.1f} GiB a device{parts}: {verdict}"
 
 
+def _compile_line(m: dict[str, Any]) -> str:
+    cores = f" ({m['compile_cpu_seconds']:.0f} s of its cores)" if "compile_cpu_seconds" in m else ""
+    return f"  compile   {m['compile_seconds']:.0f} s on this machine{cores}"
+
+
 def decode_table(plan: dict[str, Any]) -> str:
     """The plan of a decoding step as text."""
     lines = [f"{plan['config']} on {plan['topology']}: decoding, mesh {_mesh(plan['mesh'])}"]
@@ -176,7 +184,7 @@ def decode_table(plan: dict[str, Any]) -> str:
         f"  {plan['slots']} slots of up to {plan['length']} tokens, jax {plan['jax']}, libtpu {plan['libtpu']}"
     )
     lines.append(f"  weights   {plan['dtype']}, {plan['weights_bytes'] / GIB:.1f} GiB a device")
-    lines += [_memory_line(plan["memory"]), f"  compile   {plan['memory']['compile_seconds']:.0f} s on this machine"]
+    lines += [_memory_line(plan["memory"]), _compile_line(plan["memory"])]
     if "step" in plan:
         t = plan["step"]
         low, high = t["step_seconds"]
@@ -213,8 +221,8 @@ def _timing_lines(t: dict[str, Any], rounds: str, plan: dict[str, Any]) -> list[
     if t["dynamic_loops"]:
         lines.append(f"    {rounds} round(s) of   {'; '.join(t['dynamic_loops'])}")
     if t["conditionals"]:
-        saved = sum(c["dearest"] - c["cheapest"] for c in t["conditionals"])
-        lines.append(f"    conditionals   counted at their dearest branch; {saved:.3f} s less at the cheapest")
+        cheapest = t["cheapest_us_per_token"]
+        lines.append(f"    conditionals   counted at their dearest branch; {cheapest:,.0f} us a token at the cheapest")
     if t["unpriced_kernels"]:
         lines.append(f"    NOT COUNTED    kernels without a known cost: {', '.join(t['unpriced_kernels'])}")
     return lines

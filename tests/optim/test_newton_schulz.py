@@ -97,7 +97,7 @@ def test_dealt_over_devices_equals_one_device(shape, batch, rows, spec, monkeypa
     mesh = sharding.make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
     leaf = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
     where = newton_schulz.Dealing(batch, rows, mesh, spec)
-    fn = jax.jit(lambda x: newton_schulz.orthogonalize_dealt(x, where))
+    fn = jax.jit(lambda x: newton_schulz.orthogonalize_dealt([x], [where])[0])
     got = fn(jax.device_put(leaf, NamedSharding(mesh, spec)))
     assert got.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim)
     want = orthogonalize(as_matrices(leaf, Muon(batch, rows))).reshape(shape)
@@ -109,7 +109,7 @@ def test_no_device_gathers_a_bank():
     mesh = sharding.make_mesh(MeshConfig(fsdp=4, expert=2))
     where = newton_schulz.Dealing(2, 1, mesh, P(None, "expert", "fsdp", None))
     bank = jax.ShapeDtypeStruct((6, 8, 32, 16), jnp.float32, sharding=NamedSharding(mesh, where.spec))
-    text = jax.jit(lambda x: newton_schulz.orthogonalize_dealt(x, where)).lower(bank).compile().as_text()
+    text = jax.jit(lambda x: newton_schulz.orthogonalize_dealt([x], [where])).lower(bank).compile().as_text()
     sizes = [math.prod(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", text)]
     assert "all-to-all" in text and "all-gather" not in text
     assert max(sizes) <= 6 * 8 * 32 * 16 // 8
