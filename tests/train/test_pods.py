@@ -91,7 +91,7 @@ def test_mesh_of_several_axes_equals_one_device(plain, axes):
     assert_same(run(changed(expert_buffer=0.5), c.MeshConfig(**axes)), plain)
 
 
-@pytest.mark.parametrize("policy", ["layer_inputs", "attention_output", "expert_inputs"])
+@pytest.mark.parametrize("policy", ["layer_inputs", "attention_sum", "attention_output", "expert_inputs"])
 def test_remat_policies_change_nothing_but_memory(plain, policy):
     model = dataclasses.replace(MODEL, remat=True, remat_policy=policy)
     assert_same(run(dataclasses.replace(CONFIG, model=model)), plain)
