@@ -37,6 +37,7 @@ def keep(*args: Any) -> Any:
         "places": [list(map(int, device.coords)) for device in mesh.devices.flat],
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
         "jax": jax.__version__,
         "libtpu": importlib.metadata.version("libtpu"),
     }

@@ -92,10 +92,12 @@ def read(folder: Path, topology: Topology, sequences: int) -> dict[str, Any]:
             raise RuntimeError(f"MaxText's step was not compiled: {refused.read_text()[:2000]}")
         return {**plan, "memory": report.memory_failed(error)}
     step = json.loads((folder / "step.json").read_text())
-    text, peak = (folder / "step.hlo").read_text(), program.reported(folder)
-    if peak is None:
-        raise RuntimeError("the compiler wrote no report on its memory")
-    compiled = program.Compiled(text, step["arguments"], step["outputs"], peak, seconds, trace_seconds=0.0)
+    text = (folder / "step.hlo").read_text()
+    analysis = step["arguments"] + step["outputs"] + step["temporaries"]
+    peak = program.needed(program.reported(folder), analysis)
+    compiled = program.Compiled(
+        text, step["arguments"], step["outputs"], peak, seconds, cpu_seconds=0.0, trace_seconds=0.0
+    )
     places = np.array(step["places"])
     network = Network(topology, step["mesh"], places, slices=np.zeros(len(places), int))
     cost = price(hlo.parse(text), topology.chip, network)

@@ -32,7 +32,7 @@ REPORT = "Memory Space: default (hbm)\nTotal bytes: 3221225472 (3.00GiB)\n"
 def folder(tmp_path):
     places = [list(map(int, place)) for place in np.ndindex(8, 8, 8)]
     step = {"mesh": {"data": 1, "fsdp": 8, "expert": 64}, "places": places, "arguments": 2**30, "outputs": 0,
-            "jax": "0", "libtpu": "0"}  # fmt: skip
+            "temporaries": 5 * 2**30, "jax": "0", "libtpu": "0"}  # fmt: skip
     (tmp_path / "step.json").write_text(json.dumps(step))
     (tmp_path / "step.hlo").write_text(PROGRAM)
     (tmp_path / "seconds.json").write_text('{"/jax/core/compile/backend_compile_duration": 120.5}')
@@ -53,6 +53,11 @@ def test_a_compiled_step_is_priced(folder):
     assert cells[1:5] == ["maxtext", "v5p:8x8x8", "512", "fsdp 8 x expert 64"]
     assert len(cells) == len(maxtext_plan.header().split("|"))
     assert "122" in cells  # us of compute a token
+
+
+def test_of_two_accounts_of_the_memory_the_smaller_is_believed(folder):
+    (folder / "module_0001.tpu-memory-usage-report.txt").write_text(REPORT.replace("3221225472", "99999999999"))
+    assert maxtext_plan.read(folder, POD, sequences=2)["memory"]["peak"] == 6 * 2**30
 
 
 def test_a_refused_step_says_what_it_needed(folder):
