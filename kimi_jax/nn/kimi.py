@@ -101,7 +101,7 @@ class KimiK25(nn.Module):
         """Features of all bin classes, flattened a group: for each class its bins, for each bin its slots."""
         return join_classes(self.encode(vision_bins), num_groups)
 
-    def encode(self, vision_bins: tuple) -> tuple[Float[Array, "V W D"], ...]:
+    def encode(self, vision_bins: tuple) -> tuple[Float[Array, "_ _ D"], ...]:
         """Features of each bin class. The backward pass makes everything before them again."""
         bins = jax.tree.map(jnp.asarray, tuple(vision_bins))
         if self.layout is not None:

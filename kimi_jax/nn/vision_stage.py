@@ -38,8 +38,8 @@ def place_features(
     return jnp.where(feature_index[..., None] >= 0, taken.reshape(*x.shape[:-1], width).astype(x.dtype), x)
 
 
-def join_classes(features: tuple[Float[Array, "V W D"], ...], num_groups: int) -> Float[Array, "G F D"]:
-    """Features of all bin classes, flattened a group: for each class its bins, for each bin its slots."""
+def join_classes(features: tuple[Float[Array, "_ _ D"], ...], num_groups: int) -> Float[Array, "G F D"]:
+    """Features [V, W, D] of each bin class, flattened a group: for each class its bins, for each bin its slots."""
     return jnp.concatenate([f.reshape(num_groups, -1, f.shape[-1]) for f in features], axis=1)
 
 
@@ -64,12 +64,12 @@ def deal_bins(layout: Layout, bins: dict[str, Array]) -> dict[str, Array]:
 def fuse(
     layout: Layout | None,
     x: Float[Array, "B S D"],
-    features: tuple[Float[Array, "V W D"], ...],
+    features: tuple[Float[Array, "_ _ D"], ...],
     feature_index: Int[Array, "B S"],
     bins: tuple[int, ...],
     num_groups: int,
 ) -> Float[Array, "B S D"]:
-    """`place_features`, of features that lie as `deal_bins` left their bins. bins: V of every class before that."""
+    """`place_features`, of features [V', W, D] that lie as `deal_bins` left their bins. bins: V of each class."""
     if layout is None:
         return place_features(x, join_classes(features, num_groups), feature_index)
     parts, group = layout.parts("batch"), _group(layout)
