@@ -97,7 +97,7 @@ class ModelConfig:
     dtype: str = "bfloat16"  # activations
     param_dtype: str = "float32"  # stored weights
     scan_layers: bool = True  # False unrolls the same stacked weights
-    remat: bool = False  # recompute each decoder and vision layer in the backward pass
+    remat: bool = False  # recompute each layer in the backward pass; the vision tower as a whole always is
     remat_policy: str = "layer_inputs"  # what of a decoder layer is kept all the same: nn.decoder.REMAT_POLICIES
 
     @property
