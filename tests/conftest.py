@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from tests.fixtures import COMPILE_FAST
+from tests.environment import COMPILE_FAST
 
 if "jax" in sys.modules or "kimi_jax" in sys.modules:
     raise RuntimeError("jax or kimi_jax was imported before tests/conftest.py; remove the plugin that does it")

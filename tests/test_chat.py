@@ -14,7 +14,7 @@ import pytest
 from kimi_jax.chat import DIM, PLAIN, Conversation, talk
 from kimi_jax.config import preset
 from kimi_jax.infer.request import Sampling
-from tests.fixtures import REPO, shared
+from tests.environment import FIXTURES, REPO
 from tests.serve.server import ScriptedEngine, byte_tokenizer, checkpoint
 
 TOKENIZER = byte_tokenizer()
@@ -68,7 +68,7 @@ def test_reasoning_is_dimmed_in_a_terminal_and_left_out_elsewhere(run):
 
 
 def test_commands(run, engine):
-    picture = shared("fixtures/images/rgb_56x56.png")
+    picture = FIXTURES / "images/rgb_56x56.png"
     lines = (f"/image {picture}", "what", "/thinking", "/image nowhere.png", "/reset", "x", "/?", "/image")
     out, notes, conversation = run(*lines)
     assert len(engine.requests[0].media) == 1
@@ -116,7 +116,7 @@ def test_ctrl_c_ends_the_answer_and_keeps_what_there_is(run, engine):
 def test_the_command(tmp_path):
     """As a user runs it, piped: on the fixture's weights, with a picture."""
     model = checkpoint(tmp_path / "tiny")
-    picture = shared("fixtures/images/rgb_56x56.png")
+    picture = FIXTURES / "images/rgb_56x56.png"
     command = [sys.executable, "-m", "kimi_jax.chat", f"--model={model}", f"--image={picture}", "--nothinking"]
     command += ["--max_new_tokens=4", "--temperature=0", "--max_sequence_length=128", "--dtype=float32"]
     done = subprocess.run(command, input="hi\n/help\n", capture_output=True, text=True, cwd=REPO, timeout=600)

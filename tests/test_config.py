@@ -8,7 +8,7 @@ import pytest
 
 from kimi_jax import cli
 from kimi_jax import config as c
-from tests.fixtures import REPO
+from tests.environment import REPO
 
 CONFIGS = sorted((REPO / "configs").glob("*.py"))
 

@@ -26,7 +26,7 @@ from kimi_jax.hf.convert import from_hf
 from kimi_jax.model import _bucket
 from kimi_jax.nn.kimi import abstract_params
 from kimi_jax.nn.param import metadata, unbox
-from tests.fixtures import shared
+from tests.environment import FIXTURES
 from tests.hf import tiny
 
 EXACT, BF16 = 1e-5, 0.03
@@ -40,7 +40,7 @@ def error(ours, theirs):
 
 @pytest.fixture(scope="module")
 def io():
-    return load_file(shared("fixtures/io.safetensors"))
+    return load_file(FIXTURES / "io.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def media(io):
 
 @pytest.fixture(scope="module")
 def model():
-    return kimi.load(shared("fixtures/tiny_fp32"), dtype="float32")
+    return kimi.load(FIXTURES / "tiny_fp32", dtype="float32")
 
 
 def picks(io, prefix):
@@ -72,7 +72,7 @@ def test_pinned_to_the_released_picks_nothing_changes(model, io, media):
 
 
 def test_bfloat16_pinned(io, media):
-    model = kimi.load(shared("fixtures/tiny_fp32"), dtype="bfloat16")
+    model = kimi.load(FIXTURES / "tiny_fp32", dtype="bfloat16")
     assert model.params["embed"]["embedding"].dtype == ml_dtypes.bfloat16
     assert model.params["moe_layers"]["mlp"]["router"]["bias"].dtype == np.float32
     assert error(model.vision_features(*media), io["vision.features"]) <= BF16
@@ -82,10 +82,10 @@ def test_bfloat16_pinned(io, media):
 
 def test_int4_is_the_model_of_its_dequantised_weights(tmp_path, io, media):
     """The same numbers to the bit: a checkpoint with the weights that compressed-tensors dequantises, loaded plain."""
-    source = shared("fixtures/tiny_int4")
+    source = FIXTURES / "tiny_int4"
     packed = kimi.load(source)
     weights = {n: a for n, a in load_file(source / "model.safetensors").items() if ".experts." not in n}
-    dequantised = load_file(shared("fixtures/int4_dequant_bf16.safetensors"))
+    dequantised = load_file(FIXTURES / "int4_dequant_bf16.safetensors")
     weights |= {name.removeprefix("dequant."): weight for name, weight in dequantised.items()}
     save_file(weights, tmp_path / "model.safetensors")
     config = json.loads((source / "config.json").read_text())
@@ -100,12 +100,12 @@ def test_int4_is_the_model_of_its_dequantised_weights(tmp_path, io, media):
 
 def test_our_own_checkpoint(tmp_path, model, io):
     """A workdir, in the dtype that is asked for."""
-    from_hf(shared("fixtures/tiny_fp32"), tmp_path / "ours")
+    from_hf(FIXTURES / "tiny_fp32", tmp_path / "ours")
     ours = kimi.load(tmp_path / "ours")
     assert ours.config == model.config
     tiny.assert_same(jax.device_get(ours.params), jax.device_get(model.params))
     assert error(ours.logits(io["text.input_ids"]), io["text.logits"]) <= EXACT
-    narrow, want = (kimi.load(path, "bfloat16") for path in (tmp_path / "ours", shared("fixtures/tiny_fp32")))
+    narrow, want = (kimi.load(path, "bfloat16") for path in (tmp_path / "ours", FIXTURES / "tiny_fp32"))
     assert narrow.config == want.config
     tiny.assert_same(jax.device_get(narrow.params), jax.device_get(want.params))
 
@@ -115,7 +115,7 @@ def test_our_own_checkpoint(tmp_path, model, io):
 def test_on_a_mesh_every_device_gets_its_part_and_no_more(experts, axes, io, media, monkeypatch):
     """Read in pieces that part boundaries cut. What is put on a device is its share of each array, counted as it
     happens; nothing is made whole on one device first. The weights are those of the plain load, the logits too."""
-    source = shared("fixtures/tiny_int4" if experts == "int4" else "fixtures/tiny_fp32")
+    source = FIXTURES / ("tiny_int4" if experts == "int4" else "tiny_fp32")
     plain, mesh, put = kimi.load(source, experts=experts), sharding.make_mesh(MeshConfig(**axes)), {}
 
     def count(array, device):
@@ -145,7 +145,7 @@ def test_on_a_mesh_every_device_gets_its_part_and_no_more(experts, axes, io, med
 
 
 def test_a_workdir_on_a_mesh(tmp_path, model, io):
-    from_hf(shared("fixtures/tiny_fp32"), tmp_path / "ours", mesh=MeshConfig(fsdp=8))
+    from_hf(FIXTURES / "tiny_fp32", tmp_path / "ours", mesh=MeshConfig(fsdp=8))
     ours = kimi.load(tmp_path / "ours", mesh=sharding.make_mesh(MeshConfig(fsdp=4, expert=2)))
     gate = ours.params["moe_layers"]["mlp"]["experts"]["gate"]
     assert {part.data.size for part in gate.addressable_shards} == {gate.size // 8}

@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from tests.fixtures import REPO
+from tests.environment import REPO
 
 nbformat = pytest.importorskip("nbformat", reason="needs the extra [notebooks]")
 nbclient = pytest.importorskip("nbclient", reason="needs the extra [notebooks]")

@@ -12,7 +12,7 @@ from kimi_jax import sharding
 from kimi_jax.config import ConfigError, freeze
 from kimi_jax.nn.kimi import abstract_params
 from kimi_jax.nn.param import metadata, unbox
-from tests.fixtures import REPO
+from tests.environment import REPO
 
 PODS = runpy.run_path(str(REPO / "configs/pods.py"))
 FITS = {

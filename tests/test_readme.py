@@ -10,7 +10,7 @@ import pytest
 
 from kimi_jax.config import PRESETS, ConfigError, TrainConfig, freeze, preset, thaw
 from kimi_jax.hf.names import leaf_shapes
-from tests.fixtures import REPO, shared
+from tests.environment import REPO, shared
 from tests.serve.server import checkpoint
 
 TEXT = (REPO / "README.md").read_text(encoding="utf-8")

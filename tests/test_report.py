@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from kimi_jax import report, report_charts
-from tests.fixtures import REPO
+from tests.environment import REPO
 from tests.synthetic_run import write_run
 
 VOID = {"meta", "img", "line", "rect", "br", "hr"}

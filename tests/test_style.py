@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fixtures import REPO
+from tests.environment import REPO
 
 MAX_LINES = 500
 PACKAGE = sorted((REPO / "kimi_jax").rglob("*.py"))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fixtures import REPO
+from tests.environment import REPO
 
 SCRIPT = REPO / "tpu_setup.sh"
 PATIENCE = 600  # seconds that a test waits for what must happen; never how long something takes

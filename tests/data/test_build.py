@@ -18,7 +18,7 @@ from kimi_jax.data.example import encode
 from kimi_jax.data.sources import open_source
 from kimi_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from tests.data.sources.media import png, write_jsonl
-from tests.fixtures import REPO
+from tests.environment import REPO
 
 
 def _tree(folder: Path) -> dict[str, str]:

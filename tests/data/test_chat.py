@@ -11,7 +11,7 @@ from kimi_jax.data.chat import apply_chat_template, encode_pieces, render, with_
 from kimi_jax.data.kimi_tokenizer import SPECIALS, KimiTokenizer
 from kimi_jax.data.reply import Delta, Reply, ReplyParser, ToolCall, parse_reply
 from kimi_jax.data.tokenizer import train_tokenizer
-from tests.fixtures import shared
+from tests.environment import FIXTURES, shared
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def tokenizer() -> KimiTokenizer:
 
 
 def test_golden_prompts(tokenizer):
-    goldens = json.loads(shared("fixtures/template_golden.json").read_text())["chats"]
+    goldens = json.loads((FIXTURES / "template_golden.json").read_text())["chats"]
     assert len(goldens) >= 10
     for name, golden in goldens.items():
         args = {key: value for key, value in golden["args"].items() if key != "tools_ts_str"}

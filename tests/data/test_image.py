@@ -21,19 +21,19 @@ from kimi_jax.data.image import (
     plan_image,
     process_image,
 )
-from tests.fixtures import shared
+from tests.environment import FIXTURES
 
 
 def test_released_pixels_bit_for_bit():
     """sha256 of the float32 bytes of the released `pixel_values`, for RGB, RGBA, palette and grey pictures."""
-    goldens = json.loads(shared("fixtures/images/goldens.json").read_text())
+    goldens = json.loads((FIXTURES / "images/goldens.json").read_text())
     assert len(goldens) >= 7
     for name, golden in goldens.items():
-        pixels, grid = process_image(PIL.Image.open(shared(f"fixtures/images/{name}")))
+        pixels, grid = process_image(PIL.Image.open(FIXTURES / f"images/{name}"))
         assert grid.tolist() == [golden["grid_thw"]], name
         assert pixels.dtype == np.float32 and pixels.shape[1:] == (3, 14, 14), name
         assert hashlib.sha256(pixels.tobytes()).hexdigest() == golden["sha256"], name
-        width, height = PIL.Image.open(shared(f"fixtures/images/{name}")).size
+        width, height = PIL.Image.open(FIXTURES / f"images/{name}").size
         plan = plan_image(width, height)
         assert [plan.width, plan.height] == golden["resized"], name
         assert [plan.w * 14 - plan.width, plan.h * 14 - plan.height] == golden["pad"], name

@@ -16,7 +16,7 @@ from kimi_jax.data.inspect_picture import draw, items_of
 from kimi_jax.data.tokenizer import load_tokenizer
 from kimi_jax.data.vocabulary import _spread, tokenizer_for
 from tests.data.sources.media import clip, png, write_jsonl
-from tests.fixtures import REPO
+from tests.environment import REPO
 
 # exact multiples of the merge window of 28 pixels: nothing is resized, nothing padded
 SIZES = [(28, 56), (56, 56), (84, 56), (112, 28)]

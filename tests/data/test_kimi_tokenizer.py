@@ -18,7 +18,7 @@ import kimi_jax as kimi
 from kimi_jax.data.example import Example, Text, encode
 from kimi_jax.data.kimi_tokenizer import SPECIALS, KimiTokenizer, pieces
 from kimi_jax.data.tokenizer import SPLIT_PATTERN as LOOK_AHEAD_PATTERN
-from tests.fixtures import shared
+from tests.environment import FIXTURES, shared
 
 FOLDER = "kimi_tokenizer"
 
@@ -45,7 +45,7 @@ def lines(tokens: list[bytes]) -> bytes:
 
 
 def test_golden_ids(tokenizer):
-    goldens = json.loads(shared("fixtures/tokenizer_golden.json").read_text())
+    goldens = json.loads((FIXTURES / "tokenizer_golden.json").read_text())
     assert len(goldens) >= 9
     for text, ids in goldens.items():
         assert tokenizer.encode(text) == ids, text

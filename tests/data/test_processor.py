@@ -14,7 +14,7 @@ from kimi_jax.data.kimi_tokenizer import KimiTokenizer
 from kimi_jax.data.processor import expand_pads, prepare, read_data_uri
 from kimi_jax.data.video import process_video
 from tests.data.test_video import movie
-from tests.fixtures import shared
+from tests.environment import shared
 
 
 @pytest.fixture(scope="module")

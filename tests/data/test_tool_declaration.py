@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_jax.data.tool_declaration import declare_tools, sort_keys, typescript
-from tests.fixtures import shared
+from tests.environment import FIXTURES
 
 
 def tool(parameters: object, **more: object) -> dict:
@@ -22,7 +22,7 @@ def body(**properties: object) -> str:
 
 
 def test_goldens():
-    goldens = json.loads(shared("fixtures/template_golden.json").read_text())["tools_ts"]
+    goldens = json.loads((FIXTURES / "template_golden.json").read_text())["tools_ts"]
     assert len(goldens) == 5
     for name, golden in goldens.items():
         assert declare_tools(golden["tools"]) == golden["ts"], name

@@ -13,7 +13,7 @@ import pytest
 from kimi_jax.train import checkpoint
 from kimi_jax.train.metrics import TIMED
 from tests.e2e.corpus import write_config, write_corpus
-from tests.fixtures import COMPILE_FAST, REPO
+from tests.environment import COMPILE_FAST, REPO
 
 STEPS = 120
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kimi_jax.config import ConfigError, preset
 from kimi_jax.hf import config as hf_config
 from kimi_jax.hf.names import FAMILIES
-from tests.fixtures import shared
+from tests.environment import FIXTURES
 from tests.hf import tiny
 
 # reference.md sections 1.1 and 1.3, typed in from there
@@ -89,7 +89,7 @@ def test_k2_instruct():
 
 
 def test_fixture_says_int4_and_ours_says_the_same():
-    released = json.loads(shared("fixtures/tiny_int4/config.json").read_text())
+    released = json.loads((FIXTURES / "tiny_int4/config.json").read_text())
     assert hf_config.quantization(released) == hf_config.Quantization("int4", 32)
     plain = hf_config.with_quantization(released, None)
     assert hf_config.quantization(plain) is None

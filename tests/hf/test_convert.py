@@ -28,7 +28,7 @@ from kimi_jax.hf.files import INDEX, CheckpointError, Directory
 from kimi_jax.hf.leaves import Leaves
 from kimi_jax.hf.names import FAMILIES
 from kimi_jax.train import checkpoint
-from tests.fixtures import REPO, shared
+from tests.environment import FIXTURES, REPO
 from tests.hf import tiny
 
 
@@ -46,7 +46,7 @@ def released(tmp_path, model_type="kimi_k25", name="src", **save):
 
 @pytest.mark.parametrize("name", ["tiny_fp32", "tiny_int4"])
 def test_fixtures_come_back_as_the_same_file(name, tmp_path):
-    source = shared(f"fixtures/{name}")
+    source = FIXTURES / f"{name}"
     assert from_hf(source, tmp_path / "ours") == []
     to_hf(tmp_path / "ours", tmp_path / "back", int4_experts=name == "tiny_int4")
     for file in ("model.safetensors", "config.json"):
@@ -56,12 +56,12 @@ def test_fixtures_come_back_as_the_same_file(name, tmp_path):
 
 def test_int4_can_come_back_as_bfloat16(tmp_path):
     """The dequantised weights, in a config.json that no longer speaks of quantisation."""
-    from_hf(shared("fixtures/tiny_int4"), tmp_path / "ours")
+    from_hf(FIXTURES / "tiny_int4", tmp_path / "ours")
     to_hf(tmp_path / "ours", tmp_path / "back")
     got = load_file(tmp_path / "back" / "model.safetensors")
-    for name, weight in load_file(shared("fixtures/int4_dequant_bf16.safetensors")).items():
+    for name, weight in load_file(FIXTURES / "int4_dequant_bf16.safetensors").items():
         np.testing.assert_array_equal(got[name.removeprefix("dequant.")], weight)
-    tiny.assert_same(stream.load(tmp_path / "back")[1], stream.load(shared("fixtures/tiny_int4"))[1])
+    tiny.assert_same(stream.load(tmp_path / "back")[1], stream.load(FIXTURES / "tiny_int4")[1])
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

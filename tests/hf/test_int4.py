@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from kimi_jax.hf import fp8, int4
-from tests.fixtures import shared
+from tests.environment import FIXTURES
 
 BF16 = ml_dtypes.bfloat16
 
@@ -18,8 +18,8 @@ BF16 = ml_dtypes.bfloat16
 @pytest.fixture(scope="module")
 def released():
     """name -> (words, scales, bfloat16 weights as compressed-tensors dequantises them)."""
-    stored = load_file(shared("fixtures/tiny_int4/model.safetensors"))
-    weights = load_file(shared("fixtures/int4_dequant_bf16.safetensors"))
+    stored = load_file(FIXTURES / "tiny_int4/model.safetensors")
+    weights = load_file(FIXTURES / "int4_dequant_bf16.safetensors")
     out = {}
     for name, weight in weights.items():
         base = name.removeprefix("dequant.").removesuffix("weight")

@@ -20,14 +20,14 @@ from kimi_jax.hf.names import FAMILIES
 from kimi_jax.nn.kimi import abstract_params
 from kimi_jax.nn.moe import Int4Bank
 from kimi_jax.nn.param import Frozen, metadata, unbox
-from tests.fixtures import shared
+from tests.environment import FIXTURES
 from tests.hf import tiny
 from tests.hf.test_convert import tensors_of
 
 
 @pytest.fixture(scope="module")
 def io():
-    return load_file(shared("fixtures/io.safetensors"))
+    return load_file(FIXTURES / "io.safetensors")
 
 
 def experts_of(model):
@@ -45,7 +45,7 @@ def test_logits_are_those_of_the_dequantised_model(dtype, io):
     The matrices are equal to the bit (tests/kernels/test_banks.py). The programs are two, and the compiler may round a
     product before it adds it in one of them: a few units in the last place.
     """
-    source = shared("fixtures/tiny_int4")
+    source = FIXTURES / "tiny_int4"
     floats, packed = kimi.load(source, dtype), kimi.load(source, dtype, experts="int4")
     request = [io["text.input_ids"]]
     if dtype == "float32":
@@ -61,7 +61,7 @@ def test_logits_are_those_of_the_dequantised_model(dtype, io):
 
 def test_the_tree_is_the_one_that_the_model_declares():
     """Shapes, dtypes and logical axes, so that sharding, checkpoints and memory plans know INT4 too."""
-    packed = kimi.load(shared("fixtures/tiny_int4"), experts="int4")
+    packed = kimi.load(FIXTURES / "tiny_int4", experts="int4")
     assert packed.config.moe.int4_group_size == 32
     boxed = abstract_params(packed.config)
     want = jax.tree.map(lambda a: (a.shape, a.dtype), unbox(boxed))
@@ -83,7 +83,7 @@ def test_random_words_make_weights_of_the_usual_size():
 
 def test_under_a_mesh_and_unrolled(io):
     """Cut over 8 devices by the rules; sums in another order: 1e-5 of the largest logit."""
-    model = kimi.load(shared("fixtures/tiny_int4"), experts="int4")
+    model = kimi.load(FIXTURES / "tiny_int4", experts="int4")
     want = model.logits(io["text.input_ids"])
     config = dataclasses.replace(model.config, scan_layers=False)
     mesh = sharding.make_mesh(MeshConfig())
@@ -96,7 +96,7 @@ def test_under_a_mesh_and_unrolled(io):
 
 
 def test_written_again_it_is_the_same_file(tmp_path):
-    source = shared("fixtures/tiny_int4")
+    source = FIXTURES / "tiny_int4"
     config, params = stream.load(source, "float32", keep_int4=True)
     stream.save(tmp_path / "m", config, params, "kimi_k25", "float32")
     got, want = tensors_of(tmp_path / "m"), tensors_of(source)

@@ -23,7 +23,7 @@ from kimi_jax.infer.cache import PagePool
 from kimi_jax.infer.engine import Engine
 from kimi_jax.infer.request import Request, Sampling
 from kimi_jax.model import Model
-from tests.fixtures import shared
+from tests.environment import FIXTURES
 from tests.nn import tiny
 
 PAD = tiny.CONFIG.media_placeholder_token_id
@@ -324,7 +324,7 @@ def test_eight_devices_give_the_tokens_of_one():
 @pytest.mark.parametrize("devices", [1, 8])
 def test_int4_experts_are_decoded_as_they_are(devices):
     """On one device; over eight, where they stay and three slots' tokens travel to them."""
-    found = kimi.load(shared("fixtures/tiny_int4"), experts="int4")
+    found = kimi.load(FIXTURES / "tiny_int4", experts="int4")
     mesh = None if devices == 1 else sharding.make_mesh(MeshConfig(expert=4))
     engine = Engine(found, slots=3, page_size=16, max_sequence_length=LENGTH, chunks=(16,), mesh=mesh)
     words = engine._weights.banks.gate.words

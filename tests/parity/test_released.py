@@ -26,7 +26,7 @@ from kimi_jax.nn.moonvit import MoonViT3D, VisionBlock
 from kimi_jax.nn.param import unbox
 from kimi_jax.nn.projector import Projector
 from kimi_jax.nn.rope import vision_rotary
-from tests.fixtures import shared
+from tests.environment import FIXTURES
 from tests.nn.packed import fill_bins
 from tests.nn.tiny import QUICK
 
@@ -41,8 +41,8 @@ def assert_close(ours, theirs):
 @pytest.fixture(scope="module")
 def released():
     """(config, params, inputs and outputs of the torch implementation)."""
-    config, params = stream.load(shared("fixtures/tiny_fp32"), "float32")
-    return config, params, load_file(shared("fixtures/io.safetensors"))
+    config, params = stream.load(FIXTURES / "tiny_fp32", "float32")
+    return config, params, load_file(FIXTURES / "io.safetensors")
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from kimi_jax.infer.request import Event, Request
 from kimi_jax.model import Model, load
 from kimi_jax.serve.app import Server
 from kimi_jax.serve.worker import EngineWorker
-from tests.fixtures import shared
+from tests.environment import FIXTURES
 
 PATIENCE = 120  # seconds that a test waits for what must happen; never how long something takes
 
@@ -42,7 +42,7 @@ def byte_tokenizer() -> KimiTokenizer:
 
 def checkpoint(folder: Path) -> Path:
     """The fixture's weights, with the ids of `byte_tokenizer`."""
-    source = shared("fixtures/tiny_fp32")
+    source = FIXTURES / "tiny_fp32"
     tokenizer = byte_tokenizer()
     config = json.loads((source / "config.json").read_text())
     config["media_placeholder_token_id"] = tokenizer.media_pad_id

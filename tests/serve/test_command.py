@@ -12,7 +12,7 @@ import openai
 import PIL.Image
 import pytest
 
-from tests.fixtures import REPO
+from tests.environment import REPO
 from tests.serve.server import PATIENCE, checkpoint, client, picture_uri
 from tests.serve.test_app import WEATHER, user
 

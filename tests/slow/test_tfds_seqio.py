@@ -19,7 +19,7 @@ from kimi_jax.data.image import decode
 from kimi_jax.data.pipeline import BatchStream
 from kimi_jax.data.sources import open_source
 from kimi_jax.data.tokenizer import train_tokenizer
-from tests.fixtures import REPO
+from tests.environment import REPO
 
 pytestmark = pytest.mark.slow
 TEMPLATE = "{image}{question}{loss=1} {answer}"

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from tests.fixtures import REPO
+from tests.environment import REPO
 
 pytestmark = pytest.mark.tpu
 pytest.importorskip("libtpu", reason="needs the extra [tpu]: make test-tpu")

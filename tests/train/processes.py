@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from tests.e2e.corpus import write_config, write_corpus
-from tests.fixtures import COMPILE_FAST, REPO
+from tests.environment import COMPILE_FAST, REPO
 from tests.train.tiny import CONFIG, MODEL
 
 PROGRAM = REPO / "tests" / "train" / "host_program.py"

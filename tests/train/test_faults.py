@@ -17,7 +17,7 @@ from kimi_jax.train import spikes
 from kimi_jax.train.console import Interrupted, Stop, exit_status
 from kimi_jax.train.hosts import RESTART
 from kimi_jax.train.state import TrainState
-from tests.fixtures import REPO
+from tests.environment import REPO
 from tests.train.processes import environment
 
 PROGRAM = REPO / "tests" / "train" / "fault_program.py"

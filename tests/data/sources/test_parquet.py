@@ -13,7 +13,7 @@ from kimi_jax.data.example import Text, Video  # noqa: E402
 from kimi_jax.data.image import decode  # noqa: E402
 from kimi_jax.data.sources import open_source, parquet  # noqa: E402
 from tests.data.sources.media import clip, png  # noqa: E402
-from tests.fixtures import shared  # noqa: E402
+from tests.environment import shared  # noqa: E402
 
 
 def _open(path):
