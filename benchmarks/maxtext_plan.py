@@ -35,7 +35,8 @@ MAXTEXT = (
     "enable_checkpointing=false", "jax_cache_dir=", "attention=flash", "sparse_matmul=True", "opt_type=adamw",
     "weight_dtype=float32", "allow_split_physical_axes=True",
 )  # fmt: skip
-# the best of three tried for 512 chips (benchmarks/README.md); for 256 the one of design.md section 6, cut to half
+# the best of three tried for 512 chips (benchmarks/README.md); for 256 the one of docs/architecture.md section 6, cut
+# to half
 LAYOUTS = {
     "v5p:8x8x8": "ici_expert_parallelism=32 ici_fsdp_parallelism=16 ragged_buffer_factor=1.25 remat_policy=full",
     "v5p:4x8x8": "ici_expert_parallelism=16 ici_fsdp_parallelism=16 ragged_buffer_factor=1.5 remat_policy=full",

@@ -2,7 +2,7 @@
 
 `configs/*.py:get_config()` returns a mutable `ConfigDict` (so that `--config.a.b=1` works); `freeze` turns it into the
 dataclasses below and refuses unknown keys. Defaults of the model are those of the released Kimi K2.5
-(shared/docs/reference.md section 1.1); field names are the released ones.
+(docs/released_model.md section 1.1); field names are the released ones.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """MoonViT-3D and the projector (reference.md section 2)."""
+    """MoonViT-3D and the projector (docs/released_model.md section 2)."""
 
     patch_size: int = 14
     hidden_size: int = 1152
@@ -155,7 +155,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """MuonClip (paper section 2.4) and the WSD schedule (2.5)."""
+    """MuonClip (docs/paper_notes.md section 2.4) and the WSD schedule (2.5)."""
 
     peak_lr: float = 2e-4
     final_lr: float = 2e-5

@@ -1,7 +1,8 @@
 """A model that is loaded to be asked: `kimi.load(DIR)` and what it can do.
 
-Source: design.md section 4 (the public surface). Requests of any size are padded to a few shapes, so that each shape is
-compiled once: four lengths an octave (at most a quarter is padding), pictures in bins of their own by rounded size.
+Source: docs/architecture.md section 4 (the public surface). Requests of any size are padded to a few shapes, so that
+each shape is compiled once: four lengths an octave (at most a quarter is padding), pictures in bins of their own by
+rounded size.
 
 B rows   S tokens   V vocabulary   D width   N patches   P patches of a bin   p patch size   F features
 """

@@ -1,7 +1,7 @@
 """The whole sharding story: the mesh, one table from logical axis names to mesh axes, and what follows from it.
 
-Source: design.md sections 3 and 6. Parameters name their axes where they are created (`nn.param.declare`), the model
-names those of activations at the edges of blocks; this file decides which mesh axes hold which name
+Source: docs/architecture.md sections 3 and 6. Parameters name their axes where they are created (`nn.param.declare`),
+the model names those of activations at the edges of blocks; this file decides which mesh axes hold which name
 (`nn.layout.Layout` applies it). Five axes:
 
     replica   copies of all weights, the only axis across slices: one all-reduce of the gradients a step on the slow net

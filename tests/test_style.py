@@ -77,7 +77,9 @@ def test_rooms_import_downwards_only(path):
     names = imports(path)
     for module in FORBIDDEN.get(room(path), ()):
         bad = [n for n in names if starts(n, f"kimi_jax.{module}")]
-        assert not bad, f"{rel(path)} must not import {bad[0]}: see design, dependencies point one way"
+        assert not bad, (
+            f"{rel(path)} must not import {bad[0]}: dependencies point one way (docs/architecture.md section 1)"
+        )
     for library in FORBIDDEN_LIBRARIES.get(room(path), ()):
         bad = [n for n in names if starts(n, library)]
         assert not bad, f"{rel(path)} must not import {bad[0]}"

@@ -1,4 +1,6 @@
-"""The released chat template: a conversation to the prompt, as text or ids (reference.md section 6, items 1 to 7).
+"""The released chat template: a conversation to the prompt, as text or ids.
+
+Source: docs/released_model.md section 6, items 1 to 7.
 
 A message is a dict of the OpenAI kind:
   role               user, assistant, tool, or anything else, which speaks as the system

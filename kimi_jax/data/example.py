@@ -1,4 +1,6 @@
-"""What a source yields, and how it becomes tokens and patches (reference.md section 5; design.md section 3).
+"""What a source yields, and how it becomes tokens and patches.
+
+Source: docs/released_model.md section 5; docs/architecture.md section 3.
 
 n   tokens of the example (media pads expanded, end of document included)
 N   patches of one media item;  C = 3 * patch_size^2

@@ -1,4 +1,6 @@
-"""Images by the released rule: size plan, bicubic resize, zero padding, patches (reference.md sections 1.4 and 5).
+"""Images by the released rule: size plan, bicubic resize, zero padding, patches.
+
+Source: docs/released_model.md sections 1.4 and 5.
 
 W, H   size of the original in pixels
 h, w   grid in patches, both even (a language token is a 2x2 window of patches)
@@ -224,7 +226,7 @@ def process_image(image: PIL.Image.Image | np.ndarray | bytes | str | Path) -> t
 
     image: a PIL image, uint8 [H, W, 3], the bytes of an image file, or its path.
     Returns (pixel_values float32 [N, 3, 14, 14], grid_thw int64 [1, 3]). Raises BadRecord for a picture that cannot be
-    decoded. Source: reference.md section 5.
+    decoded. Source: docs/released_model.md section 5.
     """
     if isinstance(image, (bytes, str, Path)):
         image = open_image(image, "" if isinstance(image, bytes) else str(image))

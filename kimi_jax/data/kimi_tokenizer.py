@@ -1,4 +1,6 @@
-"""The released tokenizer: tiktoken over the official `tiktoken.model` (reference.md section 6). The file is not ours.
+"""The released tokenizer: tiktoken over the official `tiktoken.model`. The file is not ours.
+
+Source: docs/released_model.md section 6.
 
 n   ids of the base vocabulary, 163,584 in the released file; 256 special ids follow
 C   characters of a text

@@ -1,4 +1,6 @@
-"""Documents into token rows, and their pictures into the bins beside them, both at once (design.md section 3).
+"""Documents into token rows, and their pictures into the bins beside them, both at once.
+
+Source: docs/architecture.md section 3.
 
 R, S       rows of a group, tokens of a row
 K          bin classes; class k has v_k bins of P_k patches, W_k = P_k/4 windows (one feature each)

@@ -1,8 +1,8 @@
 """Where each patch of an item goes: the layout that makes the 2x2 merge a reshape and the time mean a segment mean.
 
-Released order is raster per frame (reference.md section 2). Ours keeps frames in order, but inside a frame walks 2x2
-windows in raster order, and the four patches of a window row by row. So patches 4j..4j+3 of an item are one window, and
-window j of every frame has the same slot.
+Released order is raster per frame (docs/released_model.md section 2). Ours keeps frames in order, but inside a frame
+walks 2x2 windows in raster order, and the four patches of a window row by row. So patches 4j..4j+3 of an item are one
+window, and window j of every frame has the same slot.
 
 t, h, w   grid of an item in patches (h and w even)
 N = t*h*w patches;  N/4 windows;  h*w/4 slots (features that the item yields)

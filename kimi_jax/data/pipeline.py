@@ -5,7 +5,8 @@ B   rows of a local batch: (shards of this host) * rows_per_group
 
 Each worker process (Grain `mp_prefetch`) owns some of the shards and makes one group of each at a time. Every group
 travels with the state its shard had right after it, so `state()` belongs to the batch last delivered, however much was
-prefetched. Shards know nothing of workers or hosts: any split of them gives the same groups (design.md section 3).
+prefetched. Shards know nothing of workers or hosts: any split of them gives the same groups (docs/architecture.md
+section 3).
 
 What Grain 0.2.18 does about a worker that goes wrong: an exception is raised again here with the worker's traceback; a
 worker that dies by a signal or a non-zero exit is noticed within a second (RuntimeError); one that merely hangs is

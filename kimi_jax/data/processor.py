@@ -1,4 +1,6 @@
-"""A conversation with pictures to what the model takes: ids, pixels, grids (reference.md sections 3, 5 and 6).
+"""A conversation with pictures to what the model takes: ids, pixels, grids.
+
+Source: docs/released_model.md sections 3, 5 and 6.
 
 S   tokens of the prompt, one media pad for each feature
 N   patches of all items together;  items: images and video chunks, in reading order

@@ -1,4 +1,6 @@
-"""What the model wrote, taken apart: reasoning, answer, tool calls (reference.md sections 6 and 8, items 5 and 6).
+"""What the model wrote, taken apart: reasoning, answer, tool calls.
+
+Source: docs/released_model.md sections 6 and 8, items 5 and 6.
 
   thinking   ... </think> answer <|tool_calls_section_begin|> calls <|tool_calls_section_end|> <|im_end|>
   instant    answer, then the same

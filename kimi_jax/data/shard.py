@@ -1,4 +1,6 @@
-"""One logical shard of the data stream: its part of every source, its mixture, its packer (design.md section 3).
+"""One logical shard of the data stream: its part of every source, its mixture, its packer.
+
+Source: docs/architecture.md section 3.
 
 G   number of shards of the stream, fixed for a run, whatever the number of hosts or workers
 n   records of a source

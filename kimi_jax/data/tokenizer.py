@@ -1,4 +1,6 @@
-"""Text to token ids and back: byte-level BPE with the special tokens of the released model (reference.md section 6).
+"""Text to token ids and back: byte-level BPE with the special tokens of the released model.
+
+Source: docs/released_model.md section 6.
 
 Text that comes from data never turns into a special token, whatever it spells: only the pipeline itself inserts those.
 The words are split by the released pattern, so a tokenizer trained here behaves like the released one at its seams.

@@ -1,4 +1,6 @@
-"""Tools as the released model reads them: TypeScript declarations from JSON schemas (reference.md section 6).
+"""Tools as the released model reads them: TypeScript declarations from JSON schemas.
+
+Source: docs/released_model.md section 6.
 
 A schema becomes a `_Type`: its comment (description and constraints) and how it is written at a given indent. All of a
 function's schemas are read before any is written, because a `"$ref": "#"` anywhere changes how its parameters are

@@ -1,4 +1,6 @@
-"""Video by the released rule: two frames a second, chunks of four, a time stamp each (reference.md section 5).
+"""Video by the released rule: two frames a second, chunks of four, a time stamp each.
+
+Source: docs/released_model.md section 5.
 
 N      frames of the file;  n  frames kept
 h, w   grid of a frame in patches;  t = 1 .. 4 frames of a chunk

@@ -1,8 +1,8 @@
 """The released config.json and ModelConfig.
 
-Source: reference.md section 1 (fields of Kimi-K2.5 and its relatives; `vt_*` and `mm_*` vision names), section 3 (what
-the fields mean). Settings of the file that would change the numbers and that this model does not have are refused, not
-ignored. What has no meaning for the model (sampling defaults, transformers' own) is ignored.
+Source: docs/released_model.md section 1 (fields of Kimi-K2.5 and its relatives; `vt_*` and `mm_*` vision names),
+section 3 (what the fields mean). Settings of the file that would change the numbers and that this model does not have
+are refused, not ignored. What has no meaning for the model (sampling defaults, transformers' own) is ignored.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ FIXED_VISION = {
     "pos_emb_type": "divided_fixed", "video_attn_type": "spatial_temporal", "merge_type": "sd2_tpool",
     "mm_projector_type": "patchmerger", "projector_hidden_act": "gelu", "merge_kernel_size": [2, 2],
 }  # fmt: skip
-# Constants of the released code that no file names (reference.md section 0 item 1 and section 2).
+# Constants of the released code that no file names (docs/released_model.md sections 2 and 3).
 UNNAMED = {"lora_norm_eps": 1e-6}
 UNNAMED_VISION = {"rope_theta": 10000.0, "layer_norm_eps": 1e-5, "merge_kernel_size": (2, 2)}
 PAD_OF_RELEASED_VOCABULARY = (163840, 163839)  # vocabulary size, id of [PAD]
@@ -153,7 +153,7 @@ def quantization(released: dict[str, Any]) -> Quantization | None:
 
 def int4_section(group_size: int = 32) -> dict[str, Any]:
     """The released quantization_config of INT4 routed experts, with the vision entries that loaders of transformers
-    5 need and the released file lacks (reference.md section 7)."""
+    5 need and the released file lacks (docs/released_model.md section 7)."""
     weights: dict[str, Any] = {
         "actorder": None, "block_structure": None, "dynamic": False, "group_size": group_size, "num_bits": 4,
         "observer": "minmax", "observer_kwargs": {}, "strategy": "group", "symmetric": True, "type": "int",

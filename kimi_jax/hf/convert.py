@@ -1,9 +1,10 @@
 """Conversion between released directories and our checkpoints, in pieces, resumable, atomic.
 
-Source: reference.md section 4, design.md section 9. Everything is written to TARGET.partial, renamed at the end. A
-journal there names the pieces that are on disk; a run that was interrupted continues after them. In a bucket, where
-nothing can be renamed, TARGET itself is filled, and what makes it a checkpoint is written last: Orbax's own marker, or
-config.json. Files cannot be written in parts there: to-hf makes them on the local disk, one at a time.
+Source: docs/released_model.md section 4, docs/architecture.md section 9. Everything is written to TARGET.partial,
+renamed at the end. A journal there names the pieces that are on disk; a run that was interrupted continues after them.
+In a bucket, where nothing can be renamed, TARGET itself is filled, and what makes it a checkpoint is written last:
+Orbax's own marker, or config.json. Files cannot be written in parts there: to-hf makes them on the local disk, one at a
+time.
 
 A converted checkpoint:
   checkpoints/0/params    our tree (what `train.checkpoint.load`, evaluation and `kimi.load` read)

@@ -1,7 +1,8 @@
 """What `convert to-hf` writes: which tensors in which files, and their values from wherever they lie.
 
-Source: reference.md section 4; nn.lora. Weights come from a checkpoint of ours (`_Step`) or, under the adapters of a
-run with `config.lora`, from its base, which may also be a released directory (`_Base`). All is read piece by piece.
+Source: docs/released_model.md section 4; nn.lora. Weights come from a checkpoint of ours (`_Step`) or, under the
+adapters of a run with `config.lora`, from its base, which may also be a released directory (`_Base`). All is read piece
+by piece.
 
 r rank
 """

@@ -1,7 +1,7 @@
 """FP8 block weights of K2-Instruct and DeepSeek-V3, in.
 
-Source: reference.md section 1.3: float8 e4m3 weights and one float32 `weight_scale_inv` for each block of 128 x 128;
-weight = value * scale. Blocks at the right and lower edge may be partial.
+Source: docs/released_model.md section 1.3: float8 e4m3 weights and one float32 `weight_scale_inv` for each block of 128
+x 128; weight = value * scale. Blocks at the right and lower edge may be partial.
 
 r rows   c columns   b blocks a column
 """

@@ -1,7 +1,7 @@
 """INT4 weights as released (compressed-tensors pack-quantized), both ways, in NumPy.
 
-Source: reference.md section 4. Codes are q + 8 in eight nibbles of an int32, least significant first; one scale for
-`group` neighbours along the input; weight = q * scale, computed in float32 and rounded once.
+Source: docs/released_model.md section 4. Codes are q + 8 in eight nibbles of an int32, least significant first; one
+scale for `group` neighbours along the input; weight = q * scale, computed in float32 and rounded once.
 
 r rows   c columns (inputs)   g = c / group scales a row
 """

@@ -1,6 +1,6 @@
 """Stacked leaves on disk, written and read a slice at a time, in the layout that Orbax restores.
 
-Source: design.md section 9 ("write slices with tensorstore into Orbax leaves; restoring works"). A leaf is one zarr
+Source: docs/architecture.md section 9. A leaf is one zarr
 array in a folder of its own, cut into chunks that are each written once; `_METADATA` beside them makes the folder an
 Orbax item. Reading also takes what Orbax itself saved (one OCDBT database for all leaves).
 """

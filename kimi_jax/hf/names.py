@@ -1,7 +1,7 @@
 """Released tensor names and our tree, in one table.
 
-Source: reference.md section 4 (names and shapes of moonshotai/Kimi-K2.5), section 1.3 (relatives: Kimi-VL names its
-projector otherwise, text-only models have no prefix, `q_lora_rank: null` has `q_proj`).
+Source: docs/released_model.md section 4 (names and shapes of moonshotai/Kimi-K2.5), section 1.3 (relatives: Kimi-VL
+names its projector otherwise, text-only models have no prefix, `q_lora_rank: null` has `q_proj`).
 
 torch linears are [out, in], ours [*inputs, *outputs]: heads are axes of their own. Layers are stacked on axis 0 (dense
 and MoE layers apart), experts on axis 1.
@@ -106,8 +106,8 @@ FAMILIES = {
     "kimi_k2": Family(),
     "deepseek_v3": Family(),
 }
-# Buffers that some checkpoints carry and no model needs (Moonlight has one for each layer): reference.md section 3
-# computes them from the settings. They are kept as they are for the way back.
+# Buffers that some checkpoints carry and no model needs (Moonlight has one for each layer): docs/released_model.md
+# section 3 computes them from the settings. They are kept as they are for the way back.
 BUFFERS = (".rotary_emb.inv_freq",)
 
 

@@ -1,7 +1,7 @@
 """The leaves of a checkpoint that is being made: shapes, dtypes, and the chunks that pieces of released tensors fill.
 
-Source: design.md section 9. A chunk is written once, by one piece. With a mesh it also lies within one device's shard
-(or is made of whole ones, if they are small), so that a device restores its own bytes and little else.
+Source: docs/architecture.md section 9. A chunk is written once, by one piece. With a mesh it also lies within one
+device's shard (or is made of whole ones, if they are small), so that a device restores its own bytes and little else.
 """
 
 from __future__ import annotations

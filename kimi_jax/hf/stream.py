@@ -1,8 +1,9 @@
 """Released checkpoints opened, checked whole before anything is allocated, then read and written piece by piece.
 
-Source: reference.md section 4; design.md section 9 (streaming conversion into stacked leaves). A piece is some rows of
-one released tensor, which are some columns of a slice of one of our leaves: at most PIECE elements. Everything that
-moves weights (load, save, the two conversions) moves pieces, so memory does not depend on the model.
+Source: docs/released_model.md section 4; docs/architecture.md section 9 (streaming conversion into stacked leaves). A
+piece is some rows of one released tensor, which are some columns of a slice of one of our leaves: at most PIECE
+elements. Everything that moves weights (load, save, the two conversions) moves pieces, so memory does not depend on the
+model.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The paged latent cache: the arrays on the device, and on the host who owns which page and what it holds.
 
-Source: issue 3 item 5; design.md section 9 (pages from the start: prefix reuse and RL's length tails need them).
+Source: docs/architecture.md section 9 (pages from the start: prefix reuse and RL's length tails need them).
 A token takes kv_lora_rank + qk_rope_head_dim numbers a layer (576 in K2.5), whatever the number of heads. Full pages
 are known by the hash of all tokens up to their end, so that a prompt finds the pages of every prefix it shares; media
 pads are hashed with the content of their item, since the pads themselves are all alike. Pages nobody uses stay until

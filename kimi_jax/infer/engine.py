@@ -1,6 +1,6 @@
 """Continuous batching: requests join and leave a fixed number of slots; prompts in chunks, all slots decoded at once.
 
-Source: issue 3 item 5; design.md section 9 (decoding). Everything that is compiled has a fixed shape: one program
+Source: docs/architecture.md section 9. Everything that is compiled has a fixed shape: one program
 decodes all slots, one for each of CHUNKS takes the next piece of one prompt. Lengths, tables and settings are data, so
 nothing is compiled after each of them has run once (`warmup` runs them); only the vision tower has a program for each
 class of picture sizes (`kimi_jax.model`).

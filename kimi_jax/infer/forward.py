@@ -1,8 +1,8 @@
 """The decoder over the paged latent cache: one function for chunks of prompts and for decoding.
 
-Source: reference.md section 3 (MLA); design.md section 9 (decoding). All of the model's mathematics is `kimi_jax.nn`'s;
-here stand the cache, the walk over its pages with a running softmax (its length is data, so one program serves all
-lengths), and the absorbed form of attention: with kv_b = [K | V] a head,
+Source: docs/released_model.md section 3 (MLA); docs/architecture.md section 9 (decoding). All of the model's
+mathematics is `kimi_jax.nn`'s; here stand the cache, the walk over its pages with a running softmax (its length is
+data, so one program serves all lengths), and the absorbed form of attention: with kv_b = [K | V] a head,
 
     q . (K latent) = (K^T q) . latent        sum_k p_k (V latent_k) = V (sum_k p_k latent_k)
 

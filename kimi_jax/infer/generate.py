@@ -1,4 +1,6 @@
-"""From a conversation to a request of the sampler, and from its tokens back to text (reference.md section 6).
+"""From a conversation to a request of the sampler, and from its tokens back to text.
+
+Source: docs/released_model.md section 6.
 
 n   tokens of a prompt, media pads expanded;  C = 3 * patch_size^2
 N   patches of one media item

@@ -1,6 +1,6 @@
 """What goes into the engine and what comes out: requests, events, completions. Tokens in, tokens out.
 
-Source: issue 3 item 5. Text, chat templates and pictures' preprocessing are `infer.generate`'s work.
+Text, chat templates and pictures' preprocessing are `infer.generate`'s work.
 
 n tokens of a prompt   k listed alternatives
 """

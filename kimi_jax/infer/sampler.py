@@ -1,6 +1,6 @@
 """One token for every row of logits: greedy, or drawn at the row's own temperature, nucleus, and random stream.
 
-Source: issue 3 item 5. A row's draw depends on its logits, its seed and the position of the new token, and on nothing
+A row's draw depends on its logits, its seed and the position of the new token, and on nothing
 else of the batch. The nucleus is found without sorting: the least logit that is still inside is bisected by its bit
 pattern, which is exact. What no row asks for (noise, nucleus, alternatives) is not computed.
 

@@ -1,9 +1,9 @@
 """What a bank of expert matrices may be: floats, INT4 words with their scales, or a frozen bank with adapters.
 
-Source: reference.md section 4 (INT4 pack-quantized; the layout here is the released one transposed, so that neighbours
-in memory are outputs). The blocked grouped matmul asks for one expert's matrix at a time (`matrix`) and hands back what
-the backward pass found for it (`add_gradient`); on TPU `kernels.int4_matmul` makes floats of one tile at a time. Of a
-whole bank floats are never made.
+Source: docs/released_model.md section 4 (INT4 pack-quantized; the layout here is the released one transposed, so that
+neighbours in memory are outputs). The blocked grouped matmul asks for one expert's matrix at a time (`matrix`) and
+hands back what the backward pass found for it (`add_gradient`); on TPU `kernels.int4_matmul` makes floats of one tile
+at a time. Of a whole bank floats are never made.
 
 E experts   C inputs   O outputs   C8 = C / 8 words   G = C / group scales   r rank of an adapter   b rows of a block
 """

@@ -1,6 +1,6 @@
 """Token cross entropy of a large vocabulary without ever holding all logits.
 
-Source: design.md section 2 (kernel seam). Tokens are taken in chunks; the backward pass makes each
+Source: docs/architecture.md section 2 (kernel seam). Tokens are taken in chunks; the backward pass makes each
 chunk's logits again.
 
 N tokens   D width   V vocabulary   c tokens a chunk

@@ -1,11 +1,11 @@
 """The routed experts of many devices: tokens travel to their experts and back, none is dropped, memory is bounded.
 
-Source: paper.md section 1.5 (the layer); design.md section 9 (rounds). Experts are dealt to the devices of one mesh
-axis. A device sorts its assignments by expert, which is also by device, and knows from one small all-gather of counts
-where each stretch of rows belongs at its receiver. The receiver's order is by expert, then by sender: rows arrive
-ready for a grouped matmul. The receiver has room for W rows, a little more than the mean; one round moves the window
-[r W, r W + W) of every receiver's order there and back, and there are as many rounds as the fullest device of the
-whole mesh needs. The backward pass does the same rounds again from the inputs; nothing else is kept.
+Source: docs/paper_notes.md section 1.5 (the layer); docs/architecture.md section 9 (rounds). Experts are dealt to the
+devices of one mesh axis. A device sorts its assignments by expert, which is also by device, and knows from one small
+all-gather of counts where each stretch of rows belongs at its receiver. The receiver's order is by expert, then by
+sender: rows arrive ready for a grouped matmul. The receiver has room for W rows, a little more than the mean; one round
+moves the window [r W, r W + W) of every receiver's order there and back, and there are as many rounds as the fullest
+device of the whole mesh needs. The backward pass does the same rounds again from the inputs; nothing else is kept.
 
 Rows travel by bundles of 8, the rows of one tile of a TPU's memory: what arrives is then a matrix as the kernels take
 it, where single rows would have to be copied into that form and back. Stretches are filled up to whole bundles with

@@ -1,7 +1,8 @@
 """The routed experts on rows sorted by expert: dropless, every row is multiplied by its own expert only.
 
-Source: the routed experts of paper.md section 1.5; the blocked CPU form of design.md section 6 (XLA:CPU computes every
-group of `ragged_dot` densely, 20 to 60 times slower). Sorting and padding are planned once for a layer:
+Source: the routed experts of docs/paper_notes.md section 1.5; the blocked CPU form of docs/architecture.md section 6
+(XLA:CPU computes every group of `ragged_dot` densely, 20 to 60 times slower). Sorting and padding are planned once for
+a layer:
 
     plan = plan_blocks(experts, num_experts)          # which row goes where
     rows = dispatch(x, plan)                          # gather; each expert's rows padded to whole blocks
@@ -105,7 +106,7 @@ dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 
 @jax.custom_vjp
 def combine(rows: Float[Array, "R D"], gates: Float[Array, "N k"], plan: Plan) -> Float[Array, "N D"]:
-    """Sum over a token's choices of gate * row, in float32 (reference.md section 3: the cast comes after)."""
+    """Sum over a token's choices of gate * row, in float32 (docs/released_model.md section 3: the cast comes after)."""
     return jnp.einsum("nkd,nk->nd", _take(rows, plan.row).astype(jnp.float32), gates.astype(jnp.float32))
 
 

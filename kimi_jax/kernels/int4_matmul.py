@@ -1,6 +1,6 @@
 """A grouped matmul by INT4 matrices for TPUs: a tile of words becomes floats where it is multiplied, in VMEM.
 
-Source: issue 3 item 1; the structure is megablox' (`jax.experimental.pallas.ops.tpu.megablox`: a grid over the pairs of
+Source: the structure is megablox' (`jax.experimental.pallas.ops.tpu.megablox`: a grid over the pairs of
 a tile of rows and an expert that has rows in it), whose table of such pairs is used as it is. What a word means is
 `kernels.banks.dequantise`, to the bit: code * scale in float32, rounded once to the bfloat16 of the scales.
 

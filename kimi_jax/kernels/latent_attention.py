@@ -1,10 +1,11 @@
 """MLA's attention over a mesh: rows and heads are dealt to devices, and so are the tokens of long rows.
 
-Source: design.md section 9 (gather the latent, not keys and values: 302 MB a layer at 262,144 tokens). Every device of
-the `context` axis has a stretch of each row. It gathers the latents of all stretches, makes keys and values of one
-stretch at a time, and joins the pieces by their log-sum-exp: its own stretch causally, earlier ones wholly, later ones
-not at all (so devices with late stretches work most, up to twice the mean). Backward goes over the same pieces with the
-joint log-sum-exp, and the latents' gradient is scattered back. Without a context axis there is one piece.
+Source: docs/architecture.md section 9 (gather the latent, not keys and values: 302 MB a layer at 262,144 tokens). Every
+device of the `context` axis has a stretch of each row. It gathers the latents of all stretches, makes keys and values
+of one stretch at a time, and joins the pieces by their log-sum-exp: its own stretch causally, earlier ones wholly,
+later ones not at all (so devices with late stretches work most, up to twice the mean). Backward goes over the same
+pieces with the joint log-sum-exp, and the latents' gradient is scattered back. Without a context axis there is one
+piece.
 
 Queries, keys and values are made here as well, one product each, so that on TPU a kernel can take them as they come
 (`kernels.latent_flash`); elsewhere, and where it does not fit, heads are cut out of them. What turns a query, x cos +

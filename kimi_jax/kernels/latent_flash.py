@@ -1,9 +1,9 @@
 """MLA's attention on TPU, in the form in which its projections lie: no transposition, no padding, no copied rotary key.
 
-Source: flash attention (Dao et al. 2022, Algorithms 1 and 2) for the naive form of MLA (reference.md section 3). A head
-is a block of columns: queries [nope | rotary | swapped], keys and values [nope | value] as `kv_b` makes them, and one
-rotary key for all heads. A turned query is rotary * cos + swapped * sin (`kernels.latent_attention` makes the swapped
-columns); both summands meet the same key, so that nothing is moved between lanes.
+Source: flash attention (Dao et al. 2022, Algorithms 1 and 2) for the naive form of MLA (docs/released_model.md section
+3). A head is a block of columns: queries [nope | rotary | swapped], keys and values [nope | value] as `kv_b` makes
+them, and one rotary key for all heads. A turned query is rotary * cos + swapped * sin (`kernels.latent_attention` makes
+the swapped columns); both summands meet the same key, so that nothing is moved between lanes.
 
 Scores are held keys by queries, so that a query's statistics are a row. Forward has one head's keys and values of a row
 of the batch in VMEM, backward its queries: five products for all gradients, where two kernels need seven. Blocks above

@@ -1,12 +1,12 @@
 """Softmax attention inside segments: packed documents (causal) and packed images (full), memory bounded.
 
-Source: reference.md section 2 (vision: inside an item), section 3 (text: causal inside a document); the per-head
-maximum logit is what QK-clip needs (paper.md section 2.4). Two forms with one result: `dense_attention` is the plain
-statement, `segment_attention` walks over chunks of queries, never holds [T, T], and recomputes the probabilities in its
-own backward pass from the stored log-sum-exp. Its causal chunks skip the keys of later chunks. On CPU rows are taken
-one at a time so that a chunk's scores stay in cache (three times faster than the dense form at T = 512); elsewhere all
-at once. Probabilities enter the product with v unnormalised, in the dtype of v; the sum divides the result. On TPU
-bfloat16 goes to `kernels.splash`.
+Source: docs/released_model.md section 2 (vision: inside an item), section 3 (text: causal inside a document); the
+per-head maximum logit is what QK-clip needs (docs/paper_notes.md section 2.4). Two forms with one result:
+`dense_attention` is the plain statement, `segment_attention` walks over chunks of queries, never holds [T, T], and
+recomputes the probabilities in its own backward pass from the stored log-sum-exp. Its causal chunks skip the keys of
+later chunks. On CPU rows are taken one at a time so that a chunk's scores stay in cache (three times faster than the
+dense form at T = 512); elsewhere all at once. Probabilities enter the product with v unnormalised, in the dtype of v;
+the sum divides the result. On TPU bfloat16 goes to `kernels.splash`.
 
 `attend` and `attend_grads` are one piece of attention each way: some queries, some keys. `kernels.latent_attention`
 joins pieces over devices.

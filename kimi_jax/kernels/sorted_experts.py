@@ -1,8 +1,8 @@
 """The routed experts on rows that already lie in the order of their experts: what an expert device does in one round.
 
-Source: design.md section 6. On TPU and in bfloat16 the kernels of `kernels.sorted_kernels` take such rows as they are.
-Elsewhere, and in float32, they take the blocks of `kernels.grouped_matmul`. Rows beyond the last expert are not
-computed; what they hold is unspecified.
+Source: docs/architecture.md section 6. On TPU and in bfloat16 the kernels of `kernels.sorted_kernels` take such rows as
+they are. Elsewhere, and in float32, they take the blocks of `kernels.grouped_matmul`. Rows beyond the last expert are
+not computed; what they hold is unspecified.
 
 W rows   E experts here, number `first` of the banks and those after it   D, F widths
 """

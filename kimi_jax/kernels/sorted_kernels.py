@@ -1,9 +1,9 @@
 """The routed experts by TPU kernels, on rows in the order of their experts; bfloat16 only.
 
-Source: design.md section 6. Floats: megablox' grouped matmul (`gmm` forward, `tgmm` for the weights' gradients: XLA's
-own gradient of `ragged_dot` is dense on jax 0.10.2). INT4: `kernels.int4_matmul`; its matrices have no gradient.
-Adapters: rows @ a @ b beside the product by their base, so that no matrix of the sum is made. Banks may hold more
-experts than there are groups of rows; what rows beyond the last group hold is unspecified.
+Source: docs/architecture.md section 6. Floats: megablox' grouped matmul (`gmm` forward, `tgmm` for the weights'
+gradients: XLA's own gradient of `ragged_dot` is dense on jax 0.10.2). INT4: `kernels.int4_matmul`; its matrices have no
+gradient. Adapters: rows @ a @ b beside the product by their base, so that no matrix of the sum is made. Banks may hold
+more experts than there are groups of rows; what rows beyond the last group hold is unspecified.
 
 W rows   n groups of rows   E experts of the banks, of which group 0 belongs to number `first`   D, F widths   r rank
 """

@@ -1,8 +1,8 @@
 """Weights that are cut only to need less room: gathered where they are used, their gradients summed and cut again.
 
-Source: design.md section 6 (fully sharded weights). Inside `shard_map`, where nobody else does it, and axis by axis:
-of a gather over all 512 chips of a pod the TPU compiler makes a sum of matrices that are zero elsewhere, of the sum and
-cut of a gradient an all-reduce. Either sends twice the bytes.
+Source: docs/architecture.md section 6 (fully sharded weights). Inside `shard_map`, where nobody else does it, and axis
+by axis: of a gather over all 512 chips of a pod the TPU compiler makes a sum of matrices that are zero elsewhere, of
+the sum and cut of a gradient an all-reduce. Either sends twice the bytes.
 
 B rows   S tokens   I, O inputs and outputs of a matrix
 """

@@ -1,9 +1,9 @@
 """Embedding and loss over a mesh: neither the table nor its gradient moves where tokens can move instead.
 
-Source: design.md section 6 (what a layout costs on the wire). Look-up: a device has a few columns of the table; it
-learns all token ids of those it shares the columns with (small), looks all of them up in its columns, and an all-to-all
-gives everybody whole rows of its own tokens. Loss: the output matrix is gathered once, its gradient scattered; tokens
-are dealt over `tensor` too, so that nobody does the same tokens.
+Source: docs/architecture.md section 6 (what a layout costs on the wire). Look-up: a device has a few columns of the
+table; it learns all token ids of those it shares the columns with (small), looks all of them up in its columns, and an
+all-to-all gives everybody whole rows of its own tokens. Loss: the output matrix is gathered once, its gradient
+scattered; tokens are dealt over `tensor` too, so that nobody does the same tokens.
 
 B rows   S tokens a row   V vocabulary   D width
 """

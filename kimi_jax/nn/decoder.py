@@ -1,7 +1,7 @@
 """Decoder layers, their scan over stacked weights, and the two maps by which the optimizer reaches single layers.
 
-Source: reference.md section 3 (layer, dense first); design.md section 3 (aux is returned, stacked by the scan; QK-clip
-and the bias update index the tree explicitly).
+Source: docs/released_model.md section 3 (layer, dense first); docs/architecture.md section 3 (aux is returned, stacked
+by the scan; QK-clip and the bias update index the tree explicitly).
 
 B rows   S tokens   D width   H heads   E experts   L layers = dense + MoE
 """

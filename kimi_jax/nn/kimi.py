@@ -1,7 +1,7 @@
 """Kimi K2.5: vision tower, projector and decoder joined by early fusion; initialisation, counts, assembly of parts.
 
-Source: reference.md section 3 (merge: features replace the embeddings of media pads; untied head, float32 logits),
-section 1.5 (sizes); design.md section 3 (bins lie beside the rows of their group).
+Source: docs/released_model.md section 3 (merge: features replace the embeddings of media pads; untied head, float32
+logits), section 1.5 (sizes); docs/architecture.md section 3 (bins lie beside the rows of their group).
 
 G groups   B = G*R rows   S tokens   D width   V vocabulary   F features a group   L layers
 """

@@ -1,6 +1,6 @@
 """The small parts: norms, linear maps, the gated MLP. Pure functions, then thin Linen modules with parameters.
 
-Source: reference.md sections 2 and 3 (cast order of RMSNorm, fused bias, SwiGLU).
+Source: docs/released_model.md sections 2 and 3 (cast order of RMSNorm, fused bias, SwiGLU).
 
 D width   F inner width   I, O widths of what goes into a matrix and of what comes out
 """
@@ -55,7 +55,7 @@ project.defvjp(_project_fwd, _project_bwd)
 
 
 def rms_norm(x: Float[Array, "*b D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*b D"]:
-    """x / rms(x) in float32, cast to the dtype of x, and only then times scale (reference.md section 3)."""
+    """x / rms(x) in float32, cast to the dtype of x, and only then times scale (docs/released_model.md section 3)."""
     wide = x.astype(jnp.float32)
     normed = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     return normed.astype(x.dtype) * scale.astype(x.dtype)

@@ -1,9 +1,9 @@
 """How arrays lie over a mesh, as far as the model has to know it.
 
-Source: design.md section 3. Most of the model is written as if there were one device, and the compiler cuts it. Some
-places say themselves what happens on each device (`jax.shard_map`): the routed experts, attention, the decoder's
-matrices, and the loss over the vocabulary. They, and the constraints at the edges of blocks, get a `Layout`; without
-one nothing is cut.
+Source: docs/architecture.md section 3. Most of the model is written as if there were one device, and the compiler cuts
+it. Some places say themselves what happens on each device (`jax.shard_map`): the routed experts, attention, the
+decoder's matrices, and the loss over the vocabulary. They, and the constraints at the edges of blocks, get a `Layout`;
+without one nothing is cut.
 The table of rules is in `kimi_jax.sharding`.
 """
 

@@ -1,6 +1,7 @@
 """Multi-head latent attention, and QK-clip's change of its weights.
 
-Source: reference.md section 3 (MLA, naive form); paper.md sections 1.5 and 2.4 (QK-clip: what gets which factor).
+Source: docs/released_model.md section 3 (MLA, naive form); docs/paper_notes.md sections 1.5 and 2.4 (QK-clip: what gets
+which factor).
 
 B rows   S tokens   D width   H heads   n, r, v: widths of the part without rotary, the rotary part, the values
 d = n + r   I width of what the queries' matrix takes   C = kv_lora_rank + r   p = r / 2
@@ -127,7 +128,7 @@ def cut_attention(
 
 
 def clip_attention(attention_params: dict[str, Any], gamma: Float[Array, " H"]) -> dict[str, Any]:
-    """Multiply head h's logits by gamma[h], exactly (QK-clip, paper.md section 2.4).
+    """Multiply head h's logits by gamma[h], exactly (QK-clip, docs/paper_notes.md section 2.4).
 
     Queries and keys without rotary get sqrt(gamma), rotary queries gamma; the rotary key is shared by all heads and
     stays. `attention_params` is one layer's plain dict, and so is the result; raises KeyError if a weight is missing.

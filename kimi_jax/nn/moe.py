@@ -1,7 +1,7 @@
 """Mixture of experts: sigmoid router with a selection bias, dropless routed experts, shared experts.
 
-Source: reference.md section 3 (router in float32, bias for selection only, combine in float32, then cast, then the
-shared experts); paper.md section 1.5 (sequence-wise balance loss).
+Source: docs/released_model.md section 3 (router in float32, bias for selection only, combine in float32, then cast,
+then the shared experts); docs/paper_notes.md section 1.5 (sequence-wise balance loss).
 
 B rows   S tokens a row   N = B*S   D width   E experts   k choices   F inner width of an expert
 """

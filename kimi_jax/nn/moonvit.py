@@ -1,6 +1,6 @@
 """MoonViT-3D: packed native-resolution patches of images and short video chunks to pooled windows.
 
-Source: reference.md section 2 (items 1 to 8) and section 0 items 2 to 5. Bins hold several items; every patch carries
+Source: docs/released_model.md section 2, items 1 to 8. Bins hold several items; every patch carries
 its item id, its (t, y, x) and its item's (t, h, w), so shapes are static whatever the grids. Patches lie window by
 window (`kimi_jax.data.patches`), which makes the 2x2 merge a reshape and the mean over frames a segment mean.
 

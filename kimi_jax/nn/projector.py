@@ -1,6 +1,6 @@
 """MLP projector: four patches of a window become one token of the language model.
 
-Source: reference.md section 2 item 9 and section 0 item 5 (exact GELU).
+Source: docs/released_model.md section 2 item 9 (exact GELU).
 
 W windows   Dv vision width   D language width
 """

@@ -1,7 +1,7 @@
 """Rotary positions: 1-D with YaRN for the language model, 2-D for the vision tower.
 
-Source: reference.md section 3 (YaRN constants, interleaved weights that are de-interleaved) and section 2 (vision: even
-pairs turn with x, odd pairs with y, the layout stays interleaved); section 0 items 3 and 6.
+Source: docs/released_model.md section 3 (YaRN constants, interleaved weights that are de-interleaved) and section 2
+(vision: even pairs turn with x, odd pairs with y, the layout stays interleaved); section 0 items 3 and 6.
 
 d rotary width (d/2 pairs)   P patches   H heads
 """

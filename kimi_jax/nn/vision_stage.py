@@ -1,7 +1,8 @@
 """The Decoupled Encoder Process: all devices encode pictures, however the decoder is cut, and only features stay.
 
-Source: paper.md section 3, "DEP"; design.md section 3. The packer gives every device along the batch's axes bins of the
-same size beside its rows. Here the devices that share these rows (the axes of context and tensor) share the bins too:
+Source: docs/paper_notes.md section 3, "DEP"; docs/architecture.md section 3. The packer gives every device along the
+batch's axes bins of the same size beside its rows. Here the devices that share these rows (the axes of context and
+tensor) share the bins too:
 
     deal     every device of the group takes its own bins out of those of the group          (nothing is sent)
     encode   tower and projector on a device's own bins; the forward pass keeps nothing but their features, the backward

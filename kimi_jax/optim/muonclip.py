@@ -1,7 +1,8 @@
 """Muon with AdamW for what is not a matrix: the gradient part of MuonClip, as one optax transformation.
 
-Source: paper section 2.4, Algorithm 1. QK-clip, the other part, changes weights after the update: `qk_clip.apply`.
-Which parameter is treated how is declared where it is created (`kimi_jax.nn.param`), never guessed from its name.
+Source: Kimi K2, arXiv:2507.20534, Algorithm 1 (docs/paper_notes.md section 2.4). QK-clip, the other part, changes
+weights after the update: `qk_clip.apply`. Which parameter is treated how is declared where it is created
+(`kimi_jax.nn.param`), never guessed from its name.
 
     Muon        M = mu M + G;  O = NewtonSchulz(G + mu M or M) * update_rms * sqrt(max(R, C))
     AdamW       O = Adam(G), betas and epsilon of the config, no Nesterov
@@ -53,7 +54,7 @@ def muonclip(
     whole matrices are then dealt to its devices (`newton_schulz.orthogonalize_dealt`). The state is a pytree of arrays:
     momentum for Muon leaves, two moments for AdamW leaves, counters. `update` needs `params` (weight decay).
     Raises TypeError for a leaf without a known group, ValueError when `infos` and the parameters do not match, and
-    ConfigError for a schedule that does not fit into `total_steps`. Source: paper section 2.4.
+    ConfigError for a schedule that does not fit into `total_steps`. Source: docs/paper_notes.md section 2.4.
     """
     _check_groups(infos)
     labels = jax.tree.map(lambda info: LABELS[type(info.group)], infos)
@@ -97,7 +98,8 @@ def scale_by_muon(
 ) -> optax.GradientTransformation:
     """Momentum, Newton-Schulz and RMS matching, without learning rate and decay.
 
-    `leaves` holds group and logical axes of each leaf of the tree, in tree order. Source: paper section 2.4.
+    `leaves` holds group and logical axes of each leaf of the tree, in tree order. Source: docs/paper_notes.md section
+    2.4.
     """
     kept = _narrow(config.momentum_dtype)
 

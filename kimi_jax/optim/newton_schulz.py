@@ -1,7 +1,8 @@
 """Newton-Schulz orthogonalisation of a stack of matrices: the inner step of Muon.
 
-Source: paper section 2.4 (Moonlight's constants). The iteration pushes every singular value of a matrix towards 1 and
-keeps its singular vectors; with these coefficients it stops near 1 (about 0.7 to 1.2), which is what Muon is tuned for.
+Source: docs/paper_notes.md section 2.4 (Moonlight's constants). The iteration pushes every singular value of a matrix
+towards 1 and keeps its singular vectors; with these coefficients it stops near 1 (about 0.7 to 1.2), which is what Muon
+is tuned for.
 
 Shape letters: N matrices, R rows, C columns.
 """
@@ -41,8 +42,8 @@ def orthogonalize(
     The Gram matrix is formed on the shorter side, so a step costs 4 min(R,C)^2 max(R,C) + 2 min(R,C)^3 FLOPs a matrix.
     `dtype` is that of the iteration (default: `default_dtype()`; pass it when compiling for another backend). The norm
     is always float32. `unroll` changes speed only: XLA:CPU runs unrolled chains of different parameters side by side
-    and loops one by one; the TPU compiler makes code for every product that it sees. Source: paper section 2.4,
-    "Muon details".
+    and loops one by one; the TPU compiler makes code for every product that it sees. Source: docs/paper_notes.md
+    section 2.4, "Muon details".
     """
     dtype = jnp.dtype(dtype) if dtype is not None else default_dtype()
     a, b, c = COEFFICIENTS

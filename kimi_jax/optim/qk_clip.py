@@ -1,7 +1,8 @@
 """QK-clip: the part of MuonClip that keeps attention logits bounded.
 
-Source: paper section 2.4, Algorithm 1. After the update, a head of a layer whose largest logit of this step's forward
-pass exceeded tau gets its query and key weights scaled so that those logits would have been tau. Other heads stay.
+Source: Kimi K2, arXiv:2507.20534, Algorithm 1 (docs/paper_notes.md section 2.4). After the update, a head of a layer
+whose largest logit of this step's forward pass exceeded tau gets its query and key weights scaled so that those logits
+would have been tau. Other heads stay.
 
 Shape letters: L layers (dense ones first), H heads.
 """

@@ -1,6 +1,6 @@
 """The learning-rate schedule: warm-up, stable, decay (WSD).
 
-Source: paper section 2.5 (Kimi K2: linear warm-up, constant, cosine to a tenth).
+Source: docs/paper_notes.md section 2.5 (Kimi K2, arXiv:2507.20534: linear warm-up, constant, cosine to a tenth).
 """
 
 from __future__ import annotations

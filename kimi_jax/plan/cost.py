@@ -6,7 +6,7 @@ attached (`cost_estimate`) or from their shapes. Data movers without a note (cop
 the memory's rate. Collectives cost `plan.network`. A loop whose length is decided at run time (the rounds of expert
 parallelism) runs `rounds` times; of the branches of a conditional the dearest is taken; both are listed in the result.
 
-Source: shared/docs/design.md section 6; XLA's HLO text.
+Source: docs/architecture.md section 6; XLA's HLO text.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The text of a compiled program (HLO) as data: computations, instructions, trip counts of loops.
 
 Source: the text that `jax.stages.Compiled.as_text()` returns, as observed for libtpu 0.0.42.1 and 0.0.52 and for
-XLA:CPU (shared/docs/design.md section 6: what the compiler writes into it). Only what `plan.cost` needs is understood;
+XLA:CPU (docs/architecture.md section 6: what the compiler writes into it). Only what `plan.cost` needs is understood;
 everything else of an instruction stays as text in `attributes`.
 """
 

@@ -1,7 +1,7 @@
 """The policy objective of Kimi K2.5: importance-weighted advantages with a two-sided token mask, and a leash.
 
-Source: paper.md section 5.1 (equation 1) and its list of ambiguities, items 3 and 4; rl_and_agents.md section B. With
-d = log pi_theta - log pi_old of a sampled token and rho = exp(d),
+Source: docs/paper_notes.md section 5.1 (equation 1) and its list of ambiguities, items 3 and 4; docs/paper_notes.md
+section 5.1. With d = log pi_theta - log pi_old of a sampled token and rho = exp(d),
 
     loss = -1/N sum [ Clip(rho, alpha, beta) * A - tau * d^2 ]
     d loss / d log pi_theta = -1/N [ rho * A * 1{alpha <= rho <= beta} - 2 * tau * d ]

@@ -1,4 +1,4 @@
-"""The HTTP side: routes, errors, streams, clients that go away (the OpenAI API; issue 3 item 6).
+"""The HTTP side: routes, errors, streams, clients that go away (the OpenAI API).
 
 A call is read and checked (400), admitted (429), turned into requests in a helper thread (pictures are decoded there),
 accepted by the engine (400 again: only it knows its room), and answered. Whatever ends the call early, its slots are

@@ -1,4 +1,4 @@
-"""What a client may ask, as JSON, checked field by field (the OpenAI API; issue 3 item 6).
+"""What a client may ask, as JSON, checked field by field (the OpenAI API).
 
 A field that would change the answer and is not known here is an error, never ignored; those of `IGNORED` change
 nothing. Beyond OpenAI's fields: `thinking` ({"type": "enabled" | "disabled"}), `chat_template_kwargs` (thinking,

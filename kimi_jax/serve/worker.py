@@ -1,4 +1,4 @@
-"""The engine in a thread of its own, and what the event loop hands it and hears from it (issue 3 item 6).
+"""The engine in a thread of its own, and what the event loop hands it and hears from it.
 
 The engine is synchronous and knows one thread. Here the loop puts errands into an inbox, the thread does them between
 two steps, and what a step yields goes back to the loop in one call. So a slow step (a program that is compiled) never

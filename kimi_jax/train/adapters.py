@@ -1,6 +1,6 @@
 """What a run of adapters (`config.lora`) stands on: the weights of its base.
 
-Source: issue 3 ("fine-tune ... with the memory they have"); nn.lora. The base is read part by part onto the mesh and is
+Source: LoRA (arXiv:2106.09685); `nn.lora`. The base is read part by part onto the mesh and is
 never written: it has no gradient, no moments and no place in the checkpoints, which hold the adapters alone.
 """
 

@@ -7,7 +7,7 @@ One Orbax step `WORKDIR/checkpoints/N` holds the run after N steps:
   config     JSON: the settings of the run
 Restoring goes into an abstract state with the shardings of *this* run, so another mesh is normal. A step that cannot be
 read is moved to `WORKDIR/damaged_checkpoints` and the one before it is used: left in place, it would make Orbax refuse
-to save its number again (shared/docs/design.md section 9). A step that cannot be written (a full disk) is told, cleaned
+to save its number again (docs/architecture.md section 9). A step that cannot be written (a full disk) is told, cleaned
 up and left out: training is worth more than one checkpoint.
 
 With several hosts each of them calls every method here at the same point; `workdir` is then a place that all of them

@@ -1,8 +1,9 @@
 """Model FLOPs of a batch in closed form, for MFU.
 
-Convention (shared/docs/anchors.md D.9): a multiply and an add are two; forward + backward is three times forward; the
-causal half of attention only, over the documents as they really are; no recomputation; the embedding look-up costs
-nothing, the output head counts. MLA attention has queries and keys of 192 and values of 128. Padding is not work.
+Convention (model FLOPs, PaLM, arXiv:2204.02311, appendix B): a multiply and an add are two; forward + backward is three
+times forward; the causal half of attention only, over the documents as they really are; no recomputation; the embedding
+look-up costs nothing, the output head counts. MLA attention has queries and keys of 192 and values of 128. Padding is
+not work.
 
 D hidden, F dense MLP width, Fe expert width, H heads, V vocabulary; Dv, Fv vision widths; C values of a patch
 """

@@ -1,7 +1,7 @@
 """One training step: loss -> gradients -> MuonClip -> QK-clip -> router bias, a single jitted function.
 
-Paper sections 2.4 and 2.5 (MuonClip), reference.md section 1.4 (router bias). Whatever the step needs to know about the
-forward pass (max logits, expert load) comes back from it in `Aux`.
+Source: docs/paper_notes.md sections 2.4 and 2.5 (MuonClip), docs/released_model.md section 1.4 (router bias). Whatever
+the step needs to know about the forward pass (max logits, expert load) comes back from it in `Aux`.
 
 B rows, S tokens, L layers, Lm layers with experts, E experts, H heads, 3 modalities (text, image, video)
 """

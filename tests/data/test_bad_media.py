@@ -70,7 +70,7 @@ def test_thin_and_tiny_images_are_padded(size):
 
 
 def test_released_behaviour_for_odd_images():
-    """First frame of an animation, `convert("RGB")` for CMYK and 16 bits, EXIF rotation ignored (reference.md 5)."""
+    """First frame of an animation, `convert("RGB")` for CMYK and 16 bits, EXIF rotation ignored (released_model.md)."""
     red, blue = (PIL.Image.new("RGB", (30, 30), c) for c in ("red", "blue"))
     data = encoded(red, "GIF", save_all=True, append_images=[blue])
     assert np.array_equal(kimi.process_image(data)[0], kimi.process_image(red)[0])

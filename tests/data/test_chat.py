@@ -170,7 +170,7 @@ def test_reasoning_answer_and_calls():
 
 
 def test_a_call_that_leaks_out_of_an_unclosed_think_is_a_call():
-    """The users' most frequent complaint (reference.md section 8, item 5)."""
+    """The users' most frequent complaint (docs/released_model.md section 8, item 5)."""
     reply = parse_reply(f"I will look.{CALLS}{one('functions.f:0', '{}')}{CALLS_END}<|im_end|>")
     assert (reply.reasoning, reply.content) == ("I will look.", "")
     assert [c.name for c in reply.tool_calls] == ["f"]

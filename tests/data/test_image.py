@@ -47,7 +47,7 @@ def test_released_pixels_bit_for_bit():
     ],
 )  # fmt: skip
 def test_plan_of_known_sizes(size, tokens):
-    """The checks of reference.md section 5; the last is above the limit through padding, as released."""
+    """The checks of docs/released_model.md section 5; the last is above the limit through padding, as released."""
     assert plan_image(*size).tokens == tokens
 
 

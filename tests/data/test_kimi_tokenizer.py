@@ -124,7 +124,7 @@ def test_the_data_pipeline_takes_it_and_never_makes_a_special_token_of_data(toke
 
 
 def released_cuts(text: str) -> Iterator[str]:
-    """The rule of reference.md section 6, one character at a time."""
+    """The rule of docs/released_model.md section 6, one character at a time."""
     for begin in range(0, len(text), 400_000):
         window = text[begin : begin + 400_000]
         start, run = 0, 0

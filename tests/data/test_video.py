@@ -24,7 +24,7 @@ from kimi_jax.data.video import (
 
 
 def test_released_example():
-    """300 frames at 30 a second (reference.md section 5)."""
+    """300 frames at 30 a second (docs/released_model.md section 5)."""
     indices = sample_indices(300, 30)
     assert indices[:8].tolist() == [0, 16, 31, 47, 63, 79, 94, 110] and len(indices) == 20
     assert [timestamp(indices[i] / 30) for i in (0, 4, 8)] == ["00:00:00.000", "00:00:02.100", "00:00:04.200"]

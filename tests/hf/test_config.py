@@ -16,7 +16,7 @@ from kimi_jax.hf.names import FAMILIES
 from tests.environment import FIXTURES
 from tests.hf import tiny
 
-# reference.md sections 1.1 and 1.3, typed in from there
+# docs/released_model.md sections 1.1 and 1.3, typed in from there
 K25_TEXT = {
     "model_type": "kimi_k2", "hidden_size": 7168, "num_hidden_layers": 61, "intermediate_size": 18432,
     "moe_intermediate_size": 2048, "num_attention_heads": 64, "num_key_value_heads": 64, "q_lora_rank": 1536,
@@ -76,7 +76,7 @@ def test_released_files_are_the_presets(released, name):
 
 
 def test_k2_instruct():
-    """Text only, FP8, its own YaRN and eps (reference.md section 1.3)."""
+    """Text only, FP8, its own YaRN and eps (docs/released_model.md section 1.3)."""
     yarn = K25_TEXT["rope_scaling"] | {"factor": 32.0, "beta_fast": 1.0}
     released = K25_TEXT | {"rms_norm_eps": 1e-6, "rope_scaling": yarn, "max_position_embeddings": 131072}
     released["quantization_config"] = {

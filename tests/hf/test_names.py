@@ -16,7 +16,7 @@ from tests.hf import tiny
 
 
 def test_the_released_checkpoint_to_the_last_byte():
-    """208,550 tensors, 170,738,182,128 elements, 595,148,192,736 bytes (reference.md section 4)."""
+    """208,550 tensors, 170,738,182,128 elements, 595,148,192,736 bytes (docs/released_model.md section 4)."""
     every = tensors(preset("kimi_k2_5"), "kimi_k25")
     entries = [e for t in every for e in output_entries(t, "F32" if t.leaf == BIAS else "BF16", ".experts." in t.leaf)]
     assert len({entry.name for entry in entries}) == len(entries) == 208_550

@@ -162,7 +162,7 @@ def test_fresh_parameters():
 
 
 def test_sizes_of_the_release_from_shapes_alone():
-    """reference.md section 1.5: 1.0264 T text, 32.86 B active, and the exact parts."""
+    """docs/released_model.md section 1.5: 1.0264 T text, 32.86 B active, and the exact parts."""
     assert kimi.count_params(preset("kimi_k2_5")) == {
         "text": 1_026_408_232_448, "text_active": 32_861_500_928, "attention_per_layer": 101_124_096,
         "vision": 416_866_032, "projector": 54_277_888, "total": 1_026_879_376_368,

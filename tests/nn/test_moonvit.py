@@ -1,4 +1,4 @@
-"""Pieces of the vision tower against direct statements of reference.md section 2."""
+"""Pieces of the vision tower against direct statements of docs/released_model.md section 2."""
 
 import jax
 import jax.numpy as jnp

@@ -105,7 +105,7 @@ def test_gradient_table(sign, tau):
 
 
 def test_published_row_of_the_table():
-    """tau = 0.01, A = 1 and -1, as measured in rl_and_agents.md section B (three decimals there)."""
+    """tau = 0.01, A = 1 and -1, to three decimals."""
     plus = [-0.024, -0.707, -1, -1.295, -1.887, 0.032, 0.060]
     minus = [-0.024, 0.693, 1, 1.305, 1.913, 0.032, 0.060]
     np.testing.assert_allclose(slope(np.log(RATIOS), 1.0, tau=0.01), plus, atol=6e-4)

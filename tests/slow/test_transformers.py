@@ -13,13 +13,15 @@ bfloat16  root mean squares, relative to torch in float32 on the same weights, e
           that share little, the difference is up to their root of squares: 1.5 (measured: 0.8 to 1.15).
 Free routing is compared too: both must choose the same experts for every token of every layer.
 
-Where transformers deviates from the released code, reference.md says what the release does and we follow that:
+Where transformers deviates from the released code, docs/released_model.md says what the release does and we follow
+that:
   - with `mscale_all_dim` 0 the release scales cos and sin by the magnitude of `mscale`, transformers by that of 1;
     the variants here have mscale 1 where mscale_all_dim is 0, and `test_mscale_alone` has the other by hand;
   - transformers holds the vision tower's time table in float32 even in a bfloat16 model, the release in bfloat16;
   - `get_image_features` of 5.15 to 5.23 fails for video chunks (it splits by t*h*w/4): tower and projector are called;
   - it normalises the gate of a single chosen expert too, which the release does not: two at least are chosen here;
-  - it knows no Kimi-VL: its tower is that of K2.5 for t = 1 (reference.md section 1.3), so theirs reads the same
+  - it knows no Kimi-VL: its tower is that of K2.5 for t = 1 (docs/released_model.md section 1.3), so theirs reads the
+  same
     weights under K2.5's names.
 Runs in the environment of lm-eval, which brings torch (`make test-lm-eval`). No network.
 """
@@ -79,7 +81,8 @@ def variant(config=TEXT, **changes) -> ModelConfig:
     return dataclasses.replace(config, **(parts | changes))
 
 
-# Moonlight and the language model of Kimi-VL: direct queries, two shared experts, no YaRN (reference.md section 1.3)
+# Moonlight and the language model of Kimi-VL: direct queries, two shared experts, no YaRN (docs/released_model.md
+# section 1.3)
 PLAIN = variant(n_shared_experts=2, routed_scaling_factor=2.446, q_lora_rank=None, rope_scaling=None)
 FAMILIES = {
     "moonlight": ("deepseek_v3", PLAIN),

@@ -1,4 +1,4 @@
-"""The demo's sources: kind "demo", `path` names the sub-set (issue 2, point 7; docs/data.md).
+"""The demo's sources: kind "demo", `path` names the sub-set (docs/data.md).
 
 | path          | holds                                             | validation split           | licence of the data |
 | ------------- | ------------------------------------------------- | -------------------------- | ------------------- |

@@ -1,8 +1,9 @@
 """Images of the demo at many sizes and shapes: easy-VQA scenes and scanned handwritten digits.
 
-All easy-VQA images are 64 x 64, and the released preprocessing never enlarges (reference.md section 5): one size would
-never exercise native resolution. Training therefore crops, pads and scales them in ways that keep every answer true;
-evaluation uses them as they are. A source of its own draws the scenes that fill the demo's largest bin (256 patches).
+All easy-VQA images are 64 x 64, and the released preprocessing never enlarges (docs/released_model.md section 5): one
+size would never exercise native resolution. Training therefore crops, pads and scales them in ways that keep every
+answer true; evaluation uses them as they are. A source of its own draws the scenes that fill the demo's largest bin
+(256 patches).
 
 h, w  pixels;  one patch is 14 x 14, one token 28 x 28
 """
