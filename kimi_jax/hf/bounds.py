@@ -1,0 +1,53 @@
+"""Whether files can hold the model that their settings describe, asked before anything of that size is built.
+
+Even the list of a model's tensors takes memory, and tracing it builds small tables; so each size of the settings is
+first compared with what the files really hold. The exact comparison, tensor by tensor, comes afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kimi_jax.config import ModelConfig
+from kimi_jax.hf.files import CheckpointError
+
+CODES_PER_WORD = 8  # INT4: the axis of a packed tensor is so much shorter than that of the weight
+MAX_FRAMES = 1 << 12  # of init_pos_emb_time, whose table is computed and stands in no file
+
+
+def check(config: ModelConfig, shapes: Iterable[tuple[int, ...]], where: str) -> None:
+    """Raises CheckpointError that names each setting too large for tensors of these shapes.
+
+    config: from the settings, with positive sizes; shapes: of the tensors that exist (one for each layer and expert).
+    """
+    shapes = list(shapes)
+    longest = CODES_PER_WORD * max((size for shape in shapes for size in shape), default=0)
+    widths = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size if config.num_dense_layers else 0,
+        "q_lora_rank": config.q_lora_rank or 0,
+        "kv_lora_rank": config.kv_lora_rank,
+        "num_attention_heads * (qk_nope_head_dim + qk_rope_head_dim)": config.num_attention_heads * config.qk_head_dim,
+        "num_attention_heads * v_head_dim": config.num_attention_heads * config.v_head_dim,
+    }
+    counts = {"num_hidden_layers": config.num_hidden_layers}
+    if config.moe and config.num_moe_layers:
+        shared = config.moe.n_shared_experts * config.moe.moe_intermediate_size
+        widths["moe_intermediate_size"] = config.moe.moe_intermediate_size
+        widths["n_shared_experts * moe_intermediate_size"] = shared
+        counts["n_routed_experts * MoE layers"] = config.moe.n_routed_experts * config.num_moe_layers
+    if config.vision:
+        widths |= {
+            f"vision {key}": getattr(config.vision, key)
+            for key in ("hidden_size", "intermediate_size", "patch_size", "init_pos_emb_height", "init_pos_emb_width")
+        }
+        counts["vision num_hidden_layers"] = config.vision.num_hidden_layers
+    problems = [f"{key} = {size}, the longest axis of a tensor is {longest}" for key, size in widths.items()
+                if size > longest]  # fmt: skip
+    problems += [f"{key} = {count}, there are {len(shapes)} tensors" for key, count in counts.items()
+                 if count > len(shapes)]  # fmt: skip
+    if config.vision and config.vision.init_pos_emb_time > MAX_FRAMES:
+        problems.append(f"init_pos_emb_time = {config.vision.init_pos_emb_time}, at most {MAX_FRAMES} are supported")
+    if problems:
+        raise CheckpointError("\n  ".join([f"{where} cannot hold the model of its settings:", *problems]))
