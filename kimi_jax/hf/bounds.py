@@ -6,22 +6,23 @@ first compared with what the files really hold. The exact comparison, tensor by 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from kimi_jax.config import ModelConfig
 from kimi_jax.hf.files import CheckpointError
 
 CODES_PER_WORD = 8  # INT4: the axis of a packed tensor is so much shorter than that of the weight
+POSITIVE = (
+    "vocab_size", "hidden_size", "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
+    "v_head_dim",
+)  # fmt: skip
 MAX_FRAMES = 1 << 12  # of init_pos_emb_time, whose table is computed and stands in no file
 
 
-def check(config: ModelConfig, shapes: Iterable[tuple[int, ...]], where: str) -> None:
-    """Raises CheckpointError that names each setting too large for tensors of these shapes.
+def check(config: ModelConfig, longest: int, count: int | None, where: str) -> None:
+    """Raises CheckpointError that names each setting that is too large for the files, or not positive.
 
-    config: from the settings, with positive sizes; shapes: of the tensors that exist (one for each layer and expert).
+    longest: an axis of a weight cannot be longer; count: number of stored tensors, at least one for each layer and
+    expert; None if layers and experts have been compared already.
     """
-    shapes = list(shapes)
-    longest = CODES_PER_WORD * max((size for shape in shapes for size in shape), default=0)
     widths = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -31,6 +32,7 @@ def check(config: ModelConfig, shapes: Iterable[tuple[int, ...]], where: str) ->
         "num_attention_heads * (qk_nope_head_dim + qk_rope_head_dim)": config.num_attention_heads * config.qk_head_dim,
         "num_attention_heads * v_head_dim": config.num_attention_heads * config.v_head_dim,
     }
+    positive = {key: getattr(config, key) for key in POSITIVE}
     counts = {"num_hidden_layers": config.num_hidden_layers}
     if config.moe and config.num_moe_layers:
         shared = config.moe.n_shared_experts * config.moe.moe_intermediate_size
@@ -43,10 +45,10 @@ def check(config: ModelConfig, shapes: Iterable[tuple[int, ...]], where: str) ->
             for key in ("hidden_size", "intermediate_size", "patch_size", "init_pos_emb_height", "init_pos_emb_width")
         }
         counts["vision num_hidden_layers"] = config.vision.num_hidden_layers
-    problems = [f"{key} = {size}, the longest axis of a tensor is {longest}" for key, size in widths.items()
-                if size > longest]  # fmt: skip
-    problems += [f"{key} = {count}, there are {len(shapes)} tensors" for key, count in counts.items()
-                 if count > len(shapes)]  # fmt: skip
+    problems = [f"{key} = {size} must be positive" for key, size in positive.items() if size < 1]
+    problems += [f"{key} = {n}, no tensor is longer than {longest}" for key, n in widths.items() if n > longest]
+    if count is not None:
+        problems += [f"{key} = {n}, there are {count} tensors" for key, n in counts.items() if n > count]
     if config.vision and config.vision.init_pos_emb_time > MAX_FRAMES:
         problems.append(f"init_pos_emb_time = {config.vision.init_pos_emb_time}, at most {MAX_FRAMES} are supported")
     if problems:

@@ -250,7 +250,7 @@ def _model_type(released: dict[str, Any]) -> str:
     model_type = released.get("model_type")
     if not isinstance(model_type, str):
         raise ConfigError(f"config.json names no model_type; supported are: {', '.join(FAMILIES)}")
-    return model_type
+    return model_type[:64]  # no supported one is so long
 
 
 def _dtype(released: dict[str, Any]) -> str:

@@ -14,7 +14,21 @@ from kimi_jax.untrusted import describe
 
 MAX_SIZE = 1 << 31  # of a dimension: indices are int32
 # Sampling, training and bookkeeping: nothing that a forward pass of the weights depends on.
-HARMLESS = frozenset(["_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_experts_implementation", "_name_or_path", "architectures", "attn_implementation", "auto_map", "aux_loss_alpha", "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward", "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype", "early_stopping", "encoder_no_repeat_ngram_size", "eos_token_id", "ep_size", "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "id2label", "ignore_index", "initializer_range", "label2id", "length_penalty", "max_length", "media_placeholder_token_id", "min_length", "model_type", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions", "output_hidden_states", "output_router_logits", "output_scores", "pad_token_id", "prefix", "pretraining_tp", "problem_type", "remove_invalid_values", "repetition_penalty", "return_dict", "return_dict_in_generate", "router_aux_loss_coef", "sep_token_id", "seq_aux", "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "transformers_version", "typical_p", "unk_token_id", "use_bfloat16", "use_cache"])  # fmt: skip
+HARMLESS = frozenset((
+    "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_experts_implementation",
+    "_name_or_path", "architectures", "attn_implementation", "auto_map", "aux_loss_alpha", "bad_words_ids",
+    "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward", "decoder_start_token_id",
+    "diversity_penalty", "do_sample", "dtype", "early_stopping", "encoder_no_repeat_ngram_size", "eos_token_id",
+    "ep_size", "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id",
+    "forced_eos_token_id", "id2label", "ignore_index", "initializer_range", "label2id", "length_penalty",
+    "max_length", "media_placeholder_token_id", "min_length", "model_type", "no_repeat_ngram_size",
+    "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions", "output_hidden_states",
+    "output_router_logits", "output_scores", "pad_token_id", "prefix", "pretraining_tp", "problem_type",
+    "remove_invalid_values", "repetition_penalty", "return_dict", "return_dict_in_generate",
+    "router_aux_loss_coef", "sep_token_id", "seq_aux", "suppress_tokens", "task_specific_params", "temperature",
+    "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript",
+    "transformers_version", "typical_p", "unk_token_id", "use_bfloat16", "use_cache",
+))  # fmt: skip
 TOP = frozenset(("text_config", "vision_config", "quantization_config", "use_unified_vision_chunk", "video_placeholder",
                  "text_config_dict", "vision_config_dict"))  # fmt: skip
 # Of every section: switches of other models that have to be off.
@@ -24,7 +38,7 @@ OFF = {
 }  # fmt: skip
 # Of the text section, beside what config.py writes itself: what other relatives of DeepSeek-V3 may switch on.
 TEXT_OFF = {
-    "attention_chunk_size": None, "attn_logit_softcapping": None, "final_logit_softcapping": None, "head_dim_scale": None,
+    "attention_chunk_size": None, "attn_logit_softcapping": None, "final_logit_softcapping": None,
     "index_head_dim": None, "index_n_heads": None, "index_topk": None, "mlp_bias": False, "partial_rotary_factor": 1.0,
     "rope_interleave": True, "sliding_window": None, "use_qk_norm": False, "qk_layernorm": False,
     "use_sliding_window": False,
@@ -82,7 +96,7 @@ def check_known(found: dict[str, Any], known: Any, where: str) -> None:
     """Raises ConfigError that names every key with a value that is not in `known`."""
     unknown = [key for key, value in found.items() if value is not None and key not in known]
     if unknown:
-        named = [f"{describe(key)} = {describe(found[key])}{nearest(key, known)}" for key in unknown[:10]]
+        named = [f"{describe(key)} = {describe(found[key])}{nearest(key[:64], known)}" for key in unknown[:10]]
         raise ConfigError(f"{where}: this model does not know {', '.join(named)}; it may change the numbers")
 
 

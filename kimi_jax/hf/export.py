@@ -331,12 +331,15 @@ def check_layout(found: dict[str, Any], where: epath.Path) -> None:
 
 def _check_stacks(model: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> None:
     """Raises CheckpointError if the settings want more layers or experts than there are, or wider ones than fit."""
-    experts = shapes.get(EXPERTS[0], (0, 0))[:2]
+
+    def axis(leaf: str, number: int) -> int:
+        return (*shapes.get(leaf, ()), 0, 0)[number]
+
     has = {
-        "num_hidden_layers": sum(shapes.get(f"{stack}.input_norm.scale", (0,))[0] for stack in ("dense_layers", "moe_layers")),
-        "n_routed_experts": experts[1],
-        "vision.num_hidden_layers": shapes.get("vision.blocks.norm0.scale", (0,))[0],
-    }  # fmt: skip
+        "num_hidden_layers": axis("dense_layers.input_norm.scale", 0) + axis("moe_layers.input_norm.scale", 0),
+        "n_routed_experts": axis(EXPERTS[0], 1),
+        "vision.num_hidden_layers": axis("vision.blocks.norm0.scale", 0),
+    }
     wants = {
         "num_hidden_layers": model.num_hidden_layers,
         "n_routed_experts": model.moe.n_routed_experts if model.moe and model.num_moe_layers > 0 else 0,
@@ -345,8 +348,7 @@ def _check_stacks(model: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> Non
     wrong = [f"model.{key} = {wants[key]}, the weights have {has[key]}" for key in has if wants[key] != has[key]]
     if wrong:
         raise CheckpointError("the checkpoint does not hold the model of its settings: " + "; ".join(wrong))
-    single = [(math.prod(shape),) for shape in shapes.values()] * max(model.num_hidden_layers, 1)
-    bounds.check(dataclasses.replace(model, moe=None) if model.moe else model, single, "the checkpoint")
+    bounds.check(model, max(math.prod(shape) for shape in shapes.values()), None, "the checkpoint")
 
 
 def _check_leaves(wanted: list[Tensor], shapes: dict[str, tuple[int, ...]]) -> None:

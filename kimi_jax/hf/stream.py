@@ -82,7 +82,9 @@ class Released:
                 read_json(check_inside(self.path, name, CheckpointError), MAX_CONFIG, CheckpointError)
         self.directory = Directory(self.path)
         try:
-            bounds.check(self.config, (stored.shape for stored in self.directory.tensors.values()), str(self.path))
+            stored = self.directory.tensors.values()
+            longest = max((size for each in stored for size in each.shape), default=0)
+            bounds.check(self.config, bounds.CODES_PER_WORD * longest, len(stored), str(self.path))
             self.tensors = tensors(self.config, self.model_type)
             self.buffers = [name for name in self.directory.tensors if name.endswith(BUFFERS)]
             problems = self._problems()
