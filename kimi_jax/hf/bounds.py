@@ -14,6 +14,7 @@ POSITIVE = (
     "vocab_size", "hidden_size", "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
     "v_head_dim",
 )  # fmt: skip
+VISION_WIDTHS = ("hidden_size", "intermediate_size", "patch_size", "init_pos_emb_height", "init_pos_emb_width")
 MAX_FRAMES = 1 << 12  # of init_pos_emb_time, whose table is computed and stands in no file
 
 
@@ -39,13 +40,15 @@ def check(config: ModelConfig, longest: int, count: int | None, where: str) -> N
         widths["moe_intermediate_size"] = config.moe.moe_intermediate_size
         widths["n_shared_experts * moe_intermediate_size"] = shared
         counts["n_routed_experts * MoE layers"] = config.moe.n_routed_experts * config.num_moe_layers
+    divisors = {"qk_rope_head_dim": (config.qk_rope_head_dim, 2)}
     if config.vision:
-        widths |= {
-            f"vision {key}": getattr(config.vision, key)
-            for key in ("hidden_size", "intermediate_size", "patch_size", "init_pos_emb_height", "init_pos_emb_width")
-        }
+        vision = {f"vision {key}": getattr(config.vision, key) for key in VISION_WIDTHS}
+        widths |= vision
+        positive |= vision | {"vision num_attention_heads": config.vision.num_attention_heads}
+        divisors["vision hidden_size"] = (config.vision.hidden_size, 4 * config.vision.num_attention_heads)
         counts["vision num_hidden_layers"] = config.vision.num_hidden_layers
     problems = [f"{key} = {size} must be positive" for key, size in positive.items() if size < 1]
+    problems += [f"{key} = {n} is no multiple of {by}" for key, (n, by) in divisors.items() if by > 0 and n % by]
     problems += [f"{key} = {n}, no tensor is longer than {longest}" for key, n in widths.items() if n > longest]
     if count is not None:
         problems += [f"{key} = {n}, there are {count} tensors" for key, n in counts.items() if n > count]

@@ -32,18 +32,18 @@ HARMLESS = frozenset((
 TOP = frozenset(("text_config", "vision_config", "quantization_config", "use_unified_vision_chunk", "video_placeholder",
                  "text_config_dict", "vision_config_dict"))  # fmt: skip
 # Of every section: switches of other models that have to be off.
-OFF = {
+OFF: dict[str, Any] = {
     "add_cross_attention": False, "cross_attention_hidden_size": None, "is_decoder": False, "is_encoder_decoder": False,
     "pruned_heads": {}, "tie_word_embeddings": False,
 }  # fmt: skip
 # Of the text section, beside what config.py writes itself: what other relatives of DeepSeek-V3 may switch on.
-TEXT_OFF = {
+TEXT_OFF: dict[str, Any] = {
     "attention_chunk_size": None, "attn_logit_softcapping": None, "final_logit_softcapping": None,
     "index_head_dim": None, "index_n_heads": None, "index_topk": None, "mlp_bias": False, "partial_rotary_factor": 1.0,
     "rope_interleave": True, "sliding_window": None, "use_qk_norm": False, "qk_layernorm": False,
     "use_sliding_window": False,
 }  # fmt: skip
-VISION_OFF = {
+VISION_OFF: dict[str, Any] = {
     "attention_dropout": 0.0, "hidden_act": "gelu_pytorch_tanh", "in_channels": 3, "layer_norm_eps": 1e-5,
     "num_channels": 3, "rope_theta": 10000.0, "spatial_merge_size": 2,
 }  # fmt: skip

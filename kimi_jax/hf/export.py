@@ -299,7 +299,12 @@ def newest_step(workdir: epath.Path) -> epath.Path:
 
 def read_config(step: epath.Path) -> TrainConfig:
     """The settings in a checkpoint."""
-    return freeze(read_json(step / "config" / "metadata", MAX_CONFIG, CheckpointError))
+    file = step / "config" / "metadata"
+    values = read_json(file, MAX_CONFIG, CheckpointError)
+    try:
+        return freeze(values)
+    except (AttributeError, TypeError) as error:  # a section that is no object
+        raise CheckpointError(f"{file} is damaged: {error}") from error
 
 
 def _read_json(folder: epath.Path, name: str, limit: int) -> Any:

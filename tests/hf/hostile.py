@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import struct
 from pathlib import Path
@@ -16,7 +17,7 @@ ODD = (
     None, True, -1, 0, 1, 2, 1 << 31, 10**9, 10**12, 10**30, 0.5, -1.0, 1e300, "", "x", "../x", [], [1], [[]], {},
     {"a": 1},
 )  # fmt: skip
-SCALARS = st.sampled_from(ODD)
+SCALARS = st.sampled_from(ODD).map(copy.deepcopy)  # they are changed in place
 
 
 def released(folder: Path, model_type: str = "kimi_k25", **save: Any) -> Path:
