@@ -165,9 +165,9 @@ DUMP = {
     "_name_or_path": "", "add_cross_attention": False, "architectures": ["X"], "auto_map": {"a": "b"},
     "bad_words_ids": None, "chunk_size_feed_forward": 0, "cross_attention_hidden_size": None, "do_sample": False,
     "dtype": "bfloat16", "id2label": {"0": "LABEL_0"}, "is_decoder": False, "is_encoder_decoder": False,
-    "max_length": 20, "num_beams": 1, "pretraining_tp": 1, "pruned_heads": {}, "temperature": 1.0, "top_k": 50, "top_p": 1.0,
-    "transformers_version": "4.56.2", "typical_p": 1.0, "use_cache": True, "rope_interleave": True, "head_dim": 64,
-    "qk_head_dim": 192, "layer_types": ["full_attention"] * 61, "mlp_layer_types": ["dense"] + ["sparse"] * 60,
+    "max_length": 20, "num_beams": 1, "pretraining_tp": 1, "pruned_heads": {}, "temperature": 1.0, "top_k": 50,
+    "top_p": 1.0, "transformers_version": "4.56.2", "typical_p": 1.0, "use_cache": True, "rope_interleave": True,
+    "head_dim": 64, "qk_head_dim": 192, "layer_types": ["full_attention"] * 61, "mlp_layer_types": ["dense"] + ["sparse"] * 60,
     "sliding_window": None, "partial_rotary_factor": 1.0, "attn_logit_softcapping": None, "unheard_of": None,
 }  # fmt: skip
 

@@ -7,13 +7,15 @@ import os
 import socket
 import tracemalloc
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
 import kimi_jax as kimi
 from kimi_jax.config import ConfigError
-from kimi_jax.data.tokenizer import load_tokenizer
+from kimi_jax.data.tokenizer import MAX_TOKENIZER, load_tokenizer
 from kimi_jax.hf import bounds, stream
 from kimi_jax.hf import config as hf_config
 from kimi_jax.hf.convert import from_hf, to_hf
@@ -76,6 +78,7 @@ def change(file, **values):
         (hostile.safetensors({"a": ONE}, b"12345"), "1 bytes follow"),
         (hostile.safetensors({"a": ONE}, b"123"), "truncated"),
         (hostile.safetensors({"__metadata__": {"a": 1}}), "__metadata__"),
+        (hostile.safetensors(b'{"a": %s}' % (b"9" * 5000)), "not JSON"),
     ],
 )  # fmt: skip
 def test_safetensors_header_that_lies_is_refused(tmp_path, content, message):
@@ -139,6 +142,14 @@ def test_file_that_is_not_regular_is_refused_without_waiting(source, name, kind,
         else:
             with pytest.raises((ValueError, FileNotFoundError), match="not a regular file|link out|neither config"):
                 kimi.load(source)
+
+
+def test_tokenizer_file_above_the_limit_is_refused(tmp_path):
+    for name in ("tiktoken.model", "tokenizer.json"):
+        (tmp_path / name).touch()
+        os.truncate(tmp_path / name, MAX_TOKENIZER + 1)  # sparse
+        with pytest.raises(ValueError, match="larger than"):
+            load_tokenizer(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", stream.SIDE_FILES)
@@ -259,6 +270,47 @@ def test_settings_of_a_checkpoint_larger_than_its_weights_are_refused(tmp_path, 
     file.write_text(json.dumps(found))
     with pytest.raises(CheckpointError, match=key):
         to_hf(converted, tmp_path / "back")
+
+
+def test_settings_of_a_checkpoint_of_another_type_are_refused(tmp_path, converted):
+    file = converted / "checkpoints/0/config/metadata"
+    for text in ("[]", "{", '{"model": 1}', '{"model": {"vision": 0.5}}', '{"data": {"sources": []}}'):
+        file.write_text(text)
+        with pytest.raises((CheckpointError, ConfigError), match="metadata|config"):
+            to_hf(converted, tmp_path / "back")
+
+
+# ---------------------------------------------------------------------------------------------------- quantised tensors
+
+
+def test_group_that_does_not_divide_the_inputs_is_refused(tmp_path):
+    """Experts of 32 inputs with groups of 24 would be split at other places without a word."""
+    source = hostile.released(tmp_path / "m", int4_experts=True)
+    released = json.loads((source / "config.json").read_text())
+    released["text_config"]["quantization_config"]["config_groups"]["group_0"]["weights"]["group_size"] = 24
+    (source / "config.json").write_text(json.dumps(released))
+    with pytest.raises(CheckpointError, match="32 inputs cannot be INT4 in groups of 24"):
+        stream.load(source)
+
+
+def test_packed_experts_under_another_quantisation_are_refused(tmp_path):
+    source = hostile.released(tmp_path / "m", int4_experts=True)
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    released = json.loads((source / "config.json").read_text())
+    for section in (fp8, None):
+        released["text_config"]["quantization_config"] = section
+        (source / "config.json").write_text(json.dumps(released))
+        with pytest.raises(CheckpointError, match=r"unexpected: .*weight_packed"):
+            stream.load(source)
+
+
+@pytest.mark.parametrize("values", [np.ones((2, 2), np.float32), np.ones(2, np.int32), np.ones(1 << 15, np.float32)])
+def test_rotary_buffer_that_is_none_is_refused(tmp_path, values):
+    source = hostile.released(tmp_path / "m", "deepseek_v3")
+    tensors = load_file(source / SINGLE) | {"model.layers.0.self_attn.rotary_emb.inv_freq": values}
+    save_file(tensors, source / SINGLE)
+    with pytest.raises(CheckpointError, match="no vector of rotary frequencies"):
+        stream.load(source)
 
 
 # ------------------------------------------------------------------------------------------------------------- fuzz
