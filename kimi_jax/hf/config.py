@@ -181,7 +181,7 @@ def quantization(released: dict[str, Any]) -> Quantization | None:
     check_fixed(found, INT4_FIXED, where)
     groups = section(found, "config_groups", where) or {}
     sizes = [_int4_group(groups, name) for name in groups]
-    if not sizes or len(set(sizes)) > 1 or sizes[0] % 8:
+    if not sizes or len(set(sizes)) > 1 or not sizes[0] or sizes[0] % 8:
         raise ConfigError(f"{where}: needs one group_size for all, a multiple of 8, not {sizes}")
     return Quantization("int4", group_size=sizes[0])
 

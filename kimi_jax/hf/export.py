@@ -80,7 +80,9 @@ class _Step:
         self.buffer_names = list(self.buffers.tensors) if self.buffers else []
         self._params, self._scales = Leaves(self.step / "params"), Leaves(self.folder / "scales")
         self.shapes = {leaf: tuple(store.shape) for leaf, store in self._params.open().items()}
-        self.packed = set(self._scales.open()) if self._scales.path.is_dir() else set()
+        stored = self._scales.open() if self._scales.path.is_dir() else {}
+        self.scale_shapes = {leaf: tuple(store.shape) for leaf, store in stored.items()}
+        self.packed = set(self.scale_shapes)
 
     def read(self, piece: Piece) -> np.ndarray:
         """The piece in our layout."""
@@ -175,6 +177,8 @@ class Export:
         if not leaves:
             raise ConfigError("--int4 packs routed experts, and this model has none")
         self.packed = {tensor.name for tensor in self.tensors if tensor.leaf in leaves}
+        if isinstance(self._weights, _Step):
+            _check_scales(self.tensors, self._weights.scale_shapes, self.group)
 
     def _plan_files(self, dtype: str) -> None:
         by_name = {tensor.name: tensor for tensor in self.tensors}
@@ -354,6 +358,16 @@ def _check_stacks(model: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> Non
     if wrong:
         raise CheckpointError("the checkpoint does not hold the model of its settings: " + "; ".join(wrong))
     bounds.check(model, max(math.prod(shape) for shape in shapes.values()), None, "the checkpoint")
+
+
+def _check_scales(every: list[Tensor], shapes: dict[str, tuple[int, ...]], group: int) -> None:
+    """Raises CheckpointError if stored INT4 scales are not those of groups of this size."""
+    last = {tensor.leaf: tensor for tensor in every if tensor.leaf in shapes}
+    for leaf, tensor in last.items():
+        want = (*(n + 1 for n in tensor.index), tensor.rows, tensor.columns // group)
+        if len(tensor.shape) != 2 or shapes[leaf] != want:
+            found = list(shapes[leaf])
+            raise CheckpointError(f"scales of {leaf}: {found}, must be {list(want)} for groups of {group} inputs")
 
 
 def _check_leaves(wanted: list[Tensor], shapes: dict[str, tuple[int, ...]]) -> None:

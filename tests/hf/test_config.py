@@ -167,7 +167,8 @@ DUMP = {
     "dtype": "bfloat16", "id2label": {"0": "LABEL_0"}, "is_decoder": False, "is_encoder_decoder": False,
     "max_length": 20, "num_beams": 1, "pretraining_tp": 1, "pruned_heads": {}, "temperature": 1.0, "top_k": 50,
     "top_p": 1.0, "transformers_version": "4.56.2", "typical_p": 1.0, "use_cache": True, "rope_interleave": True,
-    "head_dim": 64, "qk_head_dim": 192, "layer_types": ["full_attention"] * 61, "mlp_layer_types": ["dense"] + ["sparse"] * 60,
+    "head_dim": 64, "qk_head_dim": 192, "layer_types": ["full_attention"] * 61,
+    "mlp_layer_types": ["dense"] + ["sparse"] * 60,
     "sliding_window": None, "partial_rotary_factor": 1.0, "attn_logit_softcapping": None, "unheard_of": None,
 }  # fmt: skip
 
@@ -305,6 +306,7 @@ def test_vision_setting_that_changes_the_numbers_is_refused_by_name(changes, mes
         ({"config_groups": None}, "one group_size"),
         ({"config_groups": {"g": 1}}, "must be an object"),
         ({"config_groups": {"g": {"weights": {"group_size": 12}}}}, "multiple of 8"),
+        ({"config_groups": {"g": {"weights": {"group_size": None}}}}, "multiple of 8"),
         ({"config_groups": {"g": {"weights": {"group_size": 32, "zp_dtype": "int8"}}}}, "zp_dtype"),
         ({"config_groups": {"g": {"weights": {"group_size": 32}, "input_activations": {"num_bits": 8}}}}, "input_act"),
         ({"unheard_of": 1}, "unheard_of"),

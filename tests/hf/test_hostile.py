@@ -293,6 +293,15 @@ def test_group_that_does_not_divide_the_inputs_is_refused(tmp_path):
         stream.load(source)
 
 
+def test_scales_of_another_group_size_are_not_written_back(tmp_path):
+    source = hostile.released(tmp_path / "m", int4_experts=True)
+    from_hf(source, tmp_path / "ours")
+    file = tmp_path / "ours/released/config.json"
+    file.write_text(file.read_text().replace('"group_size": 32', '"group_size": 16'))
+    with pytest.raises(CheckpointError, match="for groups of 16 inputs"):
+        to_hf(tmp_path / "ours", tmp_path / "back", int4_experts=True)
+
+
 def test_packed_experts_under_another_quantisation_are_refused(tmp_path):
     source = hostile.released(tmp_path / "m", int4_experts=True)
     fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
