@@ -18,7 +18,7 @@ from etils import epath
 MAX_CONFIG = 1 << 24  # bytes of a config.json or tokenizer_config.json; the released ones have about 5 KB
 MAX_TABLE = 100_000_000  # bytes of a safetensors header or index: the limit of the safetensors library
 MAX_DEPTH = 32  # nested lists and objects; the released files have 6
-PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@-]{0,199}")
+PLAIN_NAME = re.compile(r"(?!\.\.?$)[A-Za-z0-9_.+=@ ()-]{1,200}")
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -104,19 +104,25 @@ def describe(value: Any) -> str:
 def check_inside(folder: epath.Path, name: str, error: type[ValueError]) -> epath.Path:
     """folder / name, where `name` comes from a file: a plain name whose file lies in the folder, links followed.
 
-    A link from a snapshot of the Hugging Face cache into the `blobs` folder of the same model is allowed. Raises
-    `error` for everything else that leaves the folder.
+    Raises `error` for everything that leaves the folder.
     """
     if not PLAIN_NAME.fullmatch(name):
         raise error(f"{folder}: {describe(name)} is not a plain file name; names must stay inside the folder")
-    path = folder / name
+    return check_link(folder / name, error)
+
+
+def check_link(path: epath.Path, error: type[ValueError]) -> epath.Path:
+    """The path again. Raises `error` if it is a link that leads out of its folder.
+
+    A link from a snapshot of the Hugging Face cache into the `blobs` folder of the same model is allowed.
+    """
     if is_remote(path):
         return path
-    home, real = os.path.realpath(folder), os.path.realpath(path)
-    snapshots, cache = os.path.dirname(home), os.path.dirname(os.path.dirname(home))
+    home, real = os.path.realpath(path.parent), os.path.realpath(path)
+    snapshots = os.path.dirname(home)
     allowed = [home]
     if os.path.basename(snapshots) == "snapshots":
-        allowed.append(os.path.join(cache, "blobs"))
+        allowed.append(os.path.join(os.path.dirname(snapshots), "blobs"))
     if os.path.dirname(real) not in allowed:
         raise error(f"{path} is a link out of its folder, to {real}; put the file itself there")
     return path

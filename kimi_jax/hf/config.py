@@ -97,9 +97,10 @@ def from_released(released: dict[str, Any]) -> ModelConfig:
         raise ConfigError("config.json has no text_config")
     where = "config.json: text_config" if names.projector else "config.json"
     _check_text_keys(text, where)
-    if names.projector:
-        check_known(released, HARMLESS | OFF.keys() | TOP, "config.json")
-        check_fixed(released, OFF, "config.json")
+    if names.projector:  # some relatives repeat two sizes at the top
+        repeated = {key: text.get(key) for key in ("vocab_size", "hidden_size")}
+        check_known(released, HARMLESS | OFF.keys() | TOP | repeated.keys(), "config.json")
+        check_fixed(released, OFF | repeated, "config.json")
     theta, yarn = rope.read(text, where)
     fields = _take(text, TEXT_FIELDS, where, optional=("q_lora_rank", "rope_theta"))
     eps = number(text, "rms_norm_eps", POSITIVE, where)

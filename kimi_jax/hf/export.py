@@ -53,6 +53,7 @@ from kimi_jax.untrusted import (
     MAX_TABLE,
     PLAIN_NAME,
     check_inside,
+    check_link,
     describe,
     is_remote,
     read_json,
@@ -197,9 +198,7 @@ class Export:
         self.plan = {file: entries for file, entries in self.plan.items() if entries}
         if len(self.plan) == 1:
             self.plan = {SINGLE: next(iter(self.plan.values()))}
-            self.metadata = {
-                SINGLE: next(iter(self.metadata.values()), {})
-            }  # the name, if it was the only one, is free
+            self.metadata = {SINGLE: next(iter(self.metadata.values()), {})}  # an only file has a free name
         planned = {entry.name for entries in self.plan.values() for entry in entries}
         wanted = [e.name for t in self.tensors for e in self._entries(t, "F32")]
         if lacking := [name for name in wanted if name not in planned]:
@@ -263,7 +262,7 @@ class Export:
         folder, released = self._weights.folder, self._released
         for file in sorted(folder.iterdir()) if folder.is_dir() else ():
             if file.is_file() and file.suffix != ".safetensors" and file.name not in ("layout.json", INDEX, CONFIG):
-                check_inside(folder, file.name, CheckpointError)
+                check_link(file, CheckpointError)
                 file.copy(work / file.name, overwrite=True)
         new = released or hf_config.to_released(self._weights.model, self.model_type, self._dtype_name())
         if not (self._weights.packed and self.packed):

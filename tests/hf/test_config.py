@@ -181,6 +181,9 @@ def with_text(**changes):
 
 def test_keys_that_leave_the_numbers_alone_are_accepted():
     assert hf_config.from_released(with_text(**DUMP)) == hf_config.from_released(K25)
+    assert hf_config.from_released(K25 | {"vocab_size": 163840}) == hf_config.from_released(K25)
+    with pytest.raises(ConfigError, match="vocab_size = 5"):
+        hf_config.from_released(K25 | {"vocab_size": 5})
 
 
 @pytest.mark.parametrize(

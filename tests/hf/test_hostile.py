@@ -122,6 +122,19 @@ def test_symlink_out_of_the_folder_is_refused_and_the_cache_of_hugging_face_is_n
     stream.load(folder)
 
 
+def test_side_file_keeps_any_name_and_a_link_out_is_not_copied(tmp_path, source):
+    for name in (".gitattributes", "read me \u00e9.txt"):
+        (source / name).write_text("x")
+    from_hf(source, tmp_path / "ours")
+    to_hf(tmp_path / "ours", tmp_path / "back")
+    assert (tmp_path / "back" / ".gitattributes").read_text() == "x"
+    (tmp_path / "secret").write_text("y")
+    (source / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=r"notes\.txt is a link out of its folder"):
+        from_hf(source, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
 @pytest.mark.parametrize("name", [SINGLE, INDEX, "config.json", "tokenizer_config.json", "tiktoken.model"])
 @pytest.mark.parametrize("kind", ["fifo", "folder", "socket", "device"])
 def test_file_that_is_not_regular_is_refused_without_waiting(source, name, kind, monkeypatch):
