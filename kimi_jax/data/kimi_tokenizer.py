@@ -15,7 +15,6 @@ import base64
 import binascii
 import functools
 import hashlib
-import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +23,8 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from kimi_jax.data.tokenizer import Tokenizer
+from kimi_jax.data.tokenizer import MAX_TOKENIZER, Tokenizer
+from kimi_jax.untrusted import MAX_CONFIG, describe, read_bytes, read_json
 
 RELEASED_SHA256 = "b6c497a7469b33ced9c38afb1ad6e47f03f5e5dc05f15930799210ec050c5103"
 NUM_SPECIAL = 256
@@ -194,7 +194,7 @@ def load_kimi_tokenizer(path: Path) -> KimiTokenizer:
     Warns if the file is not the one that K2 to K3 were released with (Moonlight and Kimi-VL have their own).
     Raises ValueError for a file of another kind.
     """
-    data = path.read_bytes()
+    data = read_bytes(path, MAX_TOKENIZER, ValueError)
     digest = hashlib.sha256(data).hexdigest()
     if digest != RELEASED_SHA256:
         warnings.warn(
@@ -203,14 +203,23 @@ def load_kimi_tokenizer(path: Path) -> KimiTokenizer:
         )
     config = path.with_name("tokenizer_config.json")
     try:
-        return KimiTokenizer(data, _read_names(config) if config.is_file() else None)
+        return KimiTokenizer(data, _read_names(config) if config.exists() else None)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def _read_names(path: Path) -> dict[int, tuple[str, bool]]:
     try:
-        added = json.loads(path.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
-        return {int(i): (token["content"], bool(token["special"])) for i, token in added.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        added = read_json(path, MAX_CONFIG, ValueError).get("added_tokens_decoder", {})
+    except ValueError as error:
         raise ValueError(f"{path.name} has no readable added_tokens_decoder: {error}") from error
+    names = {}
+    for index, token in added.items() if isinstance(added, dict) else [("added_tokens_decoder", added)]:
+        good = isinstance(token, dict) and isinstance(token.get("content"), str)
+        if not (good and isinstance(token.get("special"), bool) and index.isascii() and index.isdecimal()):
+            raise ValueError(
+                f"{path.name} has no readable added_tokens_decoder: {describe(index)}: {describe(token)} is not an id "
+                "with content and special"
+            )
+        names[int(index[:20])] = (token["content"], token["special"])
+    return names

@@ -20,9 +20,12 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from kimi_jax.untrusted import read_bytes
+
 if TYPE_CHECKING:
     from kimi_jax.data.chat import Message
 
+MAX_TOKENIZER = 1 << 27  # bytes of a tokenizer file; the released one has 2.8 MB
 # Ids 0, 1, ... of a tokenizer trained here, in this order.
 SPECIAL_TOKENS = (
     "[BOS]", "[EOS]", "[PAD]", "<|im_end|>", "<|im_user|>", "<|im_assistant|>", "<|media_begin|>", "<|media_content|>",
@@ -193,21 +196,21 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer of a file, or of a folder that holds one.
 
     path: a `tokenizers` JSON file, the released `tiktoken.model`, or a folder with the latter (or a `tokenizer.json`).
-    Raises FileNotFoundError, and ValueError for a file of another kind or without the special tokens.
+    Raises FileNotFoundError, and ValueError for a file of another kind, without the special tokens, above 128 MiB, or
+    that is no regular file.
     """
     path = Path(path)
     if path.is_dir():
         inside = [path / name for name in ("tiktoken.model", "tokenizer.json")]
-        path = next((file for file in inside if file.is_file()), inside[0])
-    if not path.is_file():
+        path = next((file for file in inside if file.exists()), inside[0])
+    if not path.exists():
         raise FileNotFoundError(f"no tokenizer at {path}; it is a .json file of `tokenizers` or a tiktoken.model")
     if path.suffix != ".json":
         from kimi_jax.data.kimi_tokenizer import load_kimi_tokenizer  # it imports this module
 
         return load_kimi_tokenizer(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        return JsonTokenizer(text)
+        return JsonTokenizer(read_bytes(path, MAX_TOKENIZER, ValueError).decode("utf-8"))
     except ValueError:
         raise
     except Exception as error:  # `tokenizers` raises bare Exception for a file it cannot parse

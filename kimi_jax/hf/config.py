@@ -1,8 +1,8 @@
 """The released config.json and ModelConfig.
 
-Source: docs/released_model.md section 1 (fields of Kimi-K2.5 and its relatives; `vt_*` and `mm_*` vision names),
-section 3 (what the fields mean). Settings of the file that would change the numbers and that this model does not have
-are refused, not ignored. What has no meaning for the model (sampling defaults, transformers' own) is ignored.
+Source: the released files of Kimi K2.5 (arXiv:2602.02276) and its relatives (`vt_*` and `mm_*` vision names). Every key
+is read, known to be harmless (`config_keys`), or refused by name: settings that would change the numbers and that this
+model does not have are never ignored.
 """
 
 from __future__ import annotations
@@ -11,8 +11,27 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from kimi_jax.config import ConfigError, ModelConfig, MoEConfig, VisionConfig, YarnConfig, nearest
+from kimi_jax.config import ConfigError, ModelConfig, MoEConfig, VisionConfig, nearest
+from kimi_jax.hf import rope
+from kimi_jax.hf.config_keys import (
+    COUNT,
+    HARMLESS,
+    NOT_NEGATIVE,
+    OFF,
+    POSITIVE,
+    SIZE,
+    TEXT_OFF,
+    TOP,
+    VISION_OFF,
+    Number,
+    check_fixed,
+    check_known,
+    flag,
+    number,
+    section,
+)
 from kimi_jax.hf.names import FAMILIES, family
+from kimi_jax.untrusted import describe
 
 TEXT_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "q_lora_rank",
@@ -45,6 +64,13 @@ FIXED_VISION = {
     "pos_emb_type": "divided_fixed", "video_attn_type": "spatial_temporal", "merge_type": "sd2_tpool",
     "mm_projector_type": "patchmerger", "projector_hidden_act": "gelu", "merge_kernel_size": [2, 2],
 }  # fmt: skip
+INT4_KEYS = frozenset(("quant_method", "format", "config_groups", "ignore", "version", "global_compression_ratio"))
+INT4_FIXED = {"quantization_status": "compressed", "sparsity_config": {}, "transform_config": {}}
+FP8_KEYS = frozenset((
+    "quant_method", "weight_block_size", "activation_scheme", "modules_to_not_convert", "ignored_layers",
+))  # fmt: skip
+TEXT_TYPES, FULL = ("kimi_k2", "deepseek_v3"), "full_attention"
+DTYPES = ("float32", "bfloat16", "float16")
 # Constants of the released code that no file names (docs/released_model.md sections 2 and 3).
 UNNAMED = {"lora_norm_eps": 1e-6}
 UNNAMED_VISION = {"rope_theta": 10000.0, "layer_norm_eps": 1e-5, "merge_kernel_size": (2, 2)}
@@ -66,27 +92,37 @@ def from_released(released: dict[str, Any]) -> ModelConfig:
     Raises ConfigError for an unknown model_type, missing fields, or settings that this model cannot follow.
     """
     names = family(_model_type(released))
-    text = released.get("text_config") if names.projector else released
+    text = section(released, "text_config", "config.json") if names.projector else released
     if text is None:
         raise ConfigError("config.json has no text_config")
-    fields: dict[str, Any] = _take(text, TEXT_FIELDS, "config.json", optional=("q_lora_rank",))
-    fields |= {key: float(fields[key]) for key in ("rms_norm_eps", "rope_theta")}
-    _check_fixed(text, {**FIXED_TEXT, "num_key_value_heads": fields["num_attention_heads"]}, "config.json")
-    _check_fixed(released, {"tie_word_embeddings": False}, "config.json")
+    where = "config.json: text_config" if names.projector else "config.json"
+    _check_text_keys(text, where)
+    if names.projector:  # some relatives repeat two sizes at the top
+        repeated = {key: text.get(key) for key in ("vocab_size", "hidden_size")}
+        check_known(released, HARMLESS | OFF.keys() | TOP | repeated.keys(), "config.json")
+        check_fixed(released, OFF | repeated, "config.json")
+    theta, yarn = rope.read(text, where)
+    fields = _take(text, TEXT_FIELDS, where, optional=("q_lora_rank", "rope_theta"))
+    eps = number(text, "rms_norm_eps", POSITIVE, where)
+    fields = {key: number(fields, key, SIZE, where) for key in TEXT_FIELDS if key not in ("rms_norm_eps", "rope_theta")}
+    if fields["qk_rope_head_dim"] % 2:
+        raise ConfigError(f"{where}: qk_rope_head_dim = {fields['qk_rope_head_dim']} must be even: rotary turns pairs")
+    fields |= {"rms_norm_eps": eps, "rope_theta": theta}
+    _check_heads(text, fields, where)
     dtype = _dtype(released)
     vocab = fields["vocab_size"]
     eos = _token(text, released, "eos_token_id", 163585)
     pad = PAD_OF_RELEASED_VOCABULARY[1] if vocab == PAD_OF_RELEASED_VOCABULARY[0] else eos
     return ModelConfig(
         **fields,
-        rope_scaling=_yarn(text.get("rope_scaling")),
-        moe=_moe(text, fields["num_hidden_layers"]),
+        rope_scaling=yarn,
+        moe=_moe(text, fields["num_hidden_layers"], where),
         vision=_vision(released, fields["hidden_size"]) if names.projector else None,
         media_placeholder_token_id=_token(released, text, "media_placeholder_token_id", 163605),
         bos_token_id=_token(text, released, "bos_token_id", 163584),
         eos_token_id=eos,
         pad_token_id=_token(text, released, "pad_token_id", pad),
-        initializer_range=float(text.get("initializer_range", 0.02)),
+        initializer_range=number(text, "initializer_range", NOT_NEGATIVE, where, 0.02),
         dtype=dtype,
         param_dtype=dtype,
     )
@@ -126,29 +162,54 @@ def to_released(config: ModelConfig, model_type: str, dtype: str = "bfloat16") -
 
 def quantization(released: dict[str, Any]) -> Quantization | None:
     """How the tensors are quantised, None for a plain checkpoint. Raises ConfigError for another format."""
-    found = released.get("quantization_config") or (released.get("text_config") or {}).get("quantization_config")
-    if not found:
+    text = section(released, "text_config", "config.json") or {}
+    given = [section(part, "quantization_config", "config.json") for part in (released, text)]
+    present = [found for found in given if found]
+    if not present:
         return None
+    found, where = present[0], "quantization_config"
+    if found != present[-1]:
+        raise ConfigError("config.json has two quantization_configs that differ, at the top and in text_config")
     method = found.get("quant_method")
     if method == "fp8":
-        block = found.get("weight_block_size")
-        if not block or len(block) != 2:
-            raise ConfigError(f"FP8 weights need weight_block_size [rows, columns], not {block}")
-        return Quantization("fp8", block=(int(block[0]), int(block[1])))
+        return _fp8(found, where)
     if method != "compressed-tensors" or found.get("format") != "pack-quantized":
         raise ConfigError(
-            f"quantization {method!r} in format {found.get('format')!r} is not supported; "
+            f"quantization {describe(method)} in format {describe(found.get('format'))} is not supported; "
             "there are: compressed-tensors pack-quantized (INT4), fp8 with weight_block_size"
         )
-    groups = list(found.get("config_groups", {}).values())
-    sizes = {group["weights"].get("group_size") for group in groups}
-    wanted = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "actorder": None}
-    for group in groups:
-        _check_fixed(group["weights"], wanted, "quantization_config")
-    size = sizes.pop() if len(sizes) == 1 else None
-    if not isinstance(size, int) or size < 8 or size % 8:
-        raise ConfigError(f"quantization_config: needs one group_size for all, a multiple of 8, not {sizes or size}")
-    return Quantization("int4", group_size=size)
+    check_known(found, INT4_KEYS | INT4_FIXED.keys(), where)
+    check_fixed(found, INT4_FIXED, where)
+    groups = section(found, "config_groups", where) or {}
+    sizes = [_int4_group(groups, name) for name in groups]
+    if not sizes or len(set(sizes)) > 1 or not sizes[0] or sizes[0] % 8:
+        raise ConfigError(f"{where}: needs one group_size for all, a multiple of 8, not {sizes}")
+    return Quantization("int4", group_size=sizes[0])
+
+
+def _fp8(found: dict[str, Any], where: str) -> Quantization:
+    check_known(found, FP8_KEYS | {"fmt"}, where)
+    check_fixed(found, {"fmt": "e4m3"}, where)
+    block = found.get("weight_block_size")
+    if not isinstance(block, list) or len(block) != 2:
+        raise ConfigError(f"FP8 weights need weight_block_size [rows, columns], not {describe(block)}")
+    rows, columns = (number({"weight_block_size": side}, "weight_block_size", SIZE, where) for side in block)
+    if rows is None or columns is None:
+        raise ConfigError(f"FP8 weights need weight_block_size [rows, columns], not {describe(block)}")
+    return Quantization("fp8", block=(rows, columns))
+
+
+def _int4_group(groups: dict[str, Any], name: str) -> int:
+    """The group size of one entry of config_groups."""
+    where = f"quantization_config: config_groups.{name}"
+    group = section(groups, name, "quantization_config: config_groups") or {}
+    check_known(group, {"targets", "weights", "format"}, where)
+    check_fixed(group, {"format": "pack-quantized"}, where)
+    weights = section(group, "weights", where) or {}
+    wanted = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "dynamic": False}
+    check_known(weights, {*wanted, "group_size", "observer", "observer_kwargs"}, f"{where}.weights")
+    check_fixed(weights, wanted, where)
+    return number(weights, "group_size", Number(8, 1 << 16, True), where, 0)
 
 
 def int4_section(group_size: int = 32) -> dict[str, Any]:
@@ -190,25 +251,62 @@ def _model_type(released: dict[str, Any]) -> str:
     model_type = released.get("model_type")
     if not isinstance(model_type, str):
         raise ConfigError(f"config.json names no model_type; supported are: {', '.join(FAMILIES)}")
-    return model_type
+    return model_type[:64]  # no supported one is so long
 
 
 def _dtype(released: dict[str, Any]) -> str:
-    text = released.get("text_config") or {}
-    for section in (released, text):
+    text = section(released, "text_config", "config.json") or {}
+    for part in (released, text):
         for key in ("dtype", "torch_dtype"):
-            if section.get(key):
-                return str(section[key]).removeprefix("torch.")
+            value = part.get(key)
+            if value is not None:
+                name = value.removeprefix("torch.") if isinstance(value, str) else value
+                if name not in DTYPES:
+                    raise ConfigError(f"config.json: {key} = {describe(value)} is not one of {', '.join(DTYPES)}")
+                return name
     return "bfloat16"
 
 
 def _token(first: dict[str, Any], second: dict[str, Any], key: str, default: int) -> int:
     """A token id that stands in the text section or at the top; the first of several."""
-    for section in (first, second):
-        value = section.get(key)
+    for part in (first, second):
+        value = part.get(key)
+        if isinstance(value, list) and value and all(type(each) is int for each in value):
+            value = value[0]
         if value is not None:
-            return int(value[0] if isinstance(value, list) else value)
+            return number({key: value}, key, COUNT, "config.json")
     return default
+
+
+def _check_text_keys(text: dict[str, Any], where: str) -> None:
+    read = {*TEXT_FIELDS, *MOE_FIELDS, *FIXED_TEXT, *FIXED_MOE, *TEXT_OFF, *OFF}
+    read |= {"num_key_value_heads", "rope_scaling", "rope_parameters", "quantization_config", "head_dim", "qk_head_dim"}
+    check_known(text, HARMLESS | read | {"layer_types", "mlp_layer_types", "use_unified_vision_chunk"}, where)
+    check_fixed(text, OFF | TEXT_OFF | FIXED_TEXT, where)
+    inner = text.get("model_type")
+    if inner is not None and inner not in TEXT_TYPES:
+        raise ConfigError(f"{where}: model_type = {describe(inner)} is not one of {', '.join(TEXT_TYPES)}")
+
+
+def _check_heads(text: dict[str, Any], fields: dict[str, Any], where: str) -> None:
+    """Raises ConfigError if what follows from other fields is given and differs."""
+    layers, rotary = fields["num_hidden_layers"], fields["qk_rope_head_dim"]
+    derived = {
+        "num_key_value_heads": fields["num_attention_heads"],
+        "head_dim": rotary,
+        "qk_head_dim": fields["qk_nope_head_dim"] + rotary,
+    }
+    check_fixed(text, derived, where)
+    kinds = text.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or len(kinds) != layers or {*map(str, kinds)} != {FULL}):
+        raise ConfigError(f"{where}: layer_types must be {FULL!r} for every layer, not {describe(kinds)}")
+    mlps = text.get("mlp_layer_types")
+    dense = text.get("first_k_dense_replace") if text.get("n_routed_experts") is not None else layers
+    if mlps is not None and not (
+        isinstance(mlps, list) and len(mlps) == layers and isinstance(dense, int)
+        and all(kind == ("dense" if i < dense else "sparse") for i, kind in enumerate(mlps))
+    ):  # fmt: skip
+        raise ConfigError(f"{where}: mlp_layer_types {describe(mlps)} contradicts first_k_dense_replace = {dense}")
 
 
 def _take(section: dict[str, Any], keys: Any, where: str, optional: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -219,66 +317,50 @@ def _take(section: dict[str, Any], keys: Any, where: str, optional: tuple[str, .
     return {key: section.get(key) for key in keys}
 
 
-def _check_fixed(section: dict[str, Any], wanted: dict[str, Any], where: str) -> None:
-    """Raises ConfigError for values of the file that the model does not follow."""
-    wrong = [
-        f"{key} = {section[key]!r} (only {value!r} is supported)"
-        for key, value in wanted.items()
-        if section.get(key) is not None and section[key] != value
-    ]
-    if wrong:
-        raise ConfigError(f"{where}: this model cannot follow {'; '.join(wrong)}")
-
-
 def _check_unnamed(section: Any, wanted: dict[str, Any], where: str) -> None:
     wrong = [f"{k} = {getattr(section, k)!r}" for k, value in wanted.items() if getattr(section, k) != value]
     if wrong:
         raise ConfigError(f"the released format has no field for {where}.{', '.join(wrong)}; it means {wanted}")
 
 
-def _yarn(section: dict[str, Any] | None) -> YarnConfig | None:
-    if not section:
-        return None
-    kind = section.get("type", section.get("rope_type"))
-    if kind == "default":
-        return None
-    if kind != "yarn":
-        raise ConfigError(f"config.json: rope_scaling of type {kind!r} is not supported; there are: yarn, null")
-    fields = {f.name: f.default for f in dataclasses.fields(YarnConfig)} | {
-        "mscale_all_dim": 0.0
-    }  # the released default
-    del fields["factor"]
-    given = _take(section, ("factor",), "rope_scaling")
-    values = given | {key: default if section.get(key) is None else section[key] for key, default in fields.items()}
-    numbers: dict[str, Any] = {k: int(v) if k.startswith("original") else float(v) for k, v in values.items()}
-    return YarnConfig(**numbers)
-
-
-def _moe(text: dict[str, Any], layers: int) -> MoEConfig | None:
+def _moe(text: dict[str, Any], layers: int, where: str) -> MoEConfig | None:
     if text.get("n_routed_experts") is None:
         return None
-    _check_fixed(text, FIXED_MOE, "config.json")
-    fields = _take(text, MOE_FIELDS, "config.json", optional=("n_shared_experts",))
+    check_fixed(text, FIXED_MOE, where)
+    _take(text, MOE_FIELDS, where, optional=("n_shared_experts",))
+    sizes = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
+    fields = {key: number(text, key, SIZE, where) for key in sizes}
+    fields |= {key: number(text, key, COUNT, where, 0) for key in ("n_shared_experts", "first_k_dense_replace")}
     if fields["first_k_dense_replace"] > layers:
-        raise ConfigError(f"first_k_dense_replace = {fields['first_k_dense_replace']} of {layers} layers")
-    fields["n_shared_experts"] = fields["n_shared_experts"] or 0
-    fields["routed_scaling_factor"] = float(fields["routed_scaling_factor"])
-    return MoEConfig(**fields)
+        raise ConfigError(f"{where}: first_k_dense_replace = {fields['first_k_dense_replace']} of {layers} layers")
+    if fields["num_experts_per_tok"] > fields["n_routed_experts"]:
+        experts, chosen = fields["n_routed_experts"], fields["num_experts_per_tok"]
+        raise ConfigError(f"{where}: num_experts_per_tok = {chosen} of n_routed_experts = {experts}")
+    return MoEConfig(
+        **fields,
+        norm_topk_prob=flag(text, "norm_topk_prob", where),
+        routed_scaling_factor=number(text, "routed_scaling_factor", POSITIVE, where),
+    )
 
 
 def _vision(released: dict[str, Any], width: int) -> VisionConfig:
-    section = released.get("vision_config")
-    if section is None:
+    where = "config.json: vision_config"
+    found = section(released, "vision_config", "config.json")
+    if found is None:
         raise ConfigError("config.json has no vision_config")
-    plain = section.get("model_type") == "moonvit" or "vt_hidden_size" not in section  # Kimi-VL
+    plain = found.get("model_type") == "moonvit" or "vt_hidden_size" not in found  # Kimi-VL
     keys = {ours: ours if plain else theirs for ours, theirs in VISION_FIELDS.items()}
-    values = _take(section, keys.values(), "vision_config", optional=("init_pos_emb_time", "projector_ln_eps"))
-    wanted = {
-        **FIXED_VISION, "text_hidden_size": width, "mm_hidden_size": values[keys["hidden_size"]],
-    }  # fmt: skip
-    _check_fixed(section, wanted, "vision_config")
-    fields = {ours: values[key] for ours, key in keys.items() if values[key] is not None}
-    return VisionConfig(**fields)
+    known = {*keys.values(), *FIXED_VISION, *VISION_OFF, "text_hidden_size", "mm_hidden_size"}
+    check_known(found, HARMLESS | OFF.keys() | known, where)
+    _take(found, keys.values(), where, optional=("init_pos_emb_time", "projector_ln_eps"))
+    fields = {ours: number(found, key, SIZE, where) for ours, key in keys.items() if ours != "projector_ln_eps"}
+    fields["projector_ln_eps"] = number(found, keys["projector_ln_eps"], POSITIVE, where)
+    derived = {"text_hidden_size": width, "mm_hidden_size": fields["hidden_size"]}
+    check_fixed(found, OFF | VISION_OFF | FIXED_VISION | derived, where)
+    if fields["hidden_size"] % (4 * fields["num_attention_heads"]):
+        heads = fields["num_attention_heads"]
+        raise ConfigError(f"{where}: width {fields['hidden_size']} is no multiple of 4 * {heads} attention heads")
+    return VisionConfig(**{key: value for key, value in fields.items() if value is not None})
 
 
 def _released_vision(config: ModelConfig, model_type: str) -> dict[str, Any]:

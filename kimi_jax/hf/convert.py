@@ -40,10 +40,11 @@ from etils import epath
 from kimi_jax.config import MeshConfig, TrainConfig
 from kimi_jax.hf import int4, stream
 from kimi_jax.hf.export import COMMITTED, Export, layout
-from kimi_jax.hf.files import INDEX, Writer, is_remote, stamp, write_index
+from kimi_jax.hf.files import INDEX, CheckpointError, Writer, stamp, write_index
 from kimi_jax.hf.leaves import Leaves
 from kimi_jax.hf.stacks import Stacks
 from kimi_jax.hf.stream import BIAS, PACKED, SCALE, Piece, Released, parallel, pieces
+from kimi_jax.untrusted import check_link, is_remote
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 STEP, JOURNAL = "checkpoints/0", "journal"
@@ -246,6 +247,7 @@ def _write_released(folder: epath.Path, checkpoint: Released) -> None:
     folder.mkdir(exist_ok=True)
     for file in checkpoint.path.iterdir():
         if file.is_file() and file.suffix != ".safetensors" and file.name != INDEX:
+            check_link(file, CheckpointError)
             file.copy(folder / file.name, overwrite=True)
     (folder / "layout.json").write_text(json.dumps(layout(checkpoint)), encoding="utf-8")
     if checkpoint.buffers:

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from kimi_jax.config import ConfigError, LoRAConfig, TrainConfig, freeze
+from kimi_jax.config import ConfigError, LoRAConfig, ModelConfig, TrainConfig, freeze
+from kimi_jax.hf import bounds
 from kimi_jax.hf import config as hf_config
 from kimi_jax.hf.files import (
     DTYPES,
@@ -28,24 +30,40 @@ from kimi_jax.hf.files import (
     Entry,
     Writer,
     file_plan,
-    is_remote,
+    is_text_table,
 )
 from kimi_jax.hf.leaves import Leaves
 from kimi_jax.hf.names import Tensor, tensors
 from kimi_jax.hf.stream import (
     BIAS,
     EXPERTS,
+    FLOATS,
     MAX_FILE,
     PACKED,
     SCALE,
+    SCALE_INV,
+    SHAPE,
     Piece,
     Released,
     output_entries,
     pieces,
     write_piece,
 )
+from kimi_jax.untrusted import (
+    MAX_CONFIG,
+    MAX_TABLE,
+    PLAIN_NAME,
+    check_inside,
+    check_link,
+    describe,
+    is_remote,
+    read_json,
+)
 
 CONFIG, COMMITTED = "config.json", "commit_success.txt"  # the latter is Orbax's mark of a whole step in a bucket
+
+# What may stand beside a quantised weight, in which dtypes.
+PART_KINDS = {PACKED: ("I32",), SHAPE: ("I32", "I64"), SCALE: FLOATS, SCALE_INV: FLOATS}
 
 
 class _Step:
@@ -54,13 +72,19 @@ class _Step:
     def __init__(self, workdir: epath.Path):
         self.step, self.folder = newest_step(workdir), workdir / "released"
         self.model = read_config(self.step).model
-        self.released = _read_json(self.folder / "config.json")
-        self.layout = _read_json(self.folder / "layout.json")
+        self.released = _read_json(self.folder, CONFIG, MAX_CONFIG)
+        if self.released is not None:
+            hf_config.from_released(self.released)  # raises ConfigError for what to-hf could not use
+        self.layout = _read_json(self.folder, "layout.json", MAX_TABLE)
+        if self.layout is not None:
+            check_layout(self.layout, self.folder / "layout.json")
         self.buffers = Directory(self.folder) if (self.folder / "buffers.safetensors").is_file() else None
         self.buffer_names = list(self.buffers.tensors) if self.buffers else []
         self._params, self._scales = Leaves(self.step / "params"), Leaves(self.folder / "scales")
         self.shapes = {leaf: tuple(store.shape) for leaf, store in self._params.open().items()}
-        self.packed = set(self._scales.open()) if self._scales.path.is_dir() else set()
+        stored = self._scales.open() if self._scales.path.is_dir() else {}
+        self.scale_shapes = {leaf: tuple(store.shape) for leaf, store in stored.items()}
+        self.packed = set(self.scale_shapes)
 
     def read(self, piece: Piece) -> np.ndarray:
         """The piece in our layout."""
@@ -132,6 +156,8 @@ class Export:
         self._weights: _Step | _Base = _Step(base) if ours else _Base(base)
         self._released, self._layout = self._weights.released, self._weights.layout
         self.model_type = str(self._released["model_type"]) if self._released else model_type or self._default_type()
+        if isinstance(self._weights, _Step):
+            _check_stacks(self._weights.model, self._weights.shapes)
         self.tensors = tensors(self._weights.model, self.model_type)
         if isinstance(self._weights, _Step):
             _check_leaves(self.tensors, self._weights.shapes)
@@ -153,6 +179,8 @@ class Export:
         if not leaves:
             raise ConfigError("--int4 packs routed experts, and this model has none")
         self.packed = {tensor.name for tensor in self.tensors if tensor.leaf in leaves}
+        if isinstance(self._weights, _Step):
+            _check_scales(self.tensors, self._weights.scale_shapes, self.group)
 
     def _plan_files(self, dtype: str) -> None:
         by_name = {tensor.name: tensor for tensor in self.tensors}
@@ -171,21 +199,32 @@ class Export:
         self.plan = {file: entries for file, entries in self.plan.items() if entries}
         if len(self.plan) == 1:
             self.plan = {SINGLE: next(iter(self.plan.values()))}
-            self.metadata = {SINGLE: next(iter(self.metadata.values()))}  # the name, if it was the only one, is free
+            self.metadata = {SINGLE: next(iter(self.metadata.values()), {})}  # an only file has a free name
+        planned = {entry.name for entries in self.plan.values() for entry in entries}
+        wanted = [e.name for t in self.tensors for e in self._entries(t, "F32")]
+        if lacking := [name for name in wanted if name not in planned]:
+            raise CheckpointError(f"layout.json names no file for {lacking[0]} and {len(lacking) - 1} other tensors")
 
     def _released_entries(self, name: str, by_name: dict[str, Tensor]) -> list[Entry]:
         """What stands for a tensor of the released file: itself, or what it is now that weights are packed or not."""
         kind = self._kinds[name]
         if name in by_name:
+            if kind not in (*FLOATS, "F8_E4M3"):
+                raise CheckpointError(f"layout.json: {name} cannot be written as {kind}")
             return self._entries(by_name[name], "BF16" if kind == "F8_E4M3" else kind)
         if name in self._weights.buffer_names:
             assert self._weights.buffers
-            return [Entry(name, kind, self._weights.buffers.tensors[name].shape)]
+            stored = self._weights.buffers.tensors[name]
+            return [Entry(name, stored.dtype, stored.shape)]
         base, _, part = name.rpartition(".")
-        tensor = by_name[base + ".weight"]
+        kinds = PART_KINDS.get(part)
+        tensor = by_name.get(base + ".weight")
+        scale = self._kinds.get(f"{base}.{SCALE}", "F32")
+        if tensor is None or kinds is None or kind not in kinds or scale not in FLOATS:
+            raise CheckpointError(f"layout.json names {name} as {kind}, which this model does not have")
         if tensor.name in self.packed:
             return [dataclasses.replace(e, dtype=kind) for e in self._entries(tensor, kind) if e.name == name]
-        return self._entries(tensor, self._kinds[f"{base}.{SCALE}"]) if part == PACKED else []
+        return self._entries(tensor, scale) if part == PACKED else []
 
     def _entries(self, tensor: Tensor, dtype: str) -> list[Entry]:
         return output_entries(tensor, dtype, tensor.name in self.packed, self.group)
@@ -224,6 +263,7 @@ class Export:
         folder, released = self._weights.folder, self._released
         for file in sorted(folder.iterdir()) if folder.is_dir() else ():
             if file.is_file() and file.suffix != ".safetensors" and file.name not in ("layout.json", INDEX, CONFIG):
+                check_link(file, CheckpointError)
                 file.copy(work / file.name, overwrite=True)
         new = released or hf_config.to_released(self._weights.model, self.model_type, self._dtype_name())
         if not (self._weights.packed and self.packed):
@@ -254,7 +294,7 @@ def layout(checkpoint: Released) -> dict[str, Any]:
 def newest_step(workdir: epath.Path) -> epath.Path:
     """The folder of the newest checkpoint in a workdir. Raises FileNotFoundError without any."""
     folder = workdir / "checkpoints"
-    steps = [p for p in folder.iterdir() if p.name.isdigit() and (p / "params").is_dir()] if folder.is_dir() else []
+    steps = [p for p in folder.iterdir() if p.name.isdecimal() and (p / "params").is_dir()] if folder.is_dir() else []
     steps = [p for p in steps if not is_remote(p) or (p / COMMITTED).is_file()]
     if not steps:
         raise FileNotFoundError(f"no checkpoint in {folder}: the source must be a workdir of training or of from-hf")
@@ -263,11 +303,71 @@ def newest_step(workdir: epath.Path) -> epath.Path:
 
 def read_config(step: epath.Path) -> TrainConfig:
     """The settings in a checkpoint."""
-    return freeze(json.loads((step / "config" / "metadata").read_text(encoding="utf-8")))
+    file = step / "config" / "metadata"
+    values = read_json(file, MAX_CONFIG, CheckpointError)
+    try:
+        return freeze(values)
+    except (AttributeError, TypeError) as error:  # a section that is no object
+        raise CheckpointError(f"{file} is damaged: {error}") from error
 
 
-def _read_json(file: epath.Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+def _read_json(folder: epath.Path, name: str, limit: int) -> Any:
+    if not (folder / name).exists():
+        return None
+    return read_json(check_inside(folder, name, CheckpointError), limit, CheckpointError)
+
+
+def check_layout(found: dict[str, Any], where: epath.Path) -> None:
+    """Raises CheckpointError if a layout.json is not what `layout` makes, or names files outside the folder."""
+    files, metadata = found.get("files"), found.get("metadata")
+    if not isinstance(files, dict) or not files:
+        raise CheckpointError(f"{where}: files must be file -> tensors, not {describe(files)}")
+    if not isinstance(metadata, dict) or not all(is_text_table(table) for table in metadata.values()):
+        raise CheckpointError(f"{where}: metadata must be file -> object of texts, not {describe(metadata)}")
+    seen: set[str] = set()
+    for file, members in files.items():
+        if not PLAIN_NAME.fullmatch(file) or not file.endswith(".safetensors"):
+            raise CheckpointError(f"{where}: files.{describe(file)} is not a plain name of a safetensors file")
+        if not isinstance(members, list):
+            raise CheckpointError(f"{where}: files.{file} must be a list, not {describe(members)}")
+        for member in members:
+            if not (isinstance(member, list) and len(member) == 2 and all(isinstance(part, str) for part in member)):
+                raise CheckpointError(f"{where}: files.{file} must hold [tensor, dtype], not {describe(member)}")
+            if member[0] in seen or member[1] not in DTYPES:
+                raise CheckpointError(f"{where}: {describe(member)} is named twice or has an unknown dtype")
+            seen.add(member[0])
+
+
+def _check_stacks(model: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raises CheckpointError if the settings want more layers or experts than there are, or wider ones than fit."""
+
+    def axis(leaf: str, number: int) -> int:
+        return (*shapes.get(leaf, ()), 0, 0)[number]
+
+    has = {
+        "num_hidden_layers": axis("dense_layers.input_norm.scale", 0) + axis("moe_layers.input_norm.scale", 0),
+        "n_routed_experts": axis(EXPERTS[0], 1),
+        "vision.num_hidden_layers": axis("vision.blocks.norm0.scale", 0),
+    }
+    wants = {
+        "num_hidden_layers": model.num_hidden_layers,
+        "n_routed_experts": model.moe.n_routed_experts if model.moe and model.num_moe_layers > 0 else 0,
+        "vision.num_hidden_layers": model.vision.num_hidden_layers if model.vision else 0,
+    }
+    wrong = [f"model.{key} = {wants[key]}, the weights have {has[key]}" for key in has if wants[key] != has[key]]
+    if wrong:
+        raise CheckpointError("the checkpoint does not hold the model of its settings: " + "; ".join(wrong))
+    bounds.check(model, max(math.prod(shape) for shape in shapes.values()), None, "the checkpoint")
+
+
+def _check_scales(every: list[Tensor], shapes: dict[str, tuple[int, ...]], group: int) -> None:
+    """Raises CheckpointError if stored INT4 scales are not those of groups of this size."""
+    last = {tensor.leaf: tensor for tensor in every if tensor.leaf in shapes}
+    for leaf, tensor in last.items():
+        want = (*(n + 1 for n in tensor.index), tensor.rows, tensor.columns // group)
+        if len(tensor.shape) != 2 or shapes[leaf] != want:
+            found = list(shapes[leaf])
+            raise CheckpointError(f"scales of {leaf}: {found}, must be {list(want)} for groups of {group} inputs")
 
 
 def _check_leaves(wanted: list[Tensor], shapes: dict[str, tuple[int, ...]]) -> None:

@@ -8,10 +8,11 @@ header and raw little-endian bytes. Reading takes any path of `epath` (`gs://buc
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,19 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from kimi_jax.untrusted import (
+    MAX_TABLE,
+    check_inside,
+    describe,
+    is_remote,
+    open_regular,
+    parse_object,
+    read_json,
+)
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MAX_HEADER = 1 << 30
+MAX_AXES = 8  # of one tensor; released ones have at most 4
 DTYPES = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16), "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
@@ -64,36 +75,54 @@ class Directory:
         problems: list[str] = []
         for name in names:
             problems += self._read_header(name)
-        problems += [f"the index names {name} in {file}, but it is not there" for name, file in promised.items()
-                     if file in self.metadata and name not in self.tensors]  # fmt: skip
+        for name, file in promised.items():
+            found = self.tensors.get(name)
+            if file in self.metadata and (found is None or found.file != file):
+                problems.append(f"the index names {name} in {file}, but it is not there")
         if problems:
+            self.close()
             raise CheckpointError("\n  ".join([f"cannot read {self.path}:", *problems]))
 
     def _read_header(self, name: str) -> list[str]:
-        file = self.path / name
-        if not file.is_file():
-            return [f"{name} is missing"]
-        size = file.stat().length
+        """Takes in one file; returns what is wrong with it."""
         try:
-            with file.open("rb") as stream:
-                (length,) = struct.unpack("<Q", stream.read(8))
-                if length > min(size, MAX_HEADER):
-                    return [f"{name}: its header says {length} bytes, the file has {size}"]
-                header = json.loads(stream.read(length))
-        except (struct.error, ValueError) as error:
-            return [f"{name}: not a safetensors file ({error})"]
-        self.metadata[name] = header.pop("__metadata__", {})
-        problems = []
+            file = check_inside(self.path, name, CheckpointError)
+            if is_remote(file):
+                size = file.stat().length
+                with file.open("rb") as stream:
+                    header, start = _parse_header(stream.read, name, size)
+            else:
+                with os.fdopen(open_regular(file, CheckpointError), "rb") as stream:
+                    size = os.fstat(stream.fileno()).st_size
+                    header, start = _parse_header(stream.read, name, size)
+        except FileNotFoundError:
+            return [f"{name} is missing"]
+        except CheckpointError as error:
+            return [str(error)]
+        metadata = header.pop("__metadata__", {})
+        if not is_text_table(metadata):
+            return [f"{name}: __metadata__ must be an object of texts, not {describe(metadata)}"]
+        self.metadata[name] = metadata
+        problems = [problem for key, entry in header.items() if (problem := _entry_problem(name, key, entry))]
+        if problems:
+            return problems
+        end = 0
         for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             first, last = entry["data_offsets"]
-            stored = Stored(name, entry["dtype"], tuple(entry["shape"]), 8 + length + first, last - first)
+            stored = Stored(name, entry["dtype"], tuple(entry["shape"]), start + first, last - first)
             if key in self.tensors:
                 problems.append(f"{key} is in {self.tensors[key].file} and in {name}")
             if stored.start + stored.nbytes > size:
                 problems.append(f"{name} is truncated: {key} ends at byte {stored.start + stored.nbytes} of {size}")
+            elif first != end:
+                kind = "overlaps another tensor" if first < end else f"leaves {first - end} bytes unused before it"
+                problems.append(f"{key} in {name}: its range {[first, last]} {kind}")
             elif stored.dtype in DTYPES and stored.nbytes != _nbytes(stored):
                 problems.append(f"{key} in {name}: {stored.nbytes} bytes for {stored.dtype} {stored.shape}")
             self.tensors[key] = stored
+            end = last
+        if not problems and start + end != size:
+            problems.append(f"{name}: {size - start - end} bytes follow the last tensor")
         return problems
 
     def rows(self, name: str, first: int = 0, last: int | None = None) -> np.ndarray:
@@ -130,7 +159,7 @@ class Directory:
     def _descriptor(self, file: str) -> int:
         with self._lock:
             if file not in self._open:
-                self._open[file] = os.open(self.path / file, os.O_RDONLY)
+                self._open[file] = open_regular(self.path / file, CheckpointError)
             return self._open[file]
 
     def close(self) -> None:
@@ -138,11 +167,6 @@ class Directory:
         for descriptor in self._open.values():
             os.close(descriptor)
         self._open.clear()
-
-
-def is_remote(path: os.PathLike[str]) -> bool:
-    """Whether a path is a bucket's, `gs://...`, and not a file system's."""
-    return "://" in os.fspath(path)
 
 
 def stamp(file: epath.Path) -> list[int]:
@@ -155,16 +179,50 @@ def stamp(file: epath.Path) -> list[int]:
 
 
 def _nbytes(stored: Stored) -> int:
-    return int(np.prod(stored.shape, dtype=np.int64)) * DTYPES[stored.dtype].itemsize
+    return math.prod(stored.shape) * DTYPES[stored.dtype].itemsize
+
+
+def _parse_header(read: Callable[[int], bytes], name: str, size: int) -> tuple[dict[str, Any], int]:
+    """The header of a file of `size` bytes and where the data begin. Raises CheckpointError."""
+    start = read(8)
+    if len(start) < 8:
+        raise CheckpointError(f"{name}: not a safetensors file (it has {size} bytes)")
+    (length,) = struct.unpack("<Q", start)
+    if length > min(size - 8, MAX_TABLE):
+        raise CheckpointError(f"{name}: its header says {length} bytes, the file has {size}, the limit is {MAX_TABLE}")
+    return parse_object(read(length), f"{name}: the header", CheckpointError), 8 + length
+
+
+def _entry_problem(file: str, key: str, entry: Any) -> str | None:
+    """What is wrong with the types of one header entry."""
+    where = f"{describe(key)} in {file}"
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        return f"{where}: needs dtype, shape and data_offsets, not {describe(entry)}"
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not isinstance(entry["dtype"], str):
+        return f"{where}: dtype must be a text, not {describe(entry['dtype'])}"
+    if not _are_sizes(shape) or len(shape) > MAX_AXES:
+        return f"{where}: shape must be at most {MAX_AXES} sizes, not {describe(shape)}"
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        return f"{where}: data_offsets must be [first, end], not {describe(offsets)}"
+    return None
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
+
+
+def is_text_table(value: Any) -> bool:
+    """Whether a value of parsed JSON is an object that holds texts only."""
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
 def _file_names(path: epath.Path) -> tuple[list[str], dict[str, str]]:
     """The files to read, and what the index (if there is one) promises: tensor -> file."""
-    if (path / INDEX).is_file():
-        try:
-            promised = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path / INDEX} is damaged: {error}") from error
+    if (path / INDEX).exists():
+        promised = read_json(check_inside(path, INDEX, CheckpointError), MAX_TABLE, CheckpointError).get("weight_map")
+        if not is_text_table(promised) or not promised:
+            raise CheckpointError(f"{path / INDEX}: weight_map must be tensor -> file, not {describe(promised)}")
         return sorted(set(promised.values())), promised
     found = sorted(file.name for file in path.glob("*.safetensors"))
     if SINGLE in found:
@@ -246,7 +304,7 @@ class Writer:
 
 
 def _create(file: Path, start: bytes, size: int) -> int:
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     if os.fstat(descriptor).st_size != size or os.pread(descriptor, len(start), 0) != start:
         os.ftruncate(descriptor, 0)
         os.ftruncate(descriptor, size)

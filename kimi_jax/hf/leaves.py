@@ -16,7 +16,8 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from kimi_jax.hf.files import is_remote
+from kimi_jax.hf.files import CheckpointError
+from kimi_jax.untrusted import MAX_TABLE, check_inside, describe, is_remote, read_json
 
 Place = tuple[Any, ...]  # one integer or slice for each axis that is cut
 
@@ -41,14 +42,18 @@ class Leaves:
         self._open[leaf] = ts.open(spec, create=True, open=True, context=_context(0)).result()
 
     def open(self) -> dict[str, ts.TensorStore]:
-        """All leaves for reading, whoever wrote them. Raises FileNotFoundError if this is not an Orbax item."""
+        """All leaves for reading, whoever wrote them.
+
+        Raises FileNotFoundError if this is not an Orbax item, CheckpointError for damaged metadata and for names that
+        lead out of the folder.
+        """
         file = self.path / "_METADATA"
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing: not the weights of a checkpoint")
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file, MAX_TABLE, CheckpointError)
         driver = "zarr3" if found.get("use_zarr3") else "zarr"
-        for entry in found["tree_metadata"].values():
-            leaf = ".".join(str(key["key"]) for key in entry["key_metadata"])
+        for leaf in _leaf_names(file, found):
+            check_inside(self.path, leaf, CheckpointError)
             self._open[leaf] = self._open_leaf(leaf, driver)
         return self._open
 
@@ -57,7 +62,10 @@ class Leaves:
         if (self.path / "manifest.ocdbt").exists():
             kvstore = {"driver": "ocdbt", "base": _kvstore(self.path), "path": f"{leaf}/"}
         spec = {"driver": driver, "kvstore": kvstore}
-        store = ts.open(spec, open=True, read=True, context=_context(0)).result()
+        try:
+            store = ts.open(spec, open=True, read=True, context=_context(0)).result()
+        except ValueError as error:  # metadata that tensorstore cannot read, or that are not there
+            raise CheckpointError(f"{self.path / leaf} cannot be opened: {error}") from error
         # Training saves a chunk for each shard, which holds many slices: keep one decoded, and read leaf by leaf.
         sizes = store.chunk_layout.read_chunk.shape or ()
         chunk = math.prod(size or 1 for size in sizes) * store.dtype.numpy_dtype.itemsize
@@ -92,6 +100,20 @@ class Leaves:
             "custom_metadata": None,
         }  # fmt: skip
         (self.path / "_METADATA").write_text(json.dumps(metadata), encoding="utf-8")
+
+
+def _leaf_names(file: epath.Path, metadata: dict[str, Any]) -> list[str]:
+    """The leaves that `_METADATA` lists. Raises CheckpointError if it is damaged."""
+    entries = metadata.get("tree_metadata")
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{file}: tree_metadata must be an object, not {describe(entries)}")
+    leaves = []
+    for entry in entries.values():
+        keys = entry.get("key_metadata") if isinstance(entry, dict) else None
+        if not isinstance(keys, list) or not all(isinstance(key, dict) and "key" in key for key in keys):
+            raise CheckpointError(f"{file}: tree_metadata needs key_metadata with keys, not {describe(entry)}")
+        leaves.append(".".join(str(key["key"]) for key in keys))
+    return leaves
 
 
 def _kvstore(folder: epath.Path) -> Any:

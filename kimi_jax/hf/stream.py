@@ -25,16 +25,19 @@ from jax.sharding import Mesh, NamedSharding
 
 from kimi_jax import sharding
 from kimi_jax.config import ConfigError, ModelConfig, MoEConfig
+from kimi_jax.hf import bounds, fp8, int4
 from kimi_jax.hf import config as hf_config
-from kimi_jax.hf import fp8, int4
 from kimi_jax.hf.files import DTYPES, NAMES, CheckpointError, Directory, Entry, Writer, file_plan, write_index
 from kimi_jax.hf.names import BUFFERS, Tensor, tensors, transpose
 from kimi_jax.nn.kimi import abstract_params
 from kimi_jax.nn.param import metadata, unbox
+from kimi_jax.untrusted import MAX_CONFIG, check_inside, read_json
 
 PIECE = 1 << 23  # elements: 16 MB in bfloat16, 32 MB while it is float32
 MAX_FILE = 5 << 30  # bytes of one written safetensors file
 PACKED, SCALE, SHAPE, SCALE_INV = "weight_packed", "weight_scale", "weight_shape", "weight_scale_inv"
+SIDE_FILES = ("generation_config.json", "preprocessor_config.json", "tokenizer_config.json")
+MAX_BUFFER = 1 << 16  # bytes of a buffer, which is held whole
 FLOATS = ("F32", "F16", "BF16")
 BIAS = "moe_layers.mlp.router.bias"  # always float32: the released code selects experts in float32
 EXPERTS = tuple(f"moe_layers.mlp.experts.{name}" for name in ("gate", "up", "down"))  # what may stay INT4
@@ -68,19 +71,27 @@ class Released:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = epath.Path(path)
         file = self.path / "config.json"
-        if not file.is_file():
+        if not file.exists():
             raise FileNotFoundError(f"{file} is missing: a released checkpoint is a directory with config.json")
-        try:
-            self.released: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(f"{file} is not JSON: {error}") from error
+        check_inside(self.path, file.name, ConfigError)
+        self.released = read_json(file, MAX_CONFIG, ConfigError)
         self.config = hf_config.from_released(self.released)
         self.quantization = hf_config.quantization(self.released)
         self.model_type: str = self.released["model_type"]
+        for name in SIDE_FILES:
+            if (self.path / name).exists():
+                read_json(check_inside(self.path, name, CheckpointError), MAX_CONFIG, CheckpointError)
         self.directory = Directory(self.path)
-        self.tensors = tensors(self.config, self.model_type)
-        self.buffers = [name for name in self.directory.tensors if name.endswith(BUFFERS)]
-        problems = self._problems()
+        try:
+            stored = self.directory.tensors.values()
+            longest = max((size for each in stored for size in each.shape), default=0)
+            bounds.check(self.config, bounds.CODES_PER_WORD * longest, len(stored), str(self.path))
+            self.tensors = tensors(self.config, self.model_type)
+            self.buffers = [name for name in self.directory.tensors if name.endswith(BUFFERS)]
+            problems = self._problems()
+        except ValueError:
+            self.directory.close()
+            raise
         if problems:
             self.directory.close()
             raise CheckpointError("\n  ".join([f"{self.path} does not hold the model of its config.json:", *problems]))
@@ -88,12 +99,13 @@ class Released:
     def parts(self, tensor: Tensor) -> dict[str, tuple[int, ...]]:
         """The stored names of one tensor and the shapes they must have."""
         name, base, have = tensor.name, tensor.name.removesuffix("weight"), self.directory.tensors
-        quantization = self.quantization
-        if quantization and base + PACKED in have:
+        quantization = self.quantization if len(tensor.shape) == 2 else None
+        method = quantization.method if quantization else None
+        if quantization and method == "int4" and base + PACKED in have:
             rows, columns = tensor.shape
             groups = columns // quantization.group_size
             return {base + PACKED: (rows, columns // 8), base + SCALE: (rows, groups), base + SHAPE: (2,)}
-        if quantization and base + SCALE_INV in have:
+        if quantization and method == "fp8" and base + SCALE_INV in have:
             high, wide = quantization.block
             return {name: tensor.shape, base + SCALE_INV: (-(-tensor.shape[0] // high), -(-tensor.shape[1] // wide))}
         return {name: tensor.shape}
@@ -106,6 +118,10 @@ class Released:
         have, expected = self.directory.tensors, set(self.buffers)
         missing, wrong = [], []
         for tensor in self.tensors:
+            group = self.quantization.group_size if self.quantization else 1
+            if self.is_int4(tensor) and len(tensor.shape) == 2 and tensor.shape[1] % group:
+                wrong.append(f"{tensor.name}: {tensor.shape[1]} inputs cannot be INT4 in groups of {group}")
+                continue
             for name, shape in self.parts(tensor).items():
                 expected.add(name)
                 if name not in have:
@@ -116,6 +132,10 @@ class Released:
                     wrong.append(f"dtype of {name}: {have[name].dtype}, must be one of {self._dtypes(name)}")
                 elif name.endswith(SHAPE) and tuple(self.directory.whole(name)) != tensor.shape:
                     wrong.append(f"{name} says {self.directory.whole(name)}, must be {list(tensor.shape)}")
+        for name in self.buffers:
+            stored = have[name]
+            if stored.dtype not in FLOATS or len(stored.shape) != 1 or stored.nbytes > MAX_BUFFER:
+                wrong.append(f"{name} is no vector of rotary frequencies: {stored.dtype} {list(stored.shape)}")
         unexpected = [f"unexpected: {name} {list(s.shape)}" for name, s in have.items() if name not in expected]
         return missing + unexpected + wrong
 

@@ -6,10 +6,12 @@ import copy
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kimi_jax as kimi
 from kimi_jax.config import ConfigError, preset
 from kimi_jax.hf import config as hf_config
 from kimi_jax.hf.names import FAMILIES
@@ -152,3 +154,168 @@ def test_silent_yarn_has_the_released_defaults():
     released = copy.deepcopy(K25)
     released["text_config"]["rope_scaling"] = {"rope_type": "yarn", "factor": 2}
     assert hf_config.from_released(released).rope_scaling.mscale_all_dim == 0.0
+
+
+# ------------------------------------------------------------------------------------- keys that may change the numbers
+
+YARN = K25_TEXT["rope_scaling"]
+PARAMETERS = {key: value for key, value in YARN.items() if key != "type"} | {"rope_type": "yarn", "rope_theta": 50000.0}
+# What transformers writes beside the fields of the model.
+DUMP = {
+    "_name_or_path": "", "add_cross_attention": False, "architectures": ["X"], "auto_map": {"a": "b"},
+    "bad_words_ids": None, "chunk_size_feed_forward": 0, "cross_attention_hidden_size": None, "do_sample": False,
+    "dtype": "bfloat16", "id2label": {"0": "LABEL_0"}, "is_decoder": False, "is_encoder_decoder": False,
+    "max_length": 20, "num_beams": 1, "pretraining_tp": 1, "pruned_heads": {}, "temperature": 1.0, "top_k": 50,
+    "top_p": 1.0, "transformers_version": "4.56.2", "typical_p": 1.0, "use_cache": True, "rope_interleave": True,
+    "head_dim": 64, "qk_head_dim": 192, "layer_types": ["full_attention"] * 61,
+    "mlp_layer_types": ["dense"] + ["sparse"] * 60,
+    "sliding_window": None, "partial_rotary_factor": 1.0, "attn_logit_softcapping": None, "unheard_of": None,
+}  # fmt: skip
+
+
+def with_text(**changes):
+    released = copy.deepcopy(K25)
+    released["text_config"].update(changes)
+    return released
+
+
+def test_keys_that_leave_the_numbers_alone_are_accepted():
+    assert hf_config.from_released(with_text(**DUMP)) == hf_config.from_released(K25)
+    assert hf_config.from_released(K25 | {"vocab_size": 163840}) == hf_config.from_released(K25)
+    with pytest.raises(ConfigError, match="vocab_size = 5"):
+        hf_config.from_released(K25 | {"vocab_size": 5})
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_parameters": PARAMETERS},
+        {"rope_parameters": PARAMETERS, "rope_theta": None},
+        {"rope_parameters": PARAMETERS, "rope_scaling": YARN},
+        {"rope_scaling": PARAMETERS, "rope_theta": None},
+        {"rope_scaling": YARN | {"rope_type": "yarn", "truncate": True, "attention_factor": 1.0}},
+        {"rope_parameters": PARAMETERS | {"partial_rotary_factor": 1.0, "truncate": None}},
+    ],
+)
+def test_rope_has_one_meaning_in_every_spelling(rope):
+    assert hf_config.from_released(with_text(**{"rope_scaling": None} | rope)) == hf_config.from_released(K25)
+
+
+@pytest.mark.parametrize("spelling", [{"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}},
+                                      {"rope_parameters": {"rope_theta": 5.0}}])  # fmt: skip
+def test_default_rope_parameters_are_plain_rotary(spelling):
+    config = hf_config.from_released(with_text(rope_scaling=None, rope_theta=None, **spelling))
+    assert (config.rope_theta, config.rope_scaling) == (5.0, None)
+
+
+def test_rope_parameters_give_the_same_logits(tmp_path):
+    """The published fixture in both spellings, to the bit."""
+    released = json.loads((FIXTURES / "tiny_fp32/config.json").read_text())
+    text = released["text_config"]
+    yarn = text.pop("rope_scaling")
+    yarn.pop("type")
+    text["rope_parameters"] = yarn | {"rope_type": "yarn", "rope_theta": text.pop("rope_theta")}
+    (tmp_path / "config.json").write_text(json.dumps(released))
+    (tmp_path / "model.safetensors").write_bytes((FIXTURES / "tiny_fp32/model.safetensors").read_bytes())
+    ids = np.random.default_rng(0).integers(10, 500, (1, 40))
+    np.testing.assert_array_equal(kimi.load(tmp_path).logits(ids), kimi.load(FIXTURES / "tiny_fp32").logits(ids))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_parameters": PARAMETERS | {"factor": 32.0}}, "rope_scaling and rope_parameters contradict"),
+        ({"rope_parameters": PARAMETERS | {"rope_theta": 1e4}}, "rope_theta.*contradict"),
+        ({"rope_parameters": {"rope_theta": 50000.0}}, "contradict"),
+        ({"rope_parameters": {"full_attention": PARAMETERS}}, "full_attention"),
+        ({"rope_parameters": 3}, "rope_parameters must be an object"),
+        ({"rope_scaling": YARN | {"rope_theta": 1e4}}, "rope_theta"),
+        ({"rope_scaling": YARN | {"attention_factor": 1.4}}, "attention_factor = 1.4"),
+        ({"rope_scaling": YARN | {"truncate": False}}, "truncate = False"),
+        ({"rope_scaling": YARN | {"rope_type": "linear"}}, "rope_type = 'linear' contradicts type = 'yarn'"),
+        ({"rope_scaling": YARN | {"long_factor": [1.0]}}, "long_factor"),
+        ({"rope_scaling": YARN | {"factor": "64"}}, "factor must be a number.*'64'"),
+        ({"rope_scaling": YARN | {"factor": 0.5}}, "factor must be a number from 1"),
+        ({"rope_scaling": {"factor": 4.0}}, "of type null"),
+        ({"rope_scaling": {"type": "default", "factor": 4.0}}, "factor = 4.0"),
+        ({"rope_scaling": {"type": "llama3", "factor": 4.0}}, "llama3"),
+        ({"rope_interleave": False}, "rope_interleave = False"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ({"head_dim": 128}, "head_dim = 128"),
+        ({"sliding_window": 4096}, "sliding_window = 4096"),
+        ({"use_sliding_window": True}, "use_sliding_window = True"),
+        ({"layer_types": ["sliding_attention"] * 61}, "layer_types"),
+        ({"mlp_layer_types": ["sparse"] * 61}, "mlp_layer_types"),
+        ({"index_topk": 2048}, "index_topk = 2048"),
+        ({"index_n_heads": 64}, "index_n_heads = 64"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ({"use_qk_norm": True}, "use_qk_norm"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"norm_type": "layernorm"}, "norm_type"),
+        ({"residual_multiplier": 2.0}, "residual_multiplier"),
+        ({"swiglu_limit": 7.0}, "swiglu_limit"),
+        ({"model_type": "kimi_linear"}, "kimi_linear"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob must be true or false"),
+        ({"hidden_size": "7168"}, "hidden_size must be a whole number.*'7168'"),
+        ({"hidden_size": True}, "hidden_size must be a whole number.*True"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers"),
+        ({"num_hidden_layers": 61.0}, "num_hidden_layers must be a whole number"),
+        ({"rms_norm_eps": [1e-5]}, "rms_norm_eps must be a number"),
+        ({"qk_rope_head_dim": 63}, "qk_rope_head_dim = 63 must be even"),
+        ({"num_experts_per_tok": 385}, "num_experts_per_tok = 385"),
+        ({"eos_token_id": "x"}, "eos_token_id"),
+        ({"eos_token_id": [[1]]}, "eos_token_id"),
+        ({"dtype": "float8"}, "bfloat16"),
+        ({"quantization_config": []}, "quantization_config must be an object"),
+    ],
+)  # fmt: skip
+def test_text_setting_that_changes_the_numbers_is_refused_by_name(changes, message):
+    released = with_text(**changes)
+    if "dtype" in changes:  # the one at the top goes first
+        del released["dtype"]
+    with pytest.raises(ConfigError, match=message):
+        hf_config.from_released(released)
+        hf_config.quantization(released)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_rope_2d": True}, "use_rope_2d"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"layer_norm_eps": 1e-6}, "layer_norm_eps = 1e-06"),
+        ({"rope_theta": 1e6}, "rope_theta"),
+        ({"vt_hidden_size": 1150}, "1150"),
+        ({"vt_num_hidden_layers": None}, "lacks: vt_num_hidden_layers"),
+        ({"projector_ln_eps": "1e-5"}, "projector_ln_eps must be a number"),
+        ({"patch_size": [14, 14]}, "patch_size must be a whole number"),
+    ],
+)
+def test_vision_setting_that_changes_the_numbers_is_refused_by_name(changes, message):
+    released = copy.deepcopy(K25)
+    released["vision_config"].update(changes)
+    with pytest.raises(ConfigError, match=f"vision_config.*{message}"):
+        hf_config.from_released(released)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
+        ({"sparsity_config": {"format": "sparse"}}, "sparsity_config"),
+        ({"transform_config": {"a": 1}}, "transform_config"),
+        ({"quantization_status": "frozen"}, "quantization_status"),
+        ({"config_groups": None}, "one group_size"),
+        ({"config_groups": {"g": 1}}, "must be an object"),
+        ({"config_groups": {"g": {"weights": {"group_size": 12}}}}, "multiple of 8"),
+        ({"config_groups": {"g": {"weights": {"group_size": None}}}}, "multiple of 8"),
+        ({"config_groups": {"g": {"weights": {"group_size": 32, "zp_dtype": "int8"}}}}, "zp_dtype"),
+        ({"config_groups": {"g": {"weights": {"group_size": 32}, "input_activations": {"num_bits": 8}}}}, "input_act"),
+        ({"unheard_of": 1}, "unheard_of"),
+    ],
+)  # fmt: skip
+def test_quantization_that_cannot_be_followed_is_refused_by_name(changes, message):
+    released = with_text(quantization_config=hf_config.int4_section() | changes)
+    with pytest.raises(ConfigError, match=message):
+        hf_config.quantization(released)

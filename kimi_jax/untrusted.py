@@ -1,0 +1,128 @@
+"""Bounded reading of files that somebody else wrote: regular files only, limited JSON, names that stay in their folder.
+
+Every function takes the class of the error to raise, because callers name trouble differently (ConfigError for
+settings, CheckpointError for weights, ValueError for tokenizers). Paths in a bucket (`gs://...`) are read by `epath`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import stat
+from typing import Any, NoReturn
+
+from etils import epath
+
+MAX_CONFIG = 1 << 24  # bytes of a config.json or tokenizer_config.json; the released ones have about 5 KB
+MAX_TABLE = 100_000_000  # bytes of a safetensors header or index: the limit of the safetensors library
+MAX_DEPTH = 32  # nested lists and objects; the released files have 6
+PLAIN_NAME = re.compile(r"(?!\.\.?$)[A-Za-z0-9_.+=@ ()-]{1,200}")
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a bucket's, `gs://...`, and not a file system's."""
+    return "://" in os.fspath(path)
+
+
+def open_regular(path: str | os.PathLike[str], error: type[ValueError]) -> int:
+    """A descriptor of a regular file, opened for reading; never waits, whatever the path names.
+
+    Raises FileNotFoundError, other OSErrors of the system, and `error` for a FIFO, device, socket or folder.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as problem:
+        if problem.errno != errno.ENXIO:  # a socket
+            raise
+        raise error(f"{os.fspath(path)} is not a regular file") from problem
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise error(f"{os.fspath(path)} is not a regular file")
+    return descriptor
+
+
+def read_bytes(path: str | os.PathLike[str], limit: int, error: type[ValueError]) -> bytes:
+    """A whole file of at most `limit` bytes. Raises `error` for a larger one and what `open_regular` raises."""
+    if is_remote(path):
+        with epath.Path(path).open("rb") as stream:
+            data = stream.read(limit + 1)
+    else:
+        with os.fdopen(open_regular(path, error), "rb") as stream:
+            data = stream.read(limit + 1)
+    if len(data) > limit:
+        raise error(f"{os.fspath(path)} is larger than {limit} bytes, the most that is read of such a file")
+    return data
+
+
+def read_json(path: str | os.PathLike[str], limit: int, error: type[ValueError]) -> dict[str, Any]:
+    """The JSON object in a file of at most `limit` bytes. Raises what `read_bytes` and `parse_object` raise."""
+    return parse_object(read_bytes(path, limit, error), os.fspath(path), error)
+
+
+def parse_object(data: bytes, where: str, error: type[ValueError]) -> dict[str, Any]:
+    """A JSON object (RFC 8259, UTF-8) with unique keys and finite numbers, nested at most MAX_DEPTH deep.
+
+    Raises `error`, which begins with `where`.
+    """
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except RecursionError as problem:
+        raise error(f"{where} is nested deeper than {MAX_DEPTH} levels") from problem
+    except ValueError as problem:
+        raise error(f"{where} is not JSON: {problem}") from problem
+    if not isinstance(value, dict):
+        raise error(f"{where} must hold a JSON object, not {describe(value)}")
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [child for node in level for child in (node.values() if isinstance(node, dict) else node)
+                 if isinstance(child, (dict, list))]  # fmt: skip
+    if level:
+        raise error(f"{where} is nested deeper than {MAX_DEPTH} levels")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in found if keys.count(key) > 1)!r} appears twice")
+    return found
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def describe(value: Any) -> str:
+    """A value in an error message: at most 60 characters of it."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 60 else f"{text[:56]} ..."
+
+
+def check_inside(folder: epath.Path, name: str, error: type[ValueError]) -> epath.Path:
+    """folder / name, where `name` comes from a file: a plain name whose file lies in the folder, links followed.
+
+    Raises `error` for everything that leaves the folder.
+    """
+    if not PLAIN_NAME.fullmatch(name):
+        raise error(f"{folder}: {describe(name)} is not a plain file name; names must stay inside the folder")
+    return check_link(folder / name, error)
+
+
+def check_link(path: epath.Path, error: type[ValueError]) -> epath.Path:
+    """The path again. Raises `error` if it is a link that leads out of its folder.
+
+    A link from a snapshot of the Hugging Face cache into the `blobs` folder of the same model is allowed.
+    """
+    if is_remote(path):
+        return path
+    home, real = os.path.realpath(path.parent), os.path.realpath(path)
+    snapshots = os.path.dirname(home)
+    allowed = [home]
+    if os.path.basename(snapshots) == "snapshots":
+        allowed.append(os.path.join(os.path.dirname(snapshots), "blobs"))
+    if os.path.dirname(real) not in allowed:
+        raise error(f"{path} is a link out of its folder, to {real}; put the file itself there")
+    return path
