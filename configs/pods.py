@@ -35,7 +35,7 @@ BYTES_A_PARAMETER = 12
 TIGHT, HALF_ROOM = 0.4, 0.64
 ROWS_A_DEVICE = 4
 # a quarter more patches than the vision ratio asks of four rows: 6,554 (K2.5, a tenth), 26,214 (Kimi-VL, a fifth)
-BINS_OF_FOUR_ROWS = {"kimi_k2_5": ((1024, 4), (4096, 1)), "kimi_vl_a3b": ((1024, 8), (4096, 6))}
+BINS_OF_FOUR_ROWS = {"kimi_k2_5": ((4096, 2),), "kimi_vl_a3b": ((1024, 4), (4096, 7))}
 
 
 def get_config(name: str = "kimi_k2_5@v5p-1024") -> ml_collections.ConfigDict:

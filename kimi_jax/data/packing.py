@@ -82,10 +82,8 @@ def check_bins(data: DataConfig, model: ModelConfig) -> None:
         return
     ratio = max((ratio for _, ratio in data.vision_ratio), default=0.0)
     tokens = data.rows_per_group * data.sequence_length
-    held, needed = (
-        sum(patches * count for patches, count in data.vision_bins),
-        math.ceil(4 * ratio * tokens * BIN_SLACK),
-    )
+    held = sum(patches * count for patches, count in data.vision_bins)
+    needed = math.ceil(4 * ratio * tokens * BIN_SLACK)
     if held < needed:
         raise ConfigError(
             f"data.vision_bins = {data.vision_bins} hold {held:,} patches a pack, but data.vision_ratio = {ratio:g} of "

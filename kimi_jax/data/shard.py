@@ -27,7 +27,7 @@ from kimi_jax.data.tokenizer import Tokenizer
 NAMED = 5  # bad records that are remembered by name, for each source
 QUARANTINED = 1000  # bad records of a source that a shard remembers, so as not to open them again
 MOST_DRAWS = 8  # for one example that `min_per_group` asks for; with so many bad ones a group goes without it
-MOST_PACKS = 2  # packs' bins that the waiting pictures may fill before text is kept at half of the packing buffer
+MOST_PACKS = 2  # packs' bins that waiting pictures may fill while less text waits than as many packs' rows hold
 JUDGED = 100  # draws after which the share of bad records of a source is judged; fewer if it has fewer records
 
 
@@ -190,10 +190,11 @@ class Shard:
         return [waiting for waiting in self._pool if waiting.reference[0] == name][:count]
 
     def _short_of_bins(self) -> bool:
-        """True if pictures for the bins of MOST_PACKS packs wait, and text is less than half of the packing buffer."""
+        """True if pictures for the bins of MOST_PACKS packs wait, and text for the rows of fewer."""
         patches = sum(len(item.patches) for waiting in self._pool for item in waiting.example.media)
-        text = sum(not waiting.example.media for waiting in self._pool)
-        return patches > MOST_PACKS * self._patches and 2 * text < self._data.lookahead
+        text = sum(len(waiting.example.tokens) for waiting in self._pool if not waiting.example.media)
+        rows = self._shape.rows * self._shape.sequence_length
+        return patches > MOST_PACKS * self._patches and text < MOST_PACKS * rows
 
     def _draw(self, source: str | None = None) -> list[Waiting]:
         fraction = self._step / max(1, self._total_steps)
