@@ -30,7 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
                 sequence_length=4096,
                 num_groups=512,
                 rows_per_group=32,
-                vision_bins=((1024, 4), (4096, 2)),
+                vision_bins=((1024, 8), (4096, 14)),
                 vision_ratio=((0.0, 0.1),),
                 num_workers=16,
             ),

@@ -34,7 +34,8 @@ BYTES_A_PARAMETER = 12
 # usual load takes two rounds; elsewhere each layer keeps one array more, so that less is made again
 TIGHT, HALF_ROOM = 0.4, 0.64
 ROWS_A_DEVICE = 4
-BINS_OF_FOUR_ROWS = ((1024, 2), (4096, 1))  # a tenth of four rows of 4,096 tokens is 6,550 patches
+# a quarter more patches than the vision ratio asks of four rows: 6,554 (K2.5, a tenth), 26,214 (Kimi-VL, a fifth)
+BINS_OF_FOUR_ROWS = {"kimi_k2_5": ((4096, 2),), "kimi_vl_a3b": ((1024, 4), (4096, 7))}
 
 
 def get_config(name: str = "kimi_k2_5@v5p-1024") -> ml_collections.ConfigDict:
@@ -50,7 +51,7 @@ def get_config(name: str = "kimi_k2_5@v5p-1024") -> ml_collections.ConfigDict:
     sharding.mesh_sizes(mesh, devices)
     data = dataclasses.replace(config.data, num_groups=devices)
     if model_name not in ("demo", "small"):
-        bins = BINS_OF_FOUR_ROWS if config.model.vision else config.data.vision_bins
+        bins = BINS_OF_FOUR_ROWS.get(model_name, config.data.vision_bins)
         data = dataclasses.replace(data, rows_per_group=ROWS_A_DEVICE, vision_bins=bins)
     memory, model = config.memory, config.model
     if _parameters(config.model) * BYTES_A_PARAMETER > TIGHT * devices * TOPOLOGIES[topology][1] * 1e9:

@@ -11,6 +11,10 @@ order follows from the counters alone, which are the whole state. Schedules chan
 leave e and what is owed as they are. Draws that `min_per_group` forces (kimi_jax.data.shard) are counted like all
 others, and made up for afterwards: by so many examples may e be off besides.
 
+When the bins cannot hold the share that is asked for, pictures pile up in the packing buffer. Then text is drawn
+although e < 0 (`text_only`, decided in kimi_jax.data.shard), so that rows stay full and the share delivered falls. What
+e then lacks is kept only up to `max_deficit` tokens: a shortage of long ago is not made up for when the ratio changes.
+
 An example with media holds text too. If the vision examples together hold less than r of media tokens, no mixture
 reaches r; that raises DataError instead of drifting: when a run of vision examples has lost ground by far more than
 their scatter explains, or has gained none for very long.
@@ -50,10 +54,16 @@ class Mixture:
     """Chooses sources. `choose` names the next one, `drew` tells what came of it; `state` is JSON-able.
 
     With sources of one modality only there is nothing to mix: text-only sources need a ratio of 0 throughout, and
-    sources with media alone are read whatever the ratio. Raises DataError for settings that cannot work.
+    sources with media alone are read whatever the ratio. max_deficit: tokens of media below the share asked for that
+    text-only draws may add up to. Raises DataError for settings that cannot work.
     """
 
-    def __init__(self, sources: Mapping[str, SourceConfig], schedule: Sequence[tuple[float, float]]):
+    def __init__(
+        self,
+        sources: Mapping[str, SourceConfig],
+        schedule: Sequence[tuple[float, float]],
+        max_deficit: float = math.inf,
+    ):
         if not sources:
             raise DataError("data.sources is empty")
         for name, source in sources.items():
@@ -75,6 +85,7 @@ class Mixture:
         # long enough to meet every source with media twice, so that a rare one with large pictures is not missed
         self._patience = max(PATIENCE, *(2 * sum(vision_weights) / w for w in vision_weights), 0)
         self._owed = dict.fromkeys(sources, 0.0)  # draws that are its share of those made, less its own
+        self._max_deficit = max_deficit
         self._excess = 0.0  # e
         self._streak = 0  # vision examples since the last text-only one
         self._streak_excess = 0.0  # e at the first of them
@@ -85,9 +96,9 @@ class Mixture:
         """e: media tokens above the share asked for."""
         return self._excess
 
-    def choose(self, fraction: float = 0.0) -> str:
-        """Name of the source to draw from next, at this fraction of training."""
-        vision = self._excess < 0
+    def choose(self, fraction: float = 0.0, text_only: bool = False) -> str:
+        """Name of the source to draw from next, at this fraction of training; `text_only` overrides the share."""
+        vision = self._excess < 0 and not text_only
         shares = self._shares(vision if self._sources[vision] else not vision, fraction)
         return max(shares, key=lambda name: shares[name] + self._owed[name])
 
@@ -121,6 +132,8 @@ class Mixture:
                 a + b for a, b in zip(self._streak_sums, (media_tokens, tokens, change**2), strict=True)
             ]
         self._excess += media_tokens - ratio * tokens
+        if source in self._sources[False]:
+            self._excess = max(self._excess, -self._max_deficit)
         if self._hopeless():
             share = self._streak_sums[0] / self._streak_sums[1]
             raise DataError(

@@ -18,6 +18,7 @@ short, the pool stays bounded, and nobody waits for more groups than the pool ha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -28,6 +29,7 @@ from kimi_jax.config import ConfigError, DataConfig, ModelConfig
 from kimi_jax.data.example import Encoded, MediaItem, place_items
 from kimi_jax.data.patches import item_layout, num_features
 
+BIN_SLACK = 1.1  # patches that bins must hold over those asked for
 Batch = dict  # the packed batch: arrays by name, "vision" a tuple of dicts of arrays
 
 
@@ -70,6 +72,26 @@ class GroupShape:
     def bin_offsets(self) -> tuple[int, ...]:
         """Where the features of each class begin among the F features of a group."""
         return tuple(int(o) for o in np.cumsum([0] + [p // 4 * v for p, v in self.bins]))[:-1]
+
+
+def check_bins(data: DataConfig, model: ModelConfig) -> None:
+    """Raises ConfigError if the bins of a pack cannot hold the largest vision ratio of the run.
+
+    Counts still images, four patches a token, with BIN_SLACK for places that no image fits; a video chunk of four
+    frames takes up to four times as many. Needs no data. Without a text-only source nothing is mixed, nor checked.
+    """
+    if not model.vision or all(source.vision for source in data.sources.values()):
+        return
+    ratio = max((ratio for _, ratio in data.vision_ratio), default=0.0)
+    tokens = data.rows_per_group * data.sequence_length
+    held = sum(patches * count for patches, count in data.vision_bins)
+    needed = math.ceil(4 * ratio * tokens * BIN_SLACK)
+    if held < needed:
+        raise ConfigError(
+            f"data.vision_bins = {data.vision_bins} hold {held:,} patches a pack, but data.vision_ratio = {ratio:g} of "
+            f"{tokens:,} tokens needs {needed:,} (4 a token, and {BIN_SLACK - 1:.0%} for places that stay empty): "
+            f"raise the bins to at least {needed:,} patches, or ask for at most {held / (4 * tokens * BIN_SLACK):.3f}"
+        )
 
 
 class Group:

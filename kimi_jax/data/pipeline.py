@@ -37,7 +37,7 @@ from absl import flags
 from kimi_jax.config import ConfigError, DataConfig, ModelConfig
 from kimi_jax.data import DataError
 from kimi_jax.data.example import Source
-from kimi_jax.data.packing import Batch, GroupShape, concatenate
+from kimi_jax.data.packing import Batch, GroupShape, check_bins, concatenate
 from kimi_jax.data.shard import NAMED, Quarantine, Shard, check_bad
 from kimi_jax.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -169,6 +169,7 @@ class BatchStream:
         stall_seconds: float = 600.0,
     ):
         self._data, self._shape = data, GroupShape.of(data, model)
+        check_bins(data, model)
         self._shards = _check_shards(data, shards)
         _check_tokenizer(tokenizer or load_tokenizer(data.tokenizer), model)
         self._states = _check_state(state, data, self._shards)

@@ -29,6 +29,7 @@ from kimi_jax.data.tokenizer import Tokenizer
 NAMED = 5  # bad records that are remembered by name, for each source
 QUARANTINED = 1000  # bad records of a source that a shard remembers, so as not to open them again
 MOST_DRAWS = 8  # for one example that `min_per_group` asks for; with so many bad ones a group goes without it
+MOST_PACKS = 2  # packs' bins that waiting pictures may fill while less text waits than as many packs' rows hold
 JUDGED = 100  # draws after which the share of bad records of a source is judged; fewer if it has fewer records
 
 
@@ -159,7 +160,9 @@ class Shard:
         self._data, self._total_steps, self._tokenizer = data, total_steps, tokenizer
         self._limits = limits_of(data, model)
         self._shape = GroupShape.of(data, model)
-        self._mixture = Mixture(data.sources, data.vision_ratio if model.vision else ((0.0, 0.0),))
+        self._patches = sum(patches * count for patches, count in self._shape.bins)
+        ratio = data.vision_ratio if model.vision else ((0.0, 0.0),)
+        self._mixture = Mixture(data.sources, ratio, MOST_PACKS * self._patches / 4)
         self._readers = {
             name: _Reader(name, sources[name], index, data.num_groups, data.seed, quarantine) for name in data.sources
         }
@@ -188,10 +191,17 @@ class Shard:
             self._pool += self._draw(name)
         return [waiting for waiting in self._pool if waiting.reference[0] == name][:count]
 
+    def _short_of_bins(self) -> bool:
+        """True if pictures for the bins of MOST_PACKS packs wait, and text for the rows of fewer."""
+        patches = sum(len(item.patches) for waiting in self._pool for item in waiting.example.media)
+        text = sum(len(waiting.example.tokens) for waiting in self._pool if not waiting.example.media)
+        rows = self._shape.rows * self._shape.sequence_length
+        return patches > MOST_PACKS * self._patches and text < MOST_PACKS * rows
+
     def _draw(self, source: str | None = None) -> list[Waiting]:
         fraction = self._step / max(1, self._total_steps)
         ratio = ratio_at(self._data.vision_ratio, fraction)
-        name = source or self._mixture.choose(fraction)
+        name = source or self._mixture.choose(fraction, self._short_of_bins())
         reader = self._readers[name]
         read = reader.drawn
         reader.drawn += 1

@@ -34,6 +34,7 @@ from kimi_jax.train import adapters, hosts, xla_flags
 from kimi_jax.train import state as state_lib
 from kimi_jax.train.checkpoint import Checkpoints
 from kimi_jax.train.console import Interrupted, Reporter, Stop, exit_status
+from kimi_jax.train.fill import FillWatch
 from kimi_jax.train.goodput import Goodput, Idle
 from kimi_jax.train.log import Log, write_atomic
 from kimi_jax.train.metrics import Meter, measure_matmul_rate, parameter_table
@@ -91,7 +92,7 @@ def run(config: TrainConfig) -> int:
         stop = stack.enter_context(Stop())
         idle = stack.enter_context(contextlib.closing(Idle()))
         trace = stack.enter_context(Trace(config.profile, config.workdir, say))
-        this = _Run(config, mesh, checkpoints, log, meter, clock, idle, trace, stop, say)
+        this = _Run(config, mesh, checkpoints, log, meter, clock, idle, trace, stop, say, FillWatch())
 
         # ------------------------------------------------------------------------------------------- train, end
         try:
@@ -114,6 +115,7 @@ class _Run:
     trace: Trace
     stop: Stop
     say: Reporter
+    fill: FillWatch
 
     def evaluate(self, state: TrainState, limit: int, samples: list | None = None) -> list[Any]:
         """Runs the tasks of the settings, prints and logs the scores; returns the rows of `kimi_jax.eval.runner`.
@@ -261,6 +263,7 @@ def _whole(stream: BatchStream) -> dict[str, Any]:
 def _about_data(this: _Run, stream: BatchStream) -> dict[str, Any]:
     report = stream.report(_whole(stream)) if jax.process_count() > 1 else stream.report()
     this.log.quarantine(report.pop("quarantined", {}))
+    this.fill(report, this.config.data, this.config.steps, this.say)
     return {"token_fill": report["token_fill"], "vision_ratio": report["ratio"], "data": report}
 
 

@@ -12,7 +12,8 @@ Row (one JSON line of `WORKDIR/metrics.jsonl`, see kimi_jax.train.log):
   worst step; skipped (steps without update), spikes (those of them with a finite loss), rollbacks (since the start)
   tokens_per_s, patches_per_s, flops_per_s (the model's own), mfu, step_s, wait_s (for data, of a step), time_s (since
   the start of the run); goodput (of this start), goodput_run, seconds (of the run): see kimi_jax.train.goodput
-and from the data stream: token_fill, vision_ratio, data (all that `BatchStream.report()` says)
+and from the data stream: token_fill, vision_ratio, data (all that `BatchStream.report()` says, and interval_token_fill,
+  interval_ratio: of the last interval)
 
 L layers, Lm layers with experts, E experts, 3 modalities
 """

@@ -1,0 +1,55 @@
+"""Token fill and vision ratio of the last log interval, and a warning when one of them falls.
+
+`BatchStream.report()` counts since the start of the run, where a shortage that begins late is invisible for long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from kimi_jax.config import DataConfig
+from kimi_jax.data.mixture import ratio_at
+
+LOWEST_FILL = 0.95  # of token rows; the configs reach 0.97
+LOWEST_SHARE = 0.9  # of the vision ratio asked for
+
+
+class FillWatch:
+    """Compares successive reports of the stream. Called with each of them, once a log interval."""
+
+    def __init__(self) -> None:
+        self._before: dict[str, float] | None = None
+        self._warned: set[str] = set()
+
+    def __call__(self, report: dict[str, Any], data: DataConfig, steps: int, say: Callable[[str], None]) -> None:
+        """Adds `interval_token_fill` and `interval_ratio` to the report; logs one warning each time one falls.
+
+        The first report after a start or a restore has no predecessor and adds nothing. steps: of the whole run.
+        """
+        if not {"batches", "tokens", "vision_tokens"} <= set(report):
+            return
+        now = {name: report[name] for name in ("batches", "tokens", "vision_tokens")}
+        # tokens the rows of this interval could hold follow from the fill of the whole run
+        now["held"] = report["tokens"] / report["token_fill"] if report["token_fill"] else 0.0
+        before, self._before = self._before, now
+        if before is None or now["tokens"] <= before["tokens"]:
+            return
+        tokens = now["tokens"] - before["tokens"]
+        fill = tokens / (now["held"] - before["held"])
+        ratio = (now["vision_tokens"] - before["vision_tokens"]) / tokens
+        report |= {"interval_token_fill": fill, "interval_ratio": ratio}
+        mixed = len({source.vision for source in data.sources.values()}) == 2
+        asked = ratio_at(data.vision_ratio, before["batches"] / max(1, steps)) if mixed else 0.0
+        self._warn("token fill", fill, LOWEST_FILL, report["batches"], say)
+        self._warn("vision ratio", ratio, LOWEST_SHARE * asked, report["batches"], say)
+
+    def _warn(self, what: str, value: float, least: float, step: int, say: Callable[[str], None]) -> None:
+        if value >= least:
+            self._warned.discard(what)
+        elif what not in self._warned:
+            self._warned.add(what)
+            say(
+                f"WARNING: step {step}: the {what} of the last log interval is {value:.1%}, below {least:.1%}; "
+                "data.vision_bins may be too small for data.vision_ratio, or data.lookahead too short"
+            )
