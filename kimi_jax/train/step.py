@@ -81,7 +81,8 @@ def make_layout(config: TrainConfig, mesh: Mesh) -> Layout | None:
         return None
     # maximum logits below tau need not be exact: nothing follows from them
     tau = config.optimizer.qk_clip_tau or math.inf
-    return sharding.layout(mesh, expert_buffer=config.memory.expert_buffer, exact_above=tau)
+    memory = config.memory
+    return sharding.layout(mesh, expert_buffer=memory.expert_buffer, exact_above=tau, reduce_dtype=memory.reduce_dtype)
 
 
 def loss_fn(
@@ -124,7 +125,7 @@ def gradients(
 ) -> tuple[tuple[jax.Array, Metrics], Any]:
     """((loss, what `loss_fn` returns beside it), gradients) of a batch, in one go or summed over microbatches.
 
-    Every device takes the same number of its own groups in each microbatch; sums are kept in the weights' dtype.
+    Every device takes the same number of its own groups in each microbatch; sums are kept in float32.
     """
     parts = config.memory.microbatches
     fn = jax.value_and_grad(functools.partial(loss_fn, frozen=frozen), has_aux=True)
@@ -138,7 +139,9 @@ def gradients(
         grads = lax.optimization_barrier(grads)
         return jax.tree.map(jnp.add, total, grads), out
 
-    grads, (loss, out) = lax.scan(add, jax.tree.map(jnp.zeros_like, params), microbatches(batch, parts, layout))
+    start = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32)), params)
+    grads, (loss, out) = lax.scan(add, start, microbatches(batch, parts, layout))
+    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
     aux = merge_aux(out.pop("aux"))
     return (loss.sum(), {**jax.tree.map(lambda x: x.sum(axis=0), out), "aux": aux}), grads
 
