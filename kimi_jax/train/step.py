@@ -21,7 +21,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from kimi_jax import sharding
-from kimi_jax.config import TrainConfig
+from kimi_jax.config import ConfigError, TrainConfig
 from kimi_jax.nn import lora
 from kimi_jax.nn.decoder import merge_aux
 from kimi_jax.nn.kimi import KimiK25
@@ -76,7 +76,12 @@ def make_train_step(
 
 
 def make_layout(config: TrainConfig, mesh: Mesh) -> Layout | None:
-    """How model and optimizer lie over the mesh; None on one device."""
+    """How model and optimizer lie over the mesh; None on one device.
+
+    Raises ConfigError for a `memory.reduce_dtype` that is neither "float32" nor "bfloat16".
+    """
+    if config.memory.reduce_dtype not in ("float32", "bfloat16"):
+        raise ConfigError(f"config.memory.reduce_dtype is 'float32' or 'bfloat16', not {config.memory.reduce_dtype!r}")
     if mesh.size == 1:
         return None
     # maximum logits below tau need not be exact: nothing follows from them
