@@ -377,7 +377,8 @@ def _here(cut: Cut, banks: Banks, dtype: DTypeLike) -> tuple[Banks, int]:
     Of stacks nothing is copied if there is nothing to gather: the layers' experts are one bank as they lie.
     """
     if cut.layer is None:
-        return _whole(cut, tuple(_cast(bank, dtype) for bank in banks)), 0
+        gate, up, down = (_cast(bank, dtype) for bank in banks)
+        return _whole(cut, (gate, up, down)), 0
     kept = cut.expert, cut.tensor
     if any(axis not in kept for spec in jax.tree.leaves(cut.banks) for part in spec for axis in names(part)):
         own = _whole(cut, jax.tree.map(lambda bank: bank[cut.layer, None], banks))
