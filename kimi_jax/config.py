@@ -225,6 +225,10 @@ class MemoryConfig:
 
     microbatches: int = 1  # parts of a batch that are computed one after the other, their gradients added up
     expert_buffer: float = 1.25  # room for arriving rows over the mean; what does not fit takes further rounds
+    # In which dtype devices sum gradients of weights and, over `tensor` and `context`, parts of activations. Rounding
+    # at every hop of a ring grows with the mesh, and Kimi K2 (arXiv:2507.20534) sums gradients in float32; "bfloat16"
+    # sends half the bytes.
+    reduce_dtype: str = "float32"
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ def serving_mesh() -> Mesh:
     return make_mesh(MeshConfig(fsdp=1, expert=-1))
 
 
-def layout(mesh: Mesh | AbstractMesh, **settings: float) -> Layout:
+def layout(mesh: Mesh | AbstractMesh, **settings: Any) -> Layout:
     """The rules applied to this mesh; settings: the other fields of `Layout`."""
     return Layout(mesh, tuple(RULES.items()), **settings)
 

@@ -8,6 +8,8 @@ N tokens   D width   V vocabulary   c tokens a chunk
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -23,37 +25,33 @@ def chunked_cross_entropy(
 
     The matmul takes its operands in the dtype of `hidden` and accumulates in float32.
     """
-    count = hidden.shape[0]
-    chunk = min(chunk, count)
-    short = -count % chunk
-    hidden = jnp.pad(hidden, ((0, short), (0, 0))).reshape(-1, chunk, hidden.shape[1])
-    targets = jnp.pad(targets, (0, short)).reshape(-1, chunk)
-    return _nll(hidden, kernel.astype(hidden.dtype), targets).reshape(-1)[:count]
+    return _nll(hidden, kernel, targets, chunk)
 
 
-def _dot(a: Array, b: Array) -> Array:
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.matmul(a, b, precision=precision, preferred_element_type=jnp.float32)
+def cross_entropy_and_lse(
+    hidden: Float[Array, "N D"], kernel: Float[Array, "D V"], targets: Int[Array, " N"], chunk: int = CHUNK
+) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
+    """`chunked_cross_entropy` and each token's log-sum-exp of logits, float32; no gradient of its own."""
 
-
-@jax.custom_vjp
-def _nll(hidden: Array, kernel: Array, targets: Array) -> Array:
-    return _nll_fwd(hidden, kernel, targets)[0]
-
-
-def _nll_fwd(hidden: Array, kernel: Array, targets: Array) -> tuple[Array, tuple]:
     def one(part: tuple) -> tuple[Array, Array]:
         h, t = part
         logits = _dot(h, kernel)
         lse = jax.nn.logsumexp(logits, axis=-1)
         return lse - jnp.take_along_axis(logits, t[:, None], axis=-1)[:, 0], lse
 
-    nll, lse = lax.map(one, (hidden, targets))
-    return nll, (hidden, kernel, targets, lse)
+    nll, lse = lax.map(one, tuple(_chunks(a, chunk) for a in (hidden, targets)))
+    return nll.reshape(-1)[: hidden.shape[0]], lse.reshape(-1)[: hidden.shape[0]]
 
 
-def _nll_bwd(residuals: tuple, grad: Array) -> tuple[Array, Array, None]:
-    hidden, kernel, targets, lse = residuals
+def cross_entropy_grads(
+    hidden: Float[Array, "N D"],
+    kernel: Float[Array, "D V"],
+    targets: Int[Array, " N"],
+    lse: Float[Array, " N"],
+    grad: Float[Array, " N"],
+    chunk: int = CHUNK,
+) -> tuple[Float[Array, "N D"], Float[Array, "D V"]]:
+    """Gradients by hidden, in its dtype, and by kernel, summed over all tokens in float32 and left so."""
     vocabulary = jnp.arange(kernel.shape[1])
 
     def one(dkernel: Array, part: tuple) -> tuple[Array, Array]:
@@ -62,7 +60,36 @@ def _nll_bwd(residuals: tuple, grad: Array) -> tuple[Array, Array, None]:
         dlogits = (g[:, None] * (probs - (t[:, None] == vocabulary))).astype(h.dtype)
         return dkernel + _dot(h.T, dlogits), _dot(dlogits, kernel.T).astype(h.dtype)
 
-    dkernel, dhidden = lax.scan(one, jnp.zeros(kernel.shape, jnp.float32), (hidden, targets, lse, grad))
+    parts = tuple(_chunks(a, chunk) for a in (hidden, targets, lse, grad))
+    dkernel, dhidden = lax.scan(one, jnp.zeros(kernel.shape, jnp.float32), parts)
+    return dhidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]], dkernel
+
+
+def _chunks(x: Array, chunk: int) -> Array:
+    """[N, ...] as [N/c, c, ...], zeros at the end: their gradient is zero, and so is what they add to the kernel's."""
+    chunk = min(chunk, x.shape[0])
+    padded = jnp.pad(x, ((0, -x.shape[0] % chunk), *((0, 0),) * (x.ndim - 1)))
+    return padded.reshape(-1, chunk, *x.shape[1:])
+
+
+def _dot(a: Array, b: Array) -> Array:
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.matmul(a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _nll(hidden: Array, kernel: Array, targets: Array, chunk: int) -> Array:
+    return _nll_fwd(hidden, kernel, targets, chunk)[0]
+
+
+def _nll_fwd(hidden: Array, kernel: Array, targets: Array, chunk: int) -> tuple[Array, tuple]:
+    nll, lse = cross_entropy_and_lse(hidden, kernel.astype(hidden.dtype), targets, chunk)
+    return nll, (hidden, kernel, targets, lse)
+
+
+def _nll_bwd(chunk: int, residuals: tuple, grad: Array) -> tuple[Array, Array, None]:
+    hidden, kernel, targets, lse = residuals
+    dhidden, dkernel = cross_entropy_grads(hidden, kernel.astype(hidden.dtype), targets, lse, grad, chunk)
     return dhidden, dkernel.astype(kernel.dtype), None
 
 

@@ -31,11 +31,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from kimi_jax.kernels.banks import finish_gradient, learned, zero_gradient
+from kimi_jax.kernels.banks import Bank, finish_gradient, learned, zero_gradient
 from kimi_jax.kernels.sorted_experts import Banks, sorted_swiglu, sorted_swiglu_grads
-from kimi_jax.kernels.spread import names, part_of_sum, whole
+from kimi_jax.kernels.spread import all_reduce, names, part_of_sum, whole
 
 LANES = 128  # numbers that travel beside their bundle take a vector of the TPU, which moves nothing narrower
 BUNDLE = 8
@@ -47,7 +48,7 @@ class Cut(NamedTuple):
 
     tokens: of [B, S, .]; banks: of gate, up and down, banks of specs; expert, tensor: mesh axes (None: not cut) of
     experts and of F. buffer: W over the mean number of rows. layer: which one of banks that are stacks [L, E, ...] is
-    meant (None: they are none).
+    meant (None: they are none). reduce_dtype: of sums over devices.
     """
 
     mesh: Mesh | AbstractMesh
@@ -57,6 +58,7 @@ class Cut(NamedTuple):
     tensor: str | None
     buffer: float
     layer: int | None = None
+    reduce_dtype: str = "float32"
 
 
 class Report(NamedTuple):
@@ -75,8 +77,9 @@ def expert_parallel(
 ) -> tuple[Float[Array, "B S D"], Report]:
     """Sum over a token's choices of gate * expert(token), float32. An expert number of E means nowhere (padding).
 
-    Differentiable by x, gates and what of the banks is not frozen, unless they are stacks. Every mesh axis that cuts
-    tokens must divide them.
+    Differentiable by x, gates and what of the banks is not frozen, unless they are stacks. Matrices of floats are used
+    in the dtype of x; their gradients, summed in `cut.reduce_dtype` over devices, have their own. Every mesh axis that
+    cuts tokens must divide them.
     """
     specs = (cut.tokens,) * 3 + (cut.banks,)
     out = cut.tokens, Report(*(PartitionSpec(),) * 4)
@@ -266,7 +269,7 @@ def _forward(cut: Cut, x: Array, experts: Array, gates: Array, banks: Banks) -> 
     shape = x.shape
     x, experts, gates = (a.reshape(-1, a.shape[-1]) for a in (x, experts, gates))
     order, traffic, token, room, bundle = _plan(cut, experts, _num_experts(cut, banks))
-    banks, first = _here(cut, banks)
+    banks, first = _here(cut, banks, x.dtype)
     rows = _wire(x[token], bundle)
 
     def turn(i: Array, carry: tuple) -> tuple:
@@ -280,7 +283,8 @@ def _forward(cut: Cut, x: Array, experts: Array, gates: Array, banks: Banks) -> 
     start = _own_buffer(rows), jnp.int32(0)
     results, computed = _repeat(cut, rounds, turn, start)
     y = jnp.einsum("knd,kn->nd", _take(_plain(results), order.rank.T), gates.astype(jnp.float32).T)
-    return _sum(y, (cut.tensor,)).reshape(shape), _report(cut, traffic, order.counts, computed, rounds)
+    y = all_reduce(y, (cut.tensor,), cut.reduce_dtype).astype(jnp.float32)
+    return y.reshape(shape), _report(cut, traffic, order.counts, computed, rounds)
 
 
 def _report(cut: Cut, traffic: Traffic, counts: Array, computed: Array, rounds: Array) -> Report:
@@ -295,7 +299,7 @@ def _backward(cut: Cut, x: Array, experts: Array, gates: Array, banks: Banks, gr
     shape, picks = x.shape, experts.shape
     x, experts, gates, grad = (a.reshape(-1, a.shape[-1]) for a in (x, experts, gates, grad))
     order, traffic, token, room, bundle = _plan(cut, experts, _num_experts(cut, banks))
-    banks, _ = _here(cut, banks)
+    stored, (banks, _) = banks, _here(cut, banks, x.dtype)
     rows, grad_rows = _wire(x[token], bundle), _wire(grad.astype(x.dtype)[token], bundle)
     gate_rows = jnp.where(order.filled, gates.reshape(-1)[order.source].astype(jnp.float32), 0.0)
     gate_rows = _scalars(gate_rows, bundle)
@@ -316,10 +320,13 @@ def _backward(cut: Cut, x: Array, experts: Array, gates: Array, banks: Banks, gr
     start = _buffer(rows.shape[0], rows), _buffer(rows.shape[0], gate_rows), totals
     drows, dgates, totals = _repeat(cut, _rounds(cut, traffic, room), turn, start)
     dx = _take(_plain(drows), order.rank.T).sum(axis=0)
-    dx = _sum(dx, (cut.tensor,)).astype(x.dtype)
-    dgates = _sum(_take(_numbers(dgates, bundle), order.rank), (cut.tensor,)).astype(gates.dtype)
-    totals = jax.tree.map(lambda total, bank: total.astype(bank.dtype), totals, tuple(map(learned, banks)))
-    return dx.reshape(shape), dgates.reshape(picks), _parts(cut, totals)
+    dx = all_reduce(dx, (cut.tensor,), cut.reduce_dtype).astype(x.dtype)
+    dgates = _take(_numbers(dgates, bundle), order.rank)
+    dgates = all_reduce(dgates, (cut.tensor,), cut.reduce_dtype).astype(gates.dtype)
+    totals = jax.tree.map(
+        lambda total, bank: total.astype(bank.dtype), _parts(cut, totals), tuple(map(learned, stored))
+    )
+    return dx.reshape(shape), dgates.reshape(picks), totals
 
 
 # -------------------------------------------------------------------------------------------------- between the devices
@@ -364,19 +371,25 @@ def _num_experts(cut: Cut, banks: Banks) -> int:
     return held * (cut.mesh.shape[cut.expert] if cut.expert else 1)
 
 
-def _here(cut: Cut, banks: Banks) -> tuple[Banks, int]:
+def _here(cut: Cut, banks: Banks, dtype: DTypeLike) -> tuple[Banks, int]:
     """The experts of this device, gathered from those who keep a part of them; the number of its first one.
 
     Of stacks nothing is copied if there is nothing to gather: the layers' experts are one bank as they lie.
     """
     if cut.layer is None:
-        return _whole(cut, banks), 0
+        gate, up, down = (_cast(bank, dtype) for bank in banks)
+        return _whole(cut, (gate, up, down)), 0
     kept = cut.expert, cut.tensor
     if any(axis not in kept for spec in jax.tree.leaves(cut.banks) for part in spec for axis in names(part)):
         own = _whole(cut, jax.tree.map(lambda bank: bank[cut.layer, None], banks))
         return jax.tree.map(lambda bank: bank[0], own), 0
     each = jax.tree.leaves(banks)[0].shape[1]
     return jax.tree.map(lambda bank: bank.reshape(-1, *bank.shape[2:]), banks), cut.layer * each
+
+
+def _cast(bank: Bank, dtype: DTypeLike) -> Bank:
+    """Matrices of floats in the dtype of the tokens, before they are gathered; INT4 and adapters as they are."""
+    return bank.astype(dtype) if isinstance(bank, jax.Array) else bank
 
 
 def _whole(cut: Cut, banks: Banks) -> Banks:
@@ -392,6 +405,7 @@ def _parts(cut: Cut, totals: tuple[Any, ...]) -> tuple[Any, ...]:
 
     def part(total: Array, spec: PartitionSpec) -> Array:
         own = {cut.tensor} & {axis for entry in spec for axis in names(entry)}
-        return part_of_sum(total, spec, (cut.expert, cut.tensor), tuple(axis for axis in dealt if axis not in own))
+        return part_of_sum(total, spec, (cut.expert, cut.tensor), tuple(axis for axis in dealt if axis not in own),
+                           cut.reduce_dtype)  # fmt: skip
 
     return jax.tree.map(part, totals, tuple(map(learned, cut.banks)))

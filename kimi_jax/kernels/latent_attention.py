@@ -26,16 +26,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from kimi_jax.kernels import latent_flash
 from kimi_jax.kernels.segment_attention import Piece, attend, attend_grads
-from kimi_jax.kernels.spread import part_of_sum, whole
+from kimi_jax.kernels.spread import all_reduce, dot, part_of_sum, whole
 
 
 class Cut(NamedTuple):
     """Mesh axes of rows, of the tokens of a row and of heads (None: not cut); how the two matrices lie; scale,
-    exact_above: as in `Piece`."""
+    exact_above: as in `Piece`; reduce_dtype: of sums over devices."""
 
     mesh: Mesh | AbstractMesh
     rows: tuple[str, ...]
@@ -45,6 +46,7 @@ class Cut(NamedTuple):
     kernel: PartitionSpec
     scale: float
     exact_above: float
+    reduce_dtype: str
 
     def inputs(self) -> tuple[PartitionSpec, ...]:
         """Of x, the query matrix, cos, sin, latents, the matrix of keys and values, segment ids."""
@@ -87,7 +89,8 @@ def latent_attention(
 ) -> tuple[Float[Array, "B S H v"], Float[Array, " H"]]:
     """Causal `segment_attention` of the queries x @ query, turned by cos and sin, over the keys and values of latents.
 
-    Returns the output and each head's largest scaled logit. Differentiable by x, latent and both matrices.
+    Returns the output and each head's largest scaled logit. Differentiable by x, latent and both matrices, which are
+    used in the dtype of x; their gradients are float32 products, summed in `cut.reduce_dtype`, and have their own.
     """
     return _fwd(cut, x, query, cos, sin, latent, kernel, segment_ids)[0]
 
@@ -131,8 +134,18 @@ def _queries(x: Float[Array, "B t I"], query: Float[Array, "I H d"], nope: int) 
 
     As `nn.rope.rotate_to_halves` orders them.
     """
+    return _product(x, _columns(query, nope))
+
+
+def _columns(query: Float[Array, "I H d"], nope: int) -> Float[Array, "I H w"]:
     plain, a, b = query[..., :nope], query[..., nope::2], query[..., nope + 1 :: 2]
-    return _product(x, jnp.concatenate([plain, a, b, -b, a], axis=-1))
+    return jnp.concatenate([plain, a, b, -b, a], axis=-1)
+
+
+def _product_grads(x: Array, matrix: Array, grad: Array) -> tuple[Array, Array]:
+    """Gradients of `_product`, both in float32: they are summed further, over pieces or devices."""
+    flat = matrix.reshape(matrix.shape[0], -1)
+    return dot("bto,io->bti", grad, flat), dot("bti,bto->io", x, grad).reshape(matrix.shape)
 
 
 def _keys(latent: Array, kernel: Array) -> tuple[Float[Array, "B t Hu"], Float[Array, "B t r"]]:
@@ -220,7 +233,7 @@ def _mine(cut: Cut) -> Array | int:
 def _forward(
     cut: Cut, x: Array, query: Array, cos: Array, sin: Array, latent: Array, kernel: Array, ids: Array
 ) -> tuple[Array, Array, Array]:
-    query, kernel = whole(query, cut.query, (cut.heads,)), whole(kernel, cut.kernel, (cut.heads,))
+    query, kernel = _matrices(cut, query, kernel, x.dtype)
     latents, all_ids, me = _gather(cut, latent), _gather(cut, ids), _mine(cut)
     nope = query.shape[-1] - 2 * cos.shape[-1]
     q = _queries(x, query, nope)
@@ -251,34 +264,47 @@ def _backward(
     cut: Cut, x: Array, query: Array, cos: Array, sin: Array, latent: Array, kernel: Array, ids: Array,
     out: Array, lse: Array, grad: Array,
 ) -> tuple[Array, Array, Array, Array]:  # fmt: skip
-    query, kernel = whole(query, cut.query, (cut.heads,)), whole(kernel, cut.kernel, (cut.heads,))
+    stored = query.dtype, kernel.dtype
+    query, kernel = _matrices(cut, query, kernel, x.dtype)
     latents, all_ids, me = _gather(cut, latent), _gather(cut, ids), _mine(cut)
     nope = query.shape[-1] - 2 * cos.shape[-1]
-    q, pull_queries = jax.vjp(lambda x, w: _queries(x, w, nope), x, query)
+    columns = _columns(query, nope)
+    q = _product(x, columns)
 
     def piece(i: Array | int, causal: bool) -> tuple[Array, Array, Array]:
-        keys, pull_keys = jax.vjp(_keys, latents[i], kernel)
         call = _Call(Piece(causal, cut.scale), query.shape[1], nope)
-        dq, *dkeys = _attend_grads(call, q, cos, sin, *keys, ids, all_ids[i], out, lse, grad)
-        dlatent, dkernel = pull_keys(tuple(dkeys))
-        return dq, dlatent, dkernel
+        keys = _keys(latents[i], kernel)
+        dq, dkv, drope = _attend_grads(call, q, cos, sin, *keys, ids, all_ids[i], out, lse, grad)
+        dranked, dkernel = _product_grads(latents[i][..., : kernel.shape[0]], kernel, dkv)
+        return dq, jnp.concatenate([dranked, drope.astype(jnp.float32)], axis=-1), dkernel
 
     def add(i: Array, carry: tuple) -> tuple:
         dq, dlatents, dkernel = carry
         more, dlatent, more_kernel = piece(i, causal=False)
-        return dq + more, dlatents.at[i].set(dlatent), dkernel + more_kernel
+        return dq + more, dlatents.at[i].set(dlatent.astype(dlatents.dtype)), dkernel + more_kernel
 
     dq, dlatent, dkernel = piece(me, causal=True)
     if cut.context:
-        dlatents = jnp.zeros_like(latents).at[me].set(dlatent)
-        start = dq.astype(jnp.float32), dlatents, dkernel.astype(jnp.float32)
+        dlatents = jnp.zeros(latents.shape, cut.reduce_dtype).at[me].set(dlatent.astype(cut.reduce_dtype))
+        start = dq.astype(jnp.float32), dlatents, dkernel
         dq, dlatents, dkernel = lax.fori_loop(0, me, add, start)
         dlatent = lax.psum_scatter(dlatents, cut.context, scatter_dimension=0)
-    dx, dquery = pull_queries(dq.astype(q.dtype))
-    if cut.heads:  # every group of heads had the whole latent, and the whole input of queries
-        dlatent, dx = lax.psum(dlatent, cut.heads), lax.psum(dx, cut.heads)
+    dx, dcolumns = _product_grads(x, columns, dq.astype(q.dtype))
+    straight = jax.linear_transpose(
+        functools.partial(_columns, nope=nope), jax.ShapeDtypeStruct(query.shape, jnp.float32)
+    )
+    (dquery,) = straight(dcolumns)
+    # every group of heads had the whole latent, and the whole input of queries
+    dlatent, dx = (all_reduce(total, (cut.heads,), cut.reduce_dtype) for total in (dlatent, dx))
     dquery, dkernel = (
-        part_of_sum(total, spec, (cut.heads,), cut.summed())
+        part_of_sum(total, spec, (cut.heads,), cut.summed(), cut.reduce_dtype)
         for total, spec in ((dquery, cut.query), (dkernel, cut.kernel))
     )
-    return dx, dquery.astype(query.dtype), dlatent.astype(latent.dtype), dkernel.astype(kernel.dtype)
+    return dx.astype(x.dtype), dquery.astype(stored[0]), dlatent.astype(latent.dtype), dkernel.astype(stored[1])
+
+
+def _matrices(cut: Cut, query: Array, kernel: Array, dtype: DTypeLike) -> tuple[Array, Array]:
+    """Both, cast and then gathered along all mesh axes but that of heads."""
+    pairs = (query, cut.query), (kernel, cut.kernel)
+    gathered = [whole(matrix.astype(dtype), spec, (cut.heads,)) for matrix, spec in pairs]
+    return gathered[0], gathered[1]

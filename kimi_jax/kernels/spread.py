@@ -4,6 +4,9 @@ Source: docs/architecture.md section 6 (fully sharded weights). Inside `shard_ma
 by axis: of a gather over all 512 chips of a pod the TPU compiler makes a sum of matrices that are zero elsewhere, of
 the sum and cut of a gradient an all-reduce. Either sends twice the bytes.
 
+Weights come in the dtype in which they are stored and are cast before they are gathered; their gradients are summed in
+`MemoryConfig.reduce_dtype` and returned in the dtype of the weights, so that nothing rounds them in between.
+
 B rows   S tokens   I, O inputs and outputs of a matrix
 """
 
@@ -38,18 +41,45 @@ def whole(weight: Array, spec: PartitionSpec, kept: tuple[str | None, ...] = ())
     return weight
 
 
-def part_of_sum(total: Array, spec: PartitionSpec, kept: tuple[str | None, ...], summed: tuple[str, ...]) -> Array:
-    """The reverse for gradients: summed along the mesh axes `summed`, of which everybody keeps the part in `spec`.
+def part_of_sum(
+    total: Array, spec: PartitionSpec, kept: tuple[str | None, ...], summed: tuple[str, ...], dtype: str
+) -> Array:
+    """The reverse for gradients: summed in `dtype` along the mesh axes `summed`, everybody keeps the part in `spec`.
 
-    The axes of `spec` that are not `kept` must be among `summed`.
+    The axes of `spec` that are not `kept` must be among `summed`. The result has `dtype`.
     """
     done: set[str] = set()
+    total = total.astype(dtype)
     for dim, part in enumerate(spec):
         for axis in _spread(part, kept):
             total = _scatter(total, axis, dim)
             done.add(axis)
     rest = tuple(axis for axis in summed if axis not in done)
     return lax.psum(total, rest) if rest else total
+
+
+def all_reduce(x: Array, axes: tuple[str | None, ...], dtype: str) -> Array:
+    """The sum of x over the mesh axes that are not None, in `dtype`; x itself, in its own dtype, if there are none."""
+    over = tuple(axis for axis in axes if axis is not None)
+    return lax.psum(x.astype(dtype), over) if over else x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def all_gather_rows(x: Float[Array, "n ..."], axes: tuple[str, ...], dtype: str) -> Float[Array, "N ..."]:
+    """x of all devices along the mesh axes, one after the other; its gradient is reduce-scattered in `dtype`."""
+    return lax.all_gather(x, axes, axis=0, tiled=True)
+
+
+def _gather_rows_fwd(x: Array, axes: tuple[str, ...], dtype: str) -> tuple[Array, tuple[Array]]:
+    return all_gather_rows(x, axes, dtype), (x[:0],)
+
+
+def _gather_rows_bwd(axes: tuple[str, ...], dtype: str, residuals: tuple[Array], grad: Array) -> tuple[Array]:
+    part = lax.psum_scatter(grad.astype(dtype), axes, scatter_dimension=0, tiled=True)
+    return (part.astype(residuals[0].dtype),)
+
+
+all_gather_rows.defvjp(_gather_rows_fwd, _gather_rows_bwd)
 
 
 def _gather(x: Array, axis: str, dim: int) -> Array:
@@ -72,7 +102,7 @@ class MatrixCut(NamedTuple):
     """How tokens [B, S, .] and a matrix lie over a mesh; hashable.
 
     rows, tokens: mesh axes of B and S; matrix: of [*inputs, *outputs]; inputs: how many of them; dealt: the mesh axis
-    that deals the inputs or the outputs to devices, where one does, and stays.
+    that deals the inputs or the outputs to devices, where one does, and stays. reduce_dtype: of sums over devices.
     """
 
     mesh: Mesh | AbstractMesh
@@ -81,6 +111,7 @@ class MatrixCut(NamedTuple):
     matrix: PartitionSpec
     inputs: int
     dealt: str
+    reduce_dtype: str
 
     def sides(self) -> tuple[bool, bool]:
         """Whether inputs and outputs are dealt."""
@@ -96,12 +127,16 @@ class MatrixCut(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def spread_matmul(cut: MatrixCut, x: Float[Array, "B S I"], matrix: Float[Array, "..."]) -> Float[Array, "B S O"]:
-    """x @ matrix, the matrix seen as [I, O], in their common dtype. Gradients are summed in that dtype too."""
+    """x @ matrix, the matrix seen as [I, O] and cast to the dtype of x, which is that of the result.
+
+    Products are accumulated in float32; sums over devices, of the result as of both gradients, are in
+    `cut.reduce_dtype`. The matrix' gradient has the matrix' dtype.
+    """
     first, last = cut.specs()
 
     def here(x: Array, matrix: Array) -> Array:
-        y = _dot("bsi,io->bso", x, _flat(x, whole(matrix, cut.matrix, (cut.dealt,)))).astype(x.dtype)
-        return lax.psum(y, cut.dealt) if cut.sides()[0] else y
+        y = dot("bsi,io->bso", x, _flat(x, whole(matrix.astype(x.dtype), cut.matrix, (cut.dealt,))))
+        return all_reduce(y, (cut.dealt if cut.sides()[0] else None,), cut.reduce_dtype).astype(x.dtype)
 
     return jax.shard_map(here, mesh=cut.mesh, in_specs=(first, cut.matrix), out_specs=last, check_vma=False)(x, matrix)
 
@@ -114,11 +149,12 @@ def _bwd(cut: MatrixCut, residuals: tuple[Array, Array], grad: Array) -> tuple[A
     first, last = cut.specs()
 
     def here(x: Array, matrix: Array, grad: Array) -> tuple[Array, Array]:
-        gathered = whole(matrix, cut.matrix, (cut.dealt,))
-        dx = _dot("bso,io->bsi", grad, _flat(x, gathered)).astype(x.dtype)
-        dx = lax.psum(dx, cut.dealt) if cut.sides()[1] else dx
-        total = _dot("bsi,bso->io", x, grad).astype(matrix.dtype).reshape(gathered.shape)
-        return dx, part_of_sum(total, cut.matrix, (cut.dealt,), (*cut.rows, *cut.tokens))
+        gathered = whole(matrix.astype(x.dtype), cut.matrix, (cut.dealt,))
+        dx = dot("bso,io->bsi", grad, _flat(x, gathered))
+        dx = all_reduce(dx, (cut.dealt if cut.sides()[1] else None,), cut.reduce_dtype).astype(x.dtype)
+        total = dot("bsi,bso->io", x, grad).reshape(gathered.shape)
+        summed = *cut.rows, *cut.tokens
+        return dx, part_of_sum(total, cut.matrix, (cut.dealt,), summed, cut.reduce_dtype).astype(matrix.dtype)
 
     specs = first, cut.matrix, last
     return jax.shard_map(here, mesh=cut.mesh, in_specs=specs, out_specs=specs[:2], check_vma=False)(*residuals, grad)
@@ -131,6 +167,7 @@ def _flat(x: Array, matrix: Array) -> Array:
     return matrix.reshape(x.shape[-1], -1)
 
 
-def _dot(spec: str, a: Array, b: Array) -> Array:
+def dot(spec: str, a: Array, b: Array) -> Array:
+    """`einsum` of two arrays of one dtype, accumulated and returned in float32."""
     exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.einsum(spec, a, b, precision=exact, preferred_element_type=jnp.float32)

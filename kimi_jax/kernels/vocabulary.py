@@ -10,14 +10,20 @@ B rows   S tokens a row   V vocabulary   D width
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+import math
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from kimi_jax.kernels.cross_entropy import chunked_cross_entropy
+from kimi_jax.kernels.cross_entropy import cross_entropy_and_lse, cross_entropy_grads
+from kimi_jax.kernels.spread import names, part_of_sum, whole
+
+SCATTER_BYTES = 2**30  # of a device's float32 sums of rows of the table; more columns are taken one part after another
 
 
 class VocabularyCut(NamedTuple):
@@ -28,18 +34,20 @@ class VocabularyCut(NamedTuple):
     context: tuple[str, ...]
     loss_context: tuple[str, ...]
     matrix: PartitionSpec
+    reduce_dtype: str  # of sums of gradients over devices
 
 
-def _names(part: Any) -> tuple[str, ...]:
-    return () if part is None else (part,) if isinstance(part, str) else tuple(part)
-
-
-def look_up(cut: VocabularyCut, table: Float[Array, "V D"], tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-    """Rows of the table, cut like the tokens."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def look_up(
+    cut: VocabularyCut, dtype: str, table: Float[Array, "V D"], tokens: Int[Array, "B S"]
+) -> Float[Array, "B S D"]:
+    """Rows of the table in `dtype`, cut like the tokens. The table's gradient is summed in float32 on each device, in
+    `cut.reduce_dtype` over devices, and has the table's dtype."""
     where = PartitionSpec(cut.rows or None, cut.context or None)
-    vocabulary, columns = (_names(part) for part in cut.matrix)
+    vocabulary, columns = (names(part) for part in cut.matrix)
 
     def here(table: Array, tokens: Array) -> Array:
+        table = table.astype(dtype)
         if vocabulary:
             table = lax.all_gather(table, vocabulary, axis=0, tiled=True)
         if not columns:
@@ -53,23 +61,102 @@ def look_up(cut: VocabularyCut, table: Float[Array, "V D"], tokens: Int[Array, "
     )
 
 
+def _look_up_fwd(cut: VocabularyCut, dtype: str, table: Array, tokens: Array) -> tuple[Array, tuple[Array, Array]]:
+    return look_up(cut, dtype, table, tokens), (table, tokens)
+
+
+def _look_up_bwd(cut: VocabularyCut, dtype: str, residuals: tuple[Array, Array], grad: Array) -> tuple[Array, None]:
+    where = PartitionSpec(cut.rows or None, cut.context or None)
+    vocabulary, columns = (names(part) for part in cut.matrix)
+
+    def here(table: Array, tokens: Array, grad: Array) -> Array:
+        if columns:
+            tokens = lax.all_gather(tokens, columns, axis=0, tiled=True)
+            grad = lax.all_to_all(grad, columns, 2, 0, tiled=True)
+        # the columns' devices have exchanged their tokens: what is left to sum over are the other axes of the tokens.
+        # Devices that differ in none of them (`tensor`) have the same tokens, and each sums only its own rows
+        summed = tuple(axis for axis in (*cut.rows, *cut.context) if axis not in columns)
+        own = tuple(axis for axis in vocabulary if axis not in summed)
+        size = table.shape[0] * math.prod(lax.axis_size(axis) for axis in vocabulary if axis in summed)
+        rows = tokens - (lax.axis_index(own) * size if own else 0)
+        rows = jnp.where((rows >= 0) & (rows < size), rows, size)
+        parts = _column_parts(size, grad.shape[-1])
+
+        def scatter(grad: Array) -> Array:
+            total = jnp.zeros((size, grad.shape[-1]), jnp.float32)
+            total = total.at[rows].add(grad.astype(jnp.float32), mode="drop")
+            return part_of_sum(total, PartitionSpec(cut.matrix[0], None), own, summed, cut.reduce_dtype)
+
+        if parts == 1:
+            return scatter(grad).astype(table.dtype)
+        pieces = jnp.moveaxis(grad.reshape(*grad.shape[:-1], parts, -1), -2, 0)
+        return jnp.moveaxis(lax.map(scatter, pieces), 0, 1).reshape(table.shape).astype(table.dtype)
+
+    specs = cut.matrix, where, PartitionSpec(*where, None)
+    return jax.shard_map(here, mesh=cut.mesh, in_specs=specs, out_specs=cut.matrix, check_vma=False)(
+        *residuals, grad
+    ), None
+
+
+look_up.defvjp(_look_up_fwd, _look_up_bwd)
+
+
+def _column_parts(rows: int, columns: int) -> int:
+    """The least number of equal parts of the columns of which one, in float32, takes at most SCATTER_BYTES."""
+    fits = (n for n in range(1, columns) if columns % n == 0 and 4 * rows * columns // n <= SCATTER_BYTES)
+    return next(fits, columns)
+
+
 def dealt_cross_entropy(
     cut: VocabularyCut, hidden: Float[Array, "B S D"], kernel: Float[Array, "D V"], targets: Int[Array, "B S"]
 ) -> Float[Array, "B S"]:
-    """`chunked_cross_entropy` of every device's own tokens."""
-    where = PartitionSpec(cut.rows or None, cut.loss_context or None)
-
-    def here(hidden: Array, kernel: Array, targets: Array) -> Array:
-        for axis, part in enumerate(cut.matrix):
-            if names := _names(part):
-                kernel = lax.all_gather(kernel, names, axis=axis, tiled=True)
-        nll = chunked_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), kernel, targets.reshape(-1))
-        return nll.reshape(targets.shape)
-
-    specs = PartitionSpec(*where, None), cut.matrix, where
+    """`chunked_cross_entropy` of every device's own tokens; the kernel's gradient has the kernel's dtype."""
     # backward goes on only when the matrix' gradient is scattered: 4.4 GiB of K2.5's would wait beside all layers'.
     # Not on a CPU: it may start collectives in any order then, and several virtual devices wait for each other forever
     hidden, kernel = lax.platform_dependent(
         hidden, kernel, tpu=lambda *both: lax.optimization_barrier(both), default=lambda *both: both
     )
-    return jax.shard_map(here, mesh=cut.mesh, in_specs=specs, out_specs=where, check_vma=False)(hidden, kernel, targets)
+    return _nll(cut, hidden, kernel, targets)
+
+
+def _loss_specs(cut: VocabularyCut) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
+    """Of hidden states, the matrix, and what there is one of a token."""
+    where = PartitionSpec(cut.rows or None, cut.loss_context or None)
+    return PartitionSpec(*where, None), cut.matrix, where
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _nll(cut: VocabularyCut, hidden: Array, kernel: Array, targets: Array) -> Array:
+    return _nll_fwd(cut, hidden, kernel, targets)[0]
+
+
+def _nll_fwd(cut: VocabularyCut, hidden: Array, kernel: Array, targets: Array) -> tuple[Array, tuple]:
+    def here(hidden: Array, kernel: Array, targets: Array) -> tuple[Array, Array]:
+        kernel = whole(kernel.astype(hidden.dtype), cut.matrix)
+        both = cross_entropy_and_lse(hidden.reshape(-1, hidden.shape[-1]), kernel, targets.reshape(-1))
+        return both[0].reshape(targets.shape), both[1].reshape(targets.shape)
+
+    specs = _loss_specs(cut)
+    nll, lse = jax.shard_map(here, mesh=cut.mesh, in_specs=specs, out_specs=(specs[2],) * 2, check_vma=False)(
+        hidden, kernel, targets
+    )
+    return nll, (hidden, kernel, targets, lse)
+
+
+def _nll_bwd(cut: VocabularyCut, residuals: tuple, grad: Array) -> tuple[Array, Array, None]:
+    def here(hidden: Array, kernel: Array, targets: Array, lse: Array, grad: Array) -> tuple[Array, Array]:
+        gathered = whole(kernel.astype(hidden.dtype), cut.matrix)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        dhidden, total = cross_entropy_grads(flat, gathered, *(a.reshape(-1) for a in (targets, lse, grad)))
+        summed = *cut.rows, *cut.loss_context
+        dkernel = part_of_sum(total, cut.matrix, (), summed, cut.reduce_dtype)
+        return dhidden.reshape(hidden.shape), dkernel.astype(kernel.dtype)
+
+    tokens, matrix, where = _loss_specs(cut)
+    specs = tokens, matrix, where, where, where
+    return *jax.shard_map(here, mesh=cut.mesh, in_specs=specs, out_specs=specs[:2], check_vma=False)(
+        *residuals, grad
+    ), None
+
+
+_nll.defvjp(_nll_fwd, _nll_bwd)

@@ -45,7 +45,7 @@ class Embedding(nn.Module):
         table = self.param("embedding", init, (c.vocab_size, c.hidden_size), c.param_dtype)
         if self.layout is None:
             return table[tokens].astype(c.dtype)
-        return look_up(self.layout.vocabulary(("vocab", "embed"), table.shape), table.astype(c.dtype), tokens)
+        return look_up(self.layout.vocabulary(("vocab", "embed"), table.shape), c.dtype, table, tokens)
 
 
 class Head(nn.Module):
@@ -69,7 +69,7 @@ class Head(nn.Module):
         """-log p(target), float32, without holding the logits."""
         if self.layout is not None:
             cut = self.layout.vocabulary(("embed", "vocab"), self.kernel.shape)
-            return dealt_cross_entropy(cut, x, self.kernel.astype(x.dtype), targets)
+            return dealt_cross_entropy(cut, x, self.kernel, targets)
         nll = chunked_cross_entropy(x.reshape(-1, x.shape[-1]), self.kernel, targets.reshape(-1))
         return nll.reshape(targets.shape)
 

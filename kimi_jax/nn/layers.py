@@ -30,11 +30,12 @@ def precision(dtype: jnp.dtype | str) -> lax.Precision | None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def project(x: Float[Array, "*b I"], kernel: Float[Array, "I O"], wide: bool) -> Float[Array, "*b O"]:
-    """x @ kernel in their common dtype, or in float32 from there on if `wide`.
+    """x @ kernel, cast to the dtype of x, in that dtype, or in float32 from there on if `wide`.
 
-    The gradients are those of autodiff, with the kernel's written [I, O] at once: left to itself it is made [O, I] and
-    turned, which takes XLA:CPU three times as long behind an activation function.
+    The kernel's gradient is summed in float32 and has the kernel's dtype. It is written [I, O] at once: left to
+    autodiff it is made [O, I] and transposed, which takes XLA:CPU three times as long behind an activation function.
     """
+    kernel = kernel.astype(x.dtype)
     return jnp.matmul(x, kernel, precision=precision(x.dtype), preferred_element_type=jnp.float32 if wide else None)
 
 
@@ -45,7 +46,7 @@ def _project_fwd(x: Array, kernel: Array, wide: bool) -> tuple[Array, tuple[Arra
 def _project_bwd(wide: bool, residuals: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
     x, kernel = residuals
     exact = precision(x.dtype)
-    grad_x = jnp.einsum("...o,io->...i", grad, kernel, precision=exact, preferred_element_type=x.dtype)
+    grad_x = jnp.einsum("...o,io->...i", grad, kernel.astype(x.dtype), precision=exact, preferred_element_type=x.dtype)
     # over several axes XLA:CPU may sum in parts, and would round each of them to bfloat16
     grad_kernel = jnp.einsum("...i,...o->io", x, grad, precision=exact, preferred_element_type=jnp.float32)
     return grad_x, grad_kernel.astype(kernel.dtype)
@@ -58,7 +59,26 @@ def rms_norm(x: Float[Array, "*b D"], scale: Float[Array, " D"], eps: float) -> 
     """x / rms(x) in float32, cast to the dtype of x, and only then times scale (docs/released_model.md section 3)."""
     wide = x.astype(jnp.float32)
     normed = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return normed.astype(x.dtype) * scale.astype(x.dtype)
+    return _times_scale(normed.astype(x.dtype), scale)
+
+
+@jax.custom_vjp
+def _times_scale(x: Float[Array, "*b D"], scale: Float[Array, " D"]) -> Float[Array, "*b D"]:
+    """x * scale in the dtype of x; the scale's gradient is a float32 sum over all tokens, of all devices too."""
+    return x * scale.astype(x.dtype)
+
+
+def _times_scale_fwd(x: Array, scale: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _times_scale(x, scale), (x, scale)
+
+
+def _times_scale_bwd(residuals: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    x, scale = residuals
+    total = jnp.sum(grad.astype(jnp.float32) * x.astype(jnp.float32), axis=range(x.ndim - 1))
+    return grad * scale.astype(x.dtype), total.astype(scale.dtype)
+
+
+_times_scale.defvjp(_times_scale_fwd, _times_scale_bwd)
 
 
 def layer_norm(
@@ -127,17 +147,16 @@ class Linear(nn.Module):
             self.bias = self.param("bias", init, self.outputs, self.param_dtype)
 
     def matrix(self) -> Float[Array, "..."]:
-        """The whole matrix [*inputs, *outputs] in `dtype`, adapters added."""
-        kernel = self.kernel.astype(self.dtype)
+        """The whole matrix [*inputs, *outputs], in the dtype in which it is stored, adapters added in float32."""
+        kernel = self.kernel
         if self.has_variable(ADAPTERS, "kernel"):
             adapter: Any = self.get_variable(ADAPTERS, "kernel")
-            a, b = (adapter[name].astype(self.dtype) for name in ("a", "b"))
-            kernel = kernel + jnp.tensordot(a, b, axes=1, precision=precision(self.dtype))
+            kernel = kernel + jnp.tensordot(adapter["a"], adapter["b"], axes=1, precision=lax.Precision.HIGHEST)
         return kernel
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """The product in `dtype`; with a bias the sum is rounded once, after the bias."""
-        x, kernel = x.astype(self.dtype), self.kernel.astype(self.dtype)
+        x, kernel = x.astype(self.dtype), self.kernel
         lead = x.shape[: x.ndim - len(self.inputs)]
         x = x.reshape(*lead, math.prod(self.inputs))
         if self.layout is not None and not self.use_bias:
@@ -147,8 +166,8 @@ class Linear(nn.Module):
             y = project(x, kernel.reshape(x.shape[-1], math.prod(self.outputs)), self.use_bias)
         if self.has_variable(ADAPTERS, "kernel"):
             adapter: Any = self.get_variable(ADAPTERS, "kernel")
-            a = adapter["a"].astype(self.dtype).reshape(x.shape[-1], -1)
-            b = adapter["b"].astype(self.dtype).reshape(a.shape[1], -1)
+            a = adapter["a"].reshape(x.shape[-1], -1)
+            b = adapter["b"].reshape(a.shape[1], -1)
             y = y + project(project(x, a, False), b, self.use_bias)
         y = y.reshape(*lead, *self.outputs)
         if self.use_bias:

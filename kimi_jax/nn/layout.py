@@ -31,12 +31,14 @@ class Layout:
     rules: (logical name, mesh axes that may cut it, the most wanted first), in order of preference.
     expert_buffer: rows of an expert device's receive buffer over the mean load; the rest takes further rounds.
     exact_above: per-head maximum logits are exact where they may exceed this; else a bound may stand for them.
+    reduce_dtype: in which sums over devices are made, see `MemoryConfig`.
     """
 
     mesh: Mesh | AbstractMesh
     rules: tuple[tuple[str, tuple[str, ...]], ...]
     expert_buffer: float = 1.25
     exact_above: float = -math.inf
+    reduce_dtype: str = "float32"
 
     def spec(self, names: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
         """How an array with these logical axes is cut: each mesh axis at most once, only where it divides evenly.
@@ -75,13 +77,15 @@ class Layout:
     def vocabulary(self, names: tuple[str, str], shape: tuple[int, ...]) -> VocabularyCut:
         """How token ids and a table or output matrix with these logical axes lie over the mesh."""
         sequence = (*self.axes("sequence"), *(("tensor",) if self.mesh.shape["tensor"] > 1 else ()))
-        return VocabularyCut(self.mesh, self.axes("batch"), self.axes("sequence"), sequence, self.spec(names, shape))
+        axes = self.axes("batch"), self.axes("sequence"), sequence
+        return VocabularyCut(self.mesh, *axes, self.spec(names, shape), self.reduce_dtype)
 
     def matrix(self, names: tuple[str, ...], shape: tuple[int, ...], inputs: int) -> MatrixCut:
         """How tokens [B, S, .] and a matrix with these logical axes lie; the first `inputs` of them are its inputs."""
         return MatrixCut(
-            self.mesh, self.axes("batch"), self.axes("sequence"), self.spec(names, shape), inputs, "tensor"
-        )
+            self.mesh, self.axes("batch"), self.axes("sequence"), self.spec(names, shape), inputs, "tensor",
+            self.reduce_dtype,
+        )  # fmt: skip
 
     def constrain(self, x: jax.Array, *names: str | None) -> jax.Array:
         """The same array, cut by these names; for the edges of blocks, where the compiler should not choose."""

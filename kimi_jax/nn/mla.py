@@ -124,7 +124,9 @@ def cut_attention(
         layout.spec(("embed" if direct else "q_lora", "heads", "head_dim"), query),
         layout.spec(("kv_lora", "heads", "head_dim"), kernel),
     )
-    return Cut(layout.mesh, layout.axes("batch"), context, heads, *specs, scale, layout.exact_above)
+    return Cut(
+        layout.mesh, layout.axes("batch"), context, heads, *specs, scale, layout.exact_above, layout.reduce_dtype
+    )
 
 
 def clip_attention(attention_params: dict[str, Any], gamma: Float[Array, " H"]) -> dict[str, Any]:

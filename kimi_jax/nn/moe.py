@@ -201,7 +201,7 @@ def cut_experts(layout: Layout, shape: tuple[int, int, int], banks: Banks, layer
                                                          for n, axes in layout.rules))  # fmt: skip
     specs = [layout.spec(axes, array.shape) for axes, array in arrays]
     cuts = jax.tree.unflatten(jax.tree.structure(tuple(banks)), specs)
-    return Cut(layout.mesh, tokens, cuts, expert, tensor, layout.expert_buffer, layer)
+    return Cut(layout.mesh, tokens, cuts, expert, tensor, layout.expert_buffer, layer, layout.reduce_dtype)
 
 
 def _arrays(axes: tuple[str, str, str], bank: Bank) -> list[tuple[tuple[str, ...], Array]]:
@@ -221,33 +221,34 @@ class Experts(nn.Module):
     config: ModelConfig
     layout: Layout | None = None
 
-    def _bank(self, name: str, shape: tuple[int, int, int]) -> Bank:
+    def _bank(self, name: str, shape: tuple[int, int, int], stored: bool) -> Bank:
         c, axes = self.config, BANK_AXES[name]
         bank: Bank
         if c.moe.int4_group_size:
             bank = Int4Bank(shape, axes, c.moe.int4_group_size, c.initializer_range, name=name)()
         else:
             init = declare(nn.initializers.normal(c.initializer_range), axes, Muon(batch=1))
-            bank = self.param(name, init, shape, c.param_dtype).astype(c.dtype)
+            bank = self.param(name, init, shape, c.param_dtype)
+            bank = bank if stored and not self.has_variable(ADAPTERS, name) else bank.astype(c.dtype)
         if self.has_variable(ADAPTERS, name):
             bank = Adapted(bank, **self.get_variable(ADAPTERS, name))
         return bank
 
     @nn.compact
-    def banks(self) -> Banks:
-        """The matrices, in the activations' dtype if they are floats."""
+    def banks(self, stored: bool = False) -> Banks:
+        """The matrices, in the activations' dtype if they are floats; stored: that of learned parameters."""
         c = self.config
         num, inner = c.moe.n_routed_experts, c.moe.moe_intermediate_size
-        gate = self._bank("gate", (num, c.hidden_size, inner))
-        up = self._bank("up", (num, c.hidden_size, inner))
-        down = self._bank("down", (num, inner, c.hidden_size))
+        gate = self._bank("gate", (num, c.hidden_size, inner), stored)
+        up = self._bank("up", (num, c.hidden_size, inner), stored)
+        down = self._bank("down", (num, inner, c.hidden_size), stored)
         return Banks(gate, up, down)
 
     def __call__(
         self, x: Float[Array, "B S D"], experts: Int[Array, "B S k"], gates: Float[Array, "B S k"]
     ) -> tuple[Float[Array, "B S D"], Report]:
         """See `run_experts`; over the devices of a layout, `expert_parallel`."""
-        c, banks = self.config, self.banks()
+        c, banks = self.config, self.banks(stored=self.layout is not None)
         x = x.astype(c.dtype)
         if self.layout is not None:
             cut = cut_experts(self.layout, x.shape, banks)

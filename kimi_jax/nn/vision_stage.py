@@ -23,6 +23,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from kimi_jax.kernels.spread import all_gather_rows
 from kimi_jax.nn.layout import Layout
 
 
@@ -77,7 +78,7 @@ def fuse(
 
     def here(x: Array, features: tuple[Array, ...], feature_index: Array) -> Array:
         if group:
-            gather = functools.partial(lax.all_gather, axis_name=group, axis=0, tiled=True)
+            gather = functools.partial(all_gather_rows, axes=group, dtype=layout.reduce_dtype)
             features = tuple(gather(f)[: v // parts] for f, v in zip(features, bins, strict=True))
         return place_features(x, join_classes(features, num_groups // parts), feature_index)
 

@@ -176,7 +176,8 @@ def group_rms(tree: PyTree[Float[Array, "..."]], infos: PyTree[ParamInfo]) -> di
 def step_metrics(grads: PyTree, updates: PyTree, infos: PyTree[ParamInfo]) -> dict[str, Float[Array, ""]]:
     """What a training step logs: `grad_norm` (global, before clipping) and `update_rms_muon`, `update_rms_adamw`."""
     rms = {f"update_rms_{label}": value for label, value in group_rms(updates, infos).items()}
-    return {"grad_norm": optax.global_norm(grads), **rms}
+    wide = jax.tree.map(lambda g: g.astype(jnp.float32), grads)  # a norm in bfloat16 would have three digits
+    return {"grad_norm": optax.global_norm(wide), **rms}
 
 
 # --------------------------------------------------------------------------------------------------------------- checks

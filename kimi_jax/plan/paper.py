@@ -5,10 +5,10 @@ layouts before any of them is compiled. A device and a step, T tokens, forward, 
 
     compute    model FLOPs (train.flops) times 4/3 if layers are recomputed, at the chip's peak
     gather     bfloat16 weights to every device of their axes, forward and again for the recomputation, a microbatch
-    reduce     float32 gradients back, a microbatch; replicas add theirs up once a step
+    reduce     gradients back in `memory.reduce_dtype`, a microbatch; replicas add theirs up once a step
     tokens     k choices of each token travel to their expert and back (bfloat16), forward, recomputed and backward:
                6 T k D values a layer
-    tensor     the block edges of all tokens that a tensor axis shares, summed twice a layer and pass
+    tensor     the block edges of all tokens that a tensor axis shares, summed twice a layer and pass in `reduce_dtype`
     muon       every matrix is made whole somewhere and cut again, once a step
     memory     parameters and optimizer state read and written, gradients written and read, and each gathered weight
                written once and read once
@@ -61,15 +61,16 @@ def estimate(config: TrainConfig, topology: Topology, rows: int | None = None) -
     held = weights / sizes["tensor"], experts / (sizes["tensor"] * sizes["expert"])
     times = config.memory.microbatches
     passes = 2 if model.remat else 1
+    summed = jnp.dtype(config.memory.reduce_dtype).itemsize
     gathered = sum(2.0 * h * (n - 1) / n for h, n in zip(held, (inner, per_expert), strict=True))
     sent = {
         "gather": passes * times * gathered,
-        "reduce": times * 2 * gathered,
+        "reduce": times * summed / 2 * gathered,
         "tokens": _token_bytes(config, counts["tokens"], sizes["expert"]),
-        "tensor": _tensor_bytes(config, counts["tokens"], sizes["tensor"]),
+        "tensor": _tensor_bytes(config, counts["tokens"], sizes["tensor"], summed),
         "muon": 2 * 2.0 * matrices / (inner * sizes["tensor"]) * (inner - 1) / inner,
     }
-    across = 2 * 4.0 * (weights + experts) / (inner * sizes["tensor"]) * (1 - 1 / sizes["replica"])
+    across = 2.0 * summed * (weights + experts) / (inner * sizes["tensor"]) * (1 - 1 / sizes["replica"])
     links = _links(topology, topology.devices)
     seconds = {
         "compute": flops.train_flops(model, counts) / chip.flops * (4 / 3 if model.remat else 1),
@@ -139,9 +140,9 @@ def _token_bytes(config: TrainConfig, tokens: float, expert_parallel: int) -> fl
     return (6 if model.remat else 4) * once * (1 - 1 / expert_parallel)
 
 
-def _tensor_bytes(config: TrainConfig, tokens: float, parts: int) -> float:
+def _tensor_bytes(config: TrainConfig, tokens: float, parts: int, itemsize: int) -> float:
     """Two sums over the tensor axis a layer and pass, of the block edges of all tokens that its devices share."""
-    edges = tokens * parts * config.model.hidden_size * 2.0 * config.model.num_hidden_layers
+    edges = tokens * parts * config.model.hidden_size * float(itemsize) * config.model.num_hidden_layers
     return (3 if config.model.remat else 2) * 2 * 2 * edges * (parts - 1) / parts
 
 

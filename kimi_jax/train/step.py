@@ -21,7 +21,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from kimi_jax import sharding
-from kimi_jax.config import TrainConfig
+from kimi_jax.config import ConfigError, TrainConfig
 from kimi_jax.nn import lora
 from kimi_jax.nn.decoder import merge_aux
 from kimi_jax.nn.kimi import KimiK25
@@ -76,12 +76,18 @@ def make_train_step(
 
 
 def make_layout(config: TrainConfig, mesh: Mesh) -> Layout | None:
-    """How model and optimizer lie over the mesh; None on one device."""
+    """How model and optimizer lie over the mesh; None on one device.
+
+    Raises ConfigError for a `memory.reduce_dtype` that is neither "float32" nor "bfloat16".
+    """
+    if config.memory.reduce_dtype not in ("float32", "bfloat16"):
+        raise ConfigError(f"config.memory.reduce_dtype is 'float32' or 'bfloat16', not {config.memory.reduce_dtype!r}")
     if mesh.size == 1:
         return None
     # maximum logits below tau need not be exact: nothing follows from them
     tau = config.optimizer.qk_clip_tau or math.inf
-    return sharding.layout(mesh, expert_buffer=config.memory.expert_buffer, exact_above=tau)
+    memory = config.memory
+    return sharding.layout(mesh, expert_buffer=memory.expert_buffer, exact_above=tau, reduce_dtype=memory.reduce_dtype)
 
 
 def loss_fn(
@@ -124,7 +130,7 @@ def gradients(
 ) -> tuple[tuple[jax.Array, Metrics], Any]:
     """((loss, what `loss_fn` returns beside it), gradients) of a batch, in one go or summed over microbatches.
 
-    Every device takes the same number of its own groups in each microbatch; sums are kept in the weights' dtype.
+    Every device takes the same number of its own groups in each microbatch; sums are kept in float32.
     """
     parts = config.memory.microbatches
     fn = jax.value_and_grad(functools.partial(loss_fn, frozen=frozen), has_aux=True)
@@ -138,7 +144,9 @@ def gradients(
         grads = lax.optimization_barrier(grads)
         return jax.tree.map(jnp.add, total, grads), out
 
-    grads, (loss, out) = lax.scan(add, jax.tree.map(jnp.zeros_like, params), microbatches(batch, parts, layout))
+    start = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32)), params)
+    grads, (loss, out) = lax.scan(add, start, microbatches(batch, parts, layout))
+    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
     aux = merge_aux(out.pop("aux"))
     return (loss.sum(), {**jax.tree.map(lambda x: x.sum(axis=0), out), "aux": aux}), grads
 

@@ -46,6 +46,16 @@ def test_weights_travel_twice_in_bfloat16_and_their_gradients_once_in_float32():
     assert found["wire_bytes"]["tokens"] == found["wire_bytes"]["tensor"] == found["wire_bytes"]["replicas"] == 0
 
 
+def test_reduce_dtype_halves_the_bytes_of_sums_over_devices():
+    config = dataclasses.replace(BASE, memory=dataclasses.replace(BASE.memory, reduce_dtype="bfloat16"))
+    axes = {"replica": 2, "tensor": 2}
+    wide, narrow = (estimate(each, **axes)["wire_bytes"] for each in (BASE, config))
+    for kind in ("reduce", "tensor", "replicas"):
+        assert narrow[kind] == wide[kind] / 2 > 0
+    for kind in ("gather", "tokens", "muon"):
+        assert narrow[kind] == wide[kind]
+
+
 def test_expert_parallelism_trades_weights_for_tokens():
     """Experts over 16 devices: a sixteenth of them is gathered, over 4 devices; tokens travel 6 times a layer."""
     found = estimate(expert=16)
