@@ -13,6 +13,7 @@ import numpy as np
 
 from kimi_jax.data.example import MediaItem
 
+MIN_TEMPERATURE = 1e-5  # below it requests are greedy: logits divided by less overflow float32
 MAX_TOP_LOGPROBS = 20  # alternatives that may be asked for; what the OpenAI interface allows
 
 
@@ -20,7 +21,7 @@ MAX_TOP_LOGPROBS = 20  # alternatives that may be asked for; what the OpenAI int
 class Sampling:
     """How one request is continued.
 
-    temperature: 0 is greedy. top_p: only the most probable tokens that together reach this mass. seed: None draws one;
+    temperature: 0 is greedy, and so is all below MIN_TEMPERATURE. top_p: only the most probable tokens that together reach this mass. seed: None draws one;
     the same seed and prompt give the same tokens whatever else is in the batch; taken modulo 2^32.
     max_new_tokens: at least 1. stop_ids: sampling one ends the request, and it is part of the result.
     top_logprobs: how many of the most probable tokens are listed beside each sampled one, at most MAX_TOP_LOGPROBS.
@@ -35,8 +36,8 @@ class Sampling:
 
     def problem(self) -> str | None:
         """What is wrong with these values, or None."""
-        if not 0 <= self.temperature < float("inf"):
-            return f"temperature must be a finite number that is at least 0, not {self.temperature}"
+        if not 0 <= self.temperature <= float(np.finfo(np.float32).max):
+            return f"temperature must be a finite float32 that is at least 0, not {self.temperature}"
         if not 0 < self.top_p <= 1:
             return f"top_p must be above 0 and at most 1, not {self.top_p}"
         if self.max_new_tokens < 1:
@@ -63,7 +64,7 @@ class Request:
 class Event:
     """One sampled token, or the end without one (cancelled, error).
 
-    logprob: log softmax(logits / temperature) of the token, before top_p; at temperature 0 of softmax(logits). top: the
+    logprob: log softmax(logits / temperature) of the token, before top_p; if greedy of softmax(logits). top: the
     most probable tokens and their log-probabilities in the same distribution. finish_reason: None while it goes on,
     "stop" (a stop id), "length" (max_new_tokens or the longest sequence), "cancelled", "error" (`error` says why).
     """

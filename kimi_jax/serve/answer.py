@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kimi_jax.data.chat import call_id
+from kimi_jax.data.chat import call_id, opens_reasoning
 from kimi_jax.data.reply import Delta, ReplyParser
 from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.infer.generate import ReplyStream
@@ -152,7 +152,7 @@ class ChatAnswer(Answer):
     id_prefix = "chatcmpl"
 
     def __init__(self, call: ChatCall, model: str, tokenizer: Tokenizer, requests: Sequence[Request]):
-        self._thinking = call.thinking
+        self._thinking = opens_reasoning(call.messages, call.thinking)
         self._first_call = sum(len(message.get("tool_calls") or ()) for message in call.messages)
         super().__init__(call, model, tokenizer, requests)
 
