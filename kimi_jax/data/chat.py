@@ -230,7 +230,9 @@ def with_released_ids(messages: Sequence[Message]) -> list[Message]:
                 message["tool_call_id"] = pair[1]
             elif old in known or not old:
                 reason = f"answers the call {old!r} once more" if old else "is missing, and no call without id waits"
-                raise MessageError(f"messages[{number}].tool_call_id", f"{reason}: it cannot be told which call it is of")
+                raise MessageError(
+                    f"messages[{number}].tool_call_id", f"{reason}: it cannot be told which call it is of"
+                )
             else:
                 strangers[old] = number
         result.append(message)

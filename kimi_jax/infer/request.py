@@ -22,9 +22,12 @@ class Sampling:
     """How one request is continued.
 
     temperature: 0 is greedy, and so is all below MIN_TEMPERATURE. top_p: only the most probable tokens that together reach this mass. seed: None draws one;
-    the same seed and prompt give the same tokens whatever else is in the batch; taken modulo 2^32.
+    the same seed and prompt give the same tokens whatever else is in the batch and whatever answers came before; taken
+    modulo 2^32. In bfloat16 one thing remains: a prompt that shares the beginning of an earlier *prompt* is read in
+    other pieces, which rounds otherwise; `Engine.set_params`, which forgets prefixes, or float32 rules that out.
     max_new_tokens: at least 1. stop_ids: sampling one ends the request, and it is part of the result.
     top_logprobs: how many of the most probable tokens are listed beside each sampled one, at most MAX_TOP_LOGPROBS.
+    logprobs: that log-probabilities will be looked at. They come always; see `reproducible`.
     """
 
     temperature: float = 1.0
@@ -33,6 +36,12 @@ class Sampling:
     max_new_tokens: int = 256
     stop_ids: tuple[int, ...] = ()
     top_logprobs: int = 0
+    logprobs: bool = False
+
+    @property
+    def reproducible(self) -> bool:
+        """Whether pages that decoding made must not serve as its prefix: the numbers would depend on their history."""
+        return self.seed is not None or self.logprobs or self.top_logprobs > 0
 
     def problem(self) -> str | None:
         """What is wrong with these values, or None."""

@@ -217,6 +217,7 @@ def _shared(fields: Fields, temperature: float, most: int, top: int, logprobs: b
         max_new_tokens=most,
         stop_ids=_ids(fields.take("stop_token_ids", list, []), "stop_token_ids"),
         top_logprobs=top,
+        logprobs=logprobs,
     )
     return {
         "model": fields.take("model", str, ""),

@@ -81,7 +81,7 @@ def test_replies_are_taken_apart_as_the_parser_does(thinking):
     for reason, tail in (("stop", [END]), ("length", [])):
         tokens = TOKENIZER.encode(text, allow_special_tokens=True) + tail
         deltas, view = shown(tokens, ReplyParser(thinking), reason=reason)
-        whole = parse_reply(text + ("<|im_end|>" if tail else ""), thinking)
+        whole = parse_reply(tokens, TOKENIZER, thinking)
         assert view.reply == whole
         assert "".join(delta.content for delta in deltas) == whole.content
         assert "".join(delta.reasoning for delta in deltas) == whole.reasoning
@@ -187,8 +187,8 @@ def test_generate_is_the_models_own_greedy_text(model):
     ids = asked.token_ids.tolist()
     for _ in range(6):
         ids.append(int(model.logits([ids], pixels, grid)[0, -1].argmax()))
-    text = model.tokenizer.decode([i for i in ids[len(asked.token_ids) :] if i not in asked.sampling.stop_ids])
-    assert reply == parse_reply(text, thinking=False)
+    sampled = [i for i in ids[len(asked.token_ids) :] if i not in asked.sampling.stop_ids]
+    assert reply == parse_reply(sampled, model.tokenizer, thinking=False)
 
 
 def test_generate_repeats_itself_with_a_seed(model):
