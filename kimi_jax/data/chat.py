@@ -95,12 +95,13 @@ def encode_pieces(pieces: Sequence[str], tokenizer: Tokenizer, allow_special_tok
     ids: list[int] = []
     for is_mark, group in itertools.groupby(pieces, key=lambda piece: isinstance(piece, Mark)):
         # neighbouring texts are one to the tokenizer: words may join over their seam
-        ids += [_mark_id(tokenizer, mark) for mark in group] if is_mark else tokenizer.encode("".join(group))
+        together = list(group)
+        ids += [_mark_id(tokenizer, mark) for mark in together] if is_mark else tokenizer.encode("".join(together))
     return ids
 
 
 def _mark_id(tokenizer: Tokenizer, mark: str) -> int:
-    media = {  # by place, not by name: Kimi-VL calls <|media_begin|> otherwise
+    media: dict[str, int] = {  # by place, not by name: Kimi-VL calls <|media_begin|> otherwise
         MEDIA: tokenizer.media_begin_id, MEDIA_CONTENT: tokenizer.media_content_id, PAD: tokenizer.media_pad_id,
         MEDIA_END: tokenizer.media_end_id,
     }  # fmt: skip

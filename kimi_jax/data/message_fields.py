@@ -1,4 +1,4 @@
-"""The fields that a message of a conversation may have: what has a meaning is accepted, everything else refused by name.
+"""The fields that a message of a conversation may have: what has a meaning is accepted, all else refused by name.
 
 A field that is null, false, or an empty text, list or object carries nothing and is accepted anywhere, so the official
 client's own dump of an answer (`refusal: null`, `annotations: []`, `function_call: null`) can be sent back as it is.

@@ -206,7 +206,10 @@ def stream(engine: Engine, request: Request, shown: ReplyStream) -> Iterator[Del
 
 
 def answer(engine: Engine, request: Request, tokenizer: Tokenizer, thinking: bool, stop: Sequence[str] = ()) -> Reply:
-    """The answer to a request that `chat_request` made, taken apart. thinking: see `Chat.reasons`. Raises as `stream`."""
+    """The answer to a request that `chat_request` made, taken apart. thinking: see `Chat.reasons`.
+
+    Raises as `stream` does.
+    """
     shown = ReplyStream(tokenizer, request.sampling.stop_ids, ReplyParser(thinking), stop)
     for _ in stream(engine, request, shown):
         pass

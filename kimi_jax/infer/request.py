@@ -21,10 +21,11 @@ MAX_TOP_LOGPROBS = 20  # alternatives that may be asked for; what the OpenAI int
 class Sampling:
     """How one request is continued.
 
-    temperature: 0 is greedy, and so is all below MIN_TEMPERATURE. top_p: only the most probable tokens that together reach this mass. seed: None draws one;
-    the same seed and prompt give the same tokens whatever else is in the batch and whatever answers came before; taken
-    modulo 2^32. In bfloat16 one thing remains: a prompt that shares the beginning of an earlier *prompt* is read in
-    other pieces, which rounds otherwise; `Engine.set_params`, which forgets prefixes, or float32 rules that out.
+    temperature: 0 is greedy, and so is all below MIN_TEMPERATURE.
+    top_p: only the most probable tokens that together reach this mass.
+    seed: None draws one; taken modulo 2^32. The same seed and prompt give the same tokens whatever else is in the batch
+    and whatever answers came before. One thing remains in bfloat16: a prompt that shares the beginning of an earlier
+    prompt is read in other pieces, which rounds otherwise; `Engine.set_params`, which forgets prefixes, rules it out.
     max_new_tokens: at least 1. stop_ids: sampling one ends the request, and it is part of the result.
     top_logprobs: how many of the most probable tokens are listed beside each sampled one, at most MAX_TOP_LOGPROBS.
     logprobs: that log-probabilities will be looked at. They come always; see `reproducible`.

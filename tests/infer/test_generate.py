@@ -102,6 +102,20 @@ def test_what_may_begin_a_stop_string_comes_before_the_call_that_follows():
     assert view.finish_reason == "stop"
 
 
+@given(st.lists(st.sampled_from(["<|im_end|>", "</think>", "<think>", CALLS, CALL, "a", "漢"]), max_size=8).map("".join))
+def test_stream_shows_spelled_markers_as_text(text):
+    for thinking in (True, False):
+        deltas, view = shown([*TOKENIZER.encode(text), END], ReplyParser(thinking))
+        assert view.reply == (Reply(reasoning=text, finished=True) if thinking else Reply(content=text, finished=True))
+        assert "".join(delta.reasoning + delta.content for delta in deltas) == text
+
+
+def test_stop_string_that_spells_a_marker_stops_at_the_spelling_only():
+    tokens = [*TOKENIZER.encode("why "), TOKENIZER.special_id("</think>"), *TOKENIZER.encode("so </think> x"), END]
+    _, view = shown(tokens, ReplyParser(True), stop=["</think>"])
+    assert (view.reply.reasoning, view.reply.content, view.finish_reason) == ("why ", "so ", "stop")
+
+
 def test_our_own_tokenizer_streams_bytes_too(tmp_path):
     ours = train_tokenizer(["Grüße 😀, grüße 😀"], 280, tmp_path / "t.json")
     text = "Grüße 😀 <|im_end|>"
