@@ -102,9 +102,7 @@ def test_what_may_begin_a_stop_string_comes_before_the_call_that_follows():
     assert view.finish_reason == "stop"
 
 
-@given(
-    st.lists(st.sampled_from(["<|im_end|>", "</think>", "<think>", CALLS, CALL, "a", "漢"]), max_size=8).map("".join)
-)
+@given(st.lists(st.sampled_from(["<|im_end|>", "</think>", "<think>", CALLS, CALL, "a"]), max_size=8).map("".join))
 def test_stream_shows_spelled_markers_as_text(text):
     for thinking in (True, False):
         deltas, view = shown([*TOKENIZER.encode(text), END], ReplyParser(thinking))
