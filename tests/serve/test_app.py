@@ -21,6 +21,7 @@ import pytest
 
 from kimi_jax.config import preset
 from kimi_jax.data.chat import ARGUMENTS, CALL, CALL_END, CALLS, CALLS_END
+from kimi_jax.serve.protocol import ApiError, chat_call
 from tests.data.test_image import png_header
 from tests.serve.server import PATIENCE, ScriptedEngine, byte_tokenizer, client, picture_uri, serving, video_bytes
 
