@@ -70,7 +70,7 @@ class Conversation:
         asked = [*self.messages, {"role": "user", "content": parts if len(parts) > 1 else text}]
         chat = Chat(asked, thinking=self.thinking)
         request = chat_request(chat, self._tokenizer, self._engine.config, self._sampling)
-        shown = ReplyStream(self._tokenizer, request.sampling.stop_ids, ReplyParser(self.thinking))
+        shown = ReplyStream(self._tokenizer, request.sampling.stop_ids, ReplyParser(chat.reasons))
         begun, self.finish_reason = False, ""
         try:
             for delta in stream(self._engine, request, shown):

@@ -127,7 +127,7 @@ class Model:
         if engine is None or made_for is not self.params or engine.max_sequence_length < length:
             engine = Engine(self, slots=1, max_sequence_length=length, mesh=self.mesh)
             self._engine = self.params, engine
-        return generate.answer(engine, request, self.tokenizer, thinking, stop)
+        return generate.answer(engine, request, self.tokenizer, chat.reasons, stop)
 
     def logits(
         self, input_ids: Any, pixel_values: Any = None, grid_thws: Any = None, *, router_picks: Any = None

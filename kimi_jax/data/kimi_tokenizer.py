@@ -105,17 +105,15 @@ class KimiTokenizer(Tokenizer):
     def __setstate__(self, state: tuple[bytes, dict[int, tuple[str, bool]]]) -> None:
         self._load(*state)
 
-    def special_id(self, token: str) -> int:
-        """Id of a special token by name, think and tool tokens included. Raises ValueError if there is none."""
-        if token not in self._ids:
-            raise ValueError(f"{token} is not a special token of this tokenizer")
-        return self._ids[token]
+    def find_special(self, token: str) -> int | None:
+        """See Tokenizer."""
+        return self._ids.get(token)
 
-    def encode(self, text: str, allow_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, allow_special_tokens: bool = False) -> list[int]:
         """Token ids of a text, no [BOS] or [EOS] added. Half surrogate pairs, which have no UTF-8, become U+FFFD.
 
-        allow_special_tokens: what spells a special token becomes it, the released default. Never for text that comes
-        from data or from strangers.
+        Text is text, whatever it spells. allow_special_tokens: what spells a special token becomes it, which is the
+        released class's default; never for text that comes from data or from strangers.
         """
         encode = self._encode_ordinary
         if allow_special_tokens and any(first in text for first in self._first):

@@ -50,7 +50,7 @@ def prepare(
     thinking: bool = True,
     preserve_thinking: bool = False,
     add_generation_prompt: bool | None = None,
-    allow_special_tokens: bool = True,
+    allow_special_tokens: bool = False,
     open_address: Callable[[str], bytes] | None = None,
 ) -> Prompt:
     """Renders a conversation (see `chat.apply_chat_template`), opens its pictures and expands their pads.
@@ -59,7 +59,7 @@ def prepare(
     address as a string or as {"url": ...}. Data URIs are read here; any other address goes to `open_address`, and is
     refused without one.
     Raises BadRecord: those of `process_image` and `process_video`; refused; placeholder_mismatch (a text spells
-    <|media_pad|>). Raises ValueError for a message of another form.
+    <|media_pad|> and `allow_special_tokens`). Raises ValueError for a message of another form.
     """
     pixels: list[np.ndarray] = []
     grids: list[np.ndarray] = []

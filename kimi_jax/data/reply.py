@@ -6,20 +6,25 @@ Source: docs/released_model.md sections 6 and 8, items 5 and 6.
   instant    answer, then the same
   a call     <|tool_call_begin|> functions.NAME:IDX <|tool_call_argument_begin|> JSON <|tool_call_end|>
 
+What is a marker is decided by the token's id, never by its spelling: the parser takes pieces, and only a piece that is
+a `chat.Mark` is a special token. Text that spells `<|im_end|>` or a whole tool call with ordinary tokens is text.
+
 Nothing the model can write raises. A tool call that begins before `</think>` ends the reasoning: it is a call, not
 something the model thought of. What is wrong with a call stands in its `error`, other oddities in `problems`.
-One parser does it, piece by piece as a stream brings them; any cutting into pieces gives the same reply.
+One parser does it, piece by piece as a stream brings them; any division of the text into pieces gives the same reply.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from kimi_jax.data.chat import ARGUMENTS, CALL, CALL_END, CALLS, CALLS_END, END, THINK, THINK_END
+from kimi_jax.data.chat import ARGUMENTS, CALL, CALL_END, CALLS, CALLS_END, END, THINK, THINK_END, Mark
+from kimi_jax.data.tokenizer import Tokenizer
 
 _ID = re.compile(r"functions\.(?P<name>.+):(?P<index>\d+)", re.DOTALL)
 # state -> what may end it or change it; everything else is text of that state
@@ -30,7 +35,7 @@ _MARKS: dict[str, tuple[str, ...]] = {
     "id": (ARGUMENTS, CALL_END, CALL, CALLS_END, END),
     "arguments": (CALL_END, CALL, CALLS_END, END),
 }
-_PATTERNS = {state: re.compile("|".join(map(re.escape, marks))) for state, marks in _MARKS.items()}
+_ALL_MARKS = (THINK, THINK_END, CALLS, CALLS_END, CALL, ARGUMENTS, CALL_END, END)
 
 
 @dataclass(frozen=True)
@@ -90,15 +95,13 @@ class Delta:
 
 @dataclass
 class ReplyParser:
-    """Takes a stream of text apart. thinking: whether the prompt ended with an open <think>.
+    """Takes a stream of pieces apart. thinking: whether the prompt ended with an open <think>.
 
-    `feed` and `close` return what has become certain; a few characters that may begin a mark are held back. `reply` is
-    all of it so far, whole after `close`.
+    `feed` and `close` return what each piece adds. `reply` is all of it so far, whole after `close`.
     """
 
     thinking: bool = True
     _state: str = field(init=False, default="")
-    _buffer: str = field(init=False, default="")
     _text: dict[str, str] = field(init=False)
     _calls: list[ToolCall] = field(init=False, default_factory=list)
     _problems: list[str] = field(init=False, default_factory=list)
@@ -118,30 +121,22 @@ class ReplyParser:
         text = self._text
         return Reply(text["reasoning"], text["content"], tuple(self._calls), tuple(self._problems), self._finished)
 
-    def feed(self, text: str) -> list[Delta]:
-        """Adds a piece of text; what follows <|im_end|> is ignored."""
-        self._buffer = "" if self._finished else self._buffer + text
-        while not self._finished:
-            mark = _PATTERNS[self._state].search(self._buffer)
-            if mark is None:
-                certain = len(self._buffer) - held_back(self._buffer, _MARKS[self._state])
-                self._add(self._buffer[:certain])
-                self._buffer = self._buffer[certain:]
-                break
-            self._add(self._buffer[: mark.start()])
-            self._buffer = self._buffer[mark.end() :]
-            self._enter(mark.group())
+    def feed(self, piece: str) -> list[Delta]:
+        """Adds a piece: a special token if it is a `Mark`, else text. What follows <|im_end|> is ignored."""
+        if self._finished:
+            return []
+        if isinstance(piece, Mark) and piece in _MARKS[self._state]:
+            self._enter(piece)
+        else:
+            self._add(piece)
         deltas, self._deltas = self._deltas, []
         return deltas
 
     def close(self) -> list[Delta]:
-        """The stream is over: releases what was held back and finishes what was open."""
-        if not self._finished:
-            self._add(self._buffer)
-            if self._state in ("id", "arguments"):
-                self._end_call("cut off before <|tool_call_end|>")
-                self._state = "section"
-        self._buffer = ""
+        """The stream is over: finishes what was open."""
+        if not self._finished and self._state in ("id", "arguments"):
+            self._end_call("cut off before <|tool_call_end|>")
+            self._state = "section"
         deltas, self._deltas = self._deltas, []
         return deltas
 
@@ -215,18 +210,44 @@ class ReplyParser:
         self._call = None
 
 
-def parse_reply(text: str, thinking: bool = True) -> Reply:
+class Pieces:
+    """Token ids to the pieces that `ReplyParser` takes: markers by their id, all else as text.
+
+    A character that several tokens spell is held back until it is whole. Ids outside the vocabulary have no text (a
+    model's vocabulary may be larger than its tokenizer's). A marker that the tokenizer lacks never occurs.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._marks = {i: mark for mark in _ALL_MARKS if (i := tokenizer.find_special(mark)) is not None}
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, token_id: int) -> list[str]:
+        """What one more token makes certain."""
+        mark = self._marks.get(token_id)
+        if mark is not None:
+            return [*self.close(), mark]
+        known = 0 <= token_id < self._tokenizer.vocab_size
+        text = self._utf8.decode(self._tokenizer.decode_bytes([token_id])) if known else ""
+        return [text] if text else []
+
+    def close(self) -> list[str]:
+        """No more text comes, or a marker comes next: a character that is not whole becomes U+FFFD."""
+        text = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return [text] if text else []
+
+
+def parse_reply(token_ids: Iterable[int], tokenizer: Tokenizer, thinking: bool = True) -> Reply:
     """A whole answer taken apart; never raises. thinking: whether the prompt ended with an open <think>."""
-    parser = ReplyParser(thinking)
-    parser.feed(text)
+    parser, pieces = ReplyParser(thinking), Pieces(tokenizer)
+    for token_id in token_ids:
+        for piece in pieces.feed(int(token_id)):
+            parser.feed(piece)
+    for piece in pieces.close():
+        parser.feed(piece)
     parser.close()
     return parser.reply
-
-
-def held_back(text: str, marks: Sequence[str]) -> int:
-    """Length of the longest end of `text` that may be the beginning of a mark."""
-    longest = max(map(len, marks)) - 1
-    return next((n for n in range(min(longest, len(text)), 0, -1) if any(m.startswith(text[-n:]) for m in marks)), 0)
 
 
 def _parse_arguments(text: str) -> tuple[dict[str, Any] | None, str]:

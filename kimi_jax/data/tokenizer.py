@@ -26,10 +26,12 @@ if TYPE_CHECKING:
     from kimi_jax.data.chat import Message
 
 MAX_TOKENIZER = 1 << 27  # bytes of a tokenizer file; the released one has 2.8 MB
-# Ids 0, 1, ... of a tokenizer trained here, in this order.
+# Ids 0, 1, ... of a tokenizer trained here, in this order: every named special token of the release.
 SPECIAL_TOKENS = (
     "[BOS]", "[EOS]", "[PAD]", "<|im_end|>", "<|im_user|>", "<|im_assistant|>", "<|media_begin|>", "<|media_content|>",
     "<|media_end|>", "<|media_pad|>", "<|im_system|>", "<|im_middle|>", "<think>", "</think>", "[UNK]", "[EOT]",
+    "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", "<|tool_call_begin|>",
+    "<|tool_call_argument_begin|>", "<|tool_call_end|>", "<|start_header_id|>", "<|end_header_id|>",
 )  # fmt: skip
 
 # The released eight alternatives; `&&[^\p{Han}]` is written as a look-ahead, which matches the same strings.
@@ -68,12 +70,23 @@ class Tokenizer:
     media_end_id: int
     media_pad_id: int
 
-    def special_id(self, token: str) -> int:
-        """Id of a special token by name. Raises ValueError if there is none."""
+    def find_special(self, token: str) -> int | None:
+        """Id of a special token by name; None if there is none."""
         raise NotImplementedError
 
+    def special_id(self, token: str) -> int:
+        """Id of a special token by name, think and tool tokens included. Raises ValueError if there is none."""
+        index = self.find_special(token)
+        if index is None:
+            raise ValueError(f"{token} is not a special token of this tokenizer")
+        return index
+
     def encode(self, text: str, allow_special_tokens: bool = False) -> list[int]:
-        """Token ids of a text. allow_special_tokens: what spells a special token becomes it (never for data)."""
+        """Token ids of a text: text is text, whatever it spells.
+
+        allow_special_tokens: what spells a special token becomes it, as the release does by default. Never for text
+        that comes from data or from strangers.
+        """
         raise NotImplementedError
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = False) -> str:
@@ -96,7 +109,7 @@ class Tokenizer:
         preserve_thinking: bool = False,
         add_generation_prompt: bool | None = None,
         tokenize: bool = False,
-        allow_special_tokens: bool = True,
+        allow_special_tokens: bool = False,
     ) -> str | list[int]:
         """The prompt of a conversation, as text or (tokenize) as ids: see `chat.apply_chat_template`."""
         from kimi_jax.data import chat  # it imports this module
@@ -145,12 +158,10 @@ class JsonTokenizer(Tokenizer):
     def __setstate__(self, serialized: str) -> None:
         self._load(serialized)
 
-    def special_id(self, token: str) -> int:
-        """Id of a special token by name. Raises ValueError if there is none."""
-        index = self._id(token)
-        if index not in self._special:
-            raise ValueError(f"{token} is not a special token of this tokenizer")
-        return index
+    def find_special(self, token: str) -> int | None:
+        """See Tokenizer."""
+        index = self._backend.token_to_id(token)
+        return index if index in self._special else None
 
     def encode(self, text: str, allow_special_tokens: bool = False) -> list[int]:
         """Token ids of a text. Half surrogate pairs, which have no UTF-8, become U+FFFD.
@@ -220,7 +231,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | os.PathLike[str]) -> Tokenizer:
     """Trains byte-level BPE on `texts`, writes it to `path` and returns it.
 
-    The special tokens have ids 0 .. 15, the bytes follow, then the merges. Deterministic for the same texts.
+    The special tokens have ids 0 .. 22, the bytes follow, then the merges. Deterministic for the same texts.
     Raises ValueError if `vocab_size` does not hold the special tokens and the 256 bytes.
     """
     least = len(SPECIAL_TOKENS) + 256

@@ -72,6 +72,7 @@ class PagePool:
         self._users = [0] * num_pages
         self._key: dict[int, bytes] = {}
         self._page: dict[bytes, int] = {}
+        self._decoded: set[int] = set()  # kept pages that are not, or not only, the work of reading prompts
         self._unused: OrderedDict[int, None] = OrderedDict()  # kept pages without users, the longest unused first
 
     @property
@@ -84,15 +85,15 @@ class PagePool:
         """Pages without users that are kept under their key."""
         return len(self._unused)
 
-    def reserve(self, keys: Sequence[bytes], count: int) -> tuple[list[int], int] | None:
+    def reserve(self, keys: Sequence[bytes], count: int, decoded: bool = True) -> tuple[list[int], int] | None:
         """`count` pages for a sequence whose first pages have these keys, and how many of them already hold its tokens.
 
-        The pages with the longest known prefix of `keys` are shared, the others are new. None, and nothing changes, if
-        there are not enough.
+        The pages with the longest known prefix of `keys` are shared, the others are new. decoded: whether pages that
+        decoding has made are shared too. None, and nothing changes, if there are not enough.
         """
         known: list[int] = []
         for key in keys[:count]:
-            if key not in self._page:
+            if key not in self._page or (self._page[key] in self._decoded and not decoded):
                 break
             known.append(self._page[key])
         waking = sum(self._users[page] == 0 for page in known)
@@ -109,14 +110,34 @@ class PagePool:
             page = self._free.pop()
         else:
             page, _ = self._unused.popitem(last=False)
-            del self._page[self._key.pop(page)]
+            self._drop_key(page)
         self._users[page] = 1
         return page
 
-    def keep(self, page: int, key: bytes) -> None:
-        """This page is full and holds what `key` stands for. If another page already does, that one stays known."""
-        if page not in self._key and key not in self._page:
-            self._key[page], self._page[key] = key, page
+    def keep(self, page: int, key: bytes, decoded: bool = False) -> None:
+        """This page is full and holds what `key` stands for. decoded: that decoding had a part in it.
+
+        If another page already holds the same, that one stays known, unless only the other was decoded.
+        """
+        other = self._page.get(key)
+        if page in self._key or (other is not None and (decoded or other not in self._decoded)):
+            return
+        if other is not None:
+            self._drop_key(other)
+            if other in self._unused:
+                del self._unused[other]
+                self._free.append(other)
+        self._key[page], self._page[key] = key, page
+        if decoded:
+            self._decoded.add(page)
+
+    def first_decoded(self, pages: Sequence[int]) -> int:
+        """Index of the first of these pages that decoding had a part in; their number if there is none."""
+        return next((i for i, page in enumerate(pages) if page in self._decoded), len(pages))
+
+    def _drop_key(self, page: int) -> None:
+        del self._page[self._key.pop(page)]
+        self._decoded.discard(page)
 
     def release(self, pages: Sequence[int]) -> None:
         """The sequence with these pages, in order, is done with them."""
@@ -134,3 +155,4 @@ class PagePool:
         self._unused.clear()
         self._key.clear()
         self._page.clear()
+        self._decoded.clear()

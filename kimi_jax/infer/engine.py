@@ -9,7 +9,8 @@ Order: first come, first served. One prompt is read at a time; while others deco
 does not stop the others. Pages: a request gets all that it can ever need (prompt and max_new_tokens) when its prompt
 starts, and waits, as does everybody behind it, until there are enough. So nothing ever has to be taken back, at the
 price of room for tokens that an early stop leaves unused. A prompt that begins like an earlier one, of this or another
-request, shares its full pages.
+request, shares its full pages; a request that gives a seed or asks for log-probabilities (`Sampling.reproducible`) only
+those that were made by reading prompts, since decoding rounds otherwise (visibly so in bfloat16).
 
 Under a mesh the weights are cut by `kimi_jax.sharding`, the pages and the slots along the axis of the batch.
 
@@ -63,6 +64,7 @@ class _Sequence:
     pages: list[int] = field(default_factory=list)
     filled: int = 0
     cached: int = 0
+    read: int = 0  # tokens whose cache entries are the work of reading prompts alone; at most `prompt`
     slot: int = -1
     cancelled: bool = False
     events: list[Event] = field(default_factory=list)
@@ -268,12 +270,15 @@ class Engine:
         if not self._waiting or None not in self._slots:
             return []
         sequence = self._waiting[0]
-        reserved = self._pool.reserve(sequence.keys, self._num_pages(sequence.limit))
+        decoded = not sequence.sampling.reproducible
+        reserved = self._pool.reserve(sequence.keys, self._num_pages(sequence.limit), decoded)
         if reserved is None:
             return []
         self._waiting.popleft()
         sequence.pages, known = reserved
         sequence.cached = sequence.filled = known * self.page_size
+        first = self._pool.first_decoded(sequence.pages[:known])
+        sequence.read = sequence.prompt if first == known else first * self.page_size
         self._counts["prefix_hit_tokens"] += sequence.cached
         sequence.slot = self._slots.index(None)
         self._slots[sequence.slot] = self._reading = sequence
@@ -307,8 +312,9 @@ class Engine:
             self._reading = None
 
     def _keep(self, sequence: _Sequence, keys: Sequence[bytes]) -> None:
-        for page, key in zip(sequence.pages, keys[: sequence.filled // self.page_size], strict=False):
-            self._pool.keep(page, key)
+        full = keys[: sequence.filled // self.page_size]
+        for i, (page, key) in enumerate(zip(sequence.pages, full, strict=False), 1):
+            self._pool.keep(page, key, decoded=i * self.page_size > sequence.read)
 
     # ------------------------------------------------------------------------------------------------- the two programs
 

@@ -11,7 +11,6 @@ certain: a stream never splits a character, and never shows the beginning of wha
 
 from __future__ import annotations
 
-import codecs
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kimi_jax.config import ModelConfig
-from kimi_jax.data.chat import END, Message, with_released_ids
+from kimi_jax.data.chat import END, Message, opens_reasoning, with_released_ids
 from kimi_jax.data.example import MediaItem
 from kimi_jax.data.processor import Prompt, prepare
-from kimi_jax.data.reply import Delta, Reply, ReplyParser, held_back
+from kimi_jax.data.reply import Delta, Pieces, Reply, ReplyParser
 from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.infer.request import Event, Request, Sampling
 
@@ -48,6 +47,11 @@ class Chat:
     preserve_thinking: bool = False
     open_address: Callable[[str], bytes] | None = None
 
+    @property
+    def reasons(self) -> bool:
+        """Whether the prompt ends within the reasoning: what `ReplyParser` has to know."""
+        return opens_reasoning(self.messages, self.thinking)
+
 
 def chat_request(chat: Chat, tokenizer: Tokenizer, config: ModelConfig, sampling: Sampling) -> Request:
     """What the sampler takes: ids with expanded pads, pictures as float patches, the tokenizer's stop tokens.
@@ -62,7 +66,6 @@ def chat_request(chat: Chat, tokenizer: Tokenizer, config: ModelConfig, sampling
         chat.thinking,
         chat.preserve_thinking,
         add_generation_prompt=True,
-        allow_special_tokens=False,
         open_address=chat.open_address,
     )
     if prompt.grid_thws is not None:
@@ -91,6 +94,12 @@ def with_stop_tokens(sampling: Sampling, tokenizer: Tokenizer) -> Sampling:
     """The settings with the tokenizer's own stop tokens beside those they name."""
     own = tuple(tokenizer.special_id(name) for name in STOP_TOKENS)
     return dataclasses.replace(sampling, stop_ids=tuple(dict.fromkeys((*sampling.stop_ids, *own))))
+
+
+def held_back(text: str, strings: Sequence[str]) -> int:
+    """Length of the longest end of `text` that may be the beginning of one of some strings."""
+    longest = max(map(len, strings)) - 1
+    return next((n for n in range(min(longest, len(text)), 0, -1) if any(s.startswith(text[-n:]) for s in strings)), 0)
 
 
 @dataclass
@@ -133,8 +142,8 @@ class ReplyStream:
     def __init__(
         self, tokenizer: Tokenizer, stop_ids: Sequence[int], parser: ReplyParser | None, stop: Sequence[str] = ()
     ):
-        self._tokenizer, self._stop_ids, self._parser = tokenizer, frozenset(stop_ids), parser
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._stop_ids, self._parser = frozenset(stop_ids), parser
+        self._pieces = Pieces(tokenizer)
         self._stop = StopStrings(tuple(stop))
         self._content = ""
         self.finish_reason = ""
@@ -149,8 +158,7 @@ class ReplyStream:
         """What an event makes certain."""
         if self.finish_reason:
             return []
-        text = self._utf8.decode(self._bytes(event), final=event.finish_reason is not None)
-        shown = [shown for delta in self._parse(text, event) for shown in self._until_stop(delta)]
+        shown = [shown for delta in self._parse(event) for shown in self._until_stop(delta)]
         self.finish_reason = "stop" if self._stop.stopped else event.finish_reason or ""
         return shown + self._answer(self._stop.close()) if self.finish_reason else shown
 
@@ -158,15 +166,13 @@ class ReplyStream:
         """Whether the event is the token that ends the text."""
         return event.finish_reason == "stop" and event.token_id in self._stop_ids
 
-    def _bytes(self, event: Event) -> bytes:
-        if event.token_id is None or self.is_stop(event) or event.token_id >= self._tokenizer.vocab_size:
-            return b""  # a model's vocabulary may be larger than its tokenizer's
-        return self._tokenizer.decode_bytes([event.token_id])
-
-    def _parse(self, text: str, event: Event) -> list[Delta]:
+    def _parse(self, event: Event) -> list[Delta]:
+        ends = self.is_stop(event)
+        pieces = [] if event.token_id is None or ends else self._pieces.feed(event.token_id)
+        pieces += self._pieces.close() if event.finish_reason else []
         if self._parser is None:
-            return [Delta(content=text)]
-        deltas = self._parser.feed(text + END if self.is_stop(event) else text)
+            return [Delta(content=piece) for piece in pieces]
+        deltas = [delta for piece in (*pieces, *([END] if ends else [])) for delta in self._parser.feed(piece)]
         return deltas + self._parser.close() if event.finish_reason else deltas
 
     def _until_stop(self, delta: Delta) -> list[Delta]:
@@ -202,7 +208,10 @@ def stream(engine: Engine, request: Request, shown: ReplyStream) -> Iterator[Del
 
 
 def answer(engine: Engine, request: Request, tokenizer: Tokenizer, thinking: bool, stop: Sequence[str] = ()) -> Reply:
-    """The answer to a request that `chat_request` made, taken apart. Raises as `stream` does."""
+    """The answer to a request that `chat_request` made, taken apart. thinking: see `Chat.reasons`.
+
+    Raises as `stream` does.
+    """
     shown = ReplyStream(tokenizer, request.sampling.stop_ids, ReplyParser(thinking), stop)
     for _ in stream(engine, request, shown):
         pass

@@ -13,6 +13,7 @@ import numpy as np
 
 from kimi_jax.data.example import MediaItem
 
+MIN_TEMPERATURE = 1e-5  # below it requests are greedy: logits divided by less overflow float32
 MAX_TOP_LOGPROBS = 20  # alternatives that may be asked for; what the OpenAI interface allows
 
 
@@ -20,10 +21,14 @@ MAX_TOP_LOGPROBS = 20  # alternatives that may be asked for; what the OpenAI int
 class Sampling:
     """How one request is continued.
 
-    temperature: 0 is greedy. top_p: only the most probable tokens that together reach this mass. seed: None draws one;
-    the same seed and prompt give the same tokens whatever else is in the batch; taken modulo 2^32.
+    temperature: 0 is greedy, and so is all below MIN_TEMPERATURE.
+    top_p: only the most probable tokens that together reach this mass.
+    seed: None draws one; taken modulo 2^32. The same seed and prompt give the same tokens whatever else is in the batch
+    and whatever answers came before. One thing remains in bfloat16: a prompt that shares the beginning of an earlier
+    prompt is read in other pieces, which rounds otherwise; `Engine.set_params`, which forgets prefixes, rules it out.
     max_new_tokens: at least 1. stop_ids: sampling one ends the request, and it is part of the result.
     top_logprobs: how many of the most probable tokens are listed beside each sampled one, at most MAX_TOP_LOGPROBS.
+    logprobs: that log-probabilities will be looked at. They come always; see `reproducible`.
     """
 
     temperature: float = 1.0
@@ -32,11 +37,17 @@ class Sampling:
     max_new_tokens: int = 256
     stop_ids: tuple[int, ...] = ()
     top_logprobs: int = 0
+    logprobs: bool = False
+
+    @property
+    def reproducible(self) -> bool:
+        """Whether pages that decoding made must not serve as its prefix: the numbers would depend on their history."""
+        return self.seed is not None or self.logprobs or self.top_logprobs > 0
 
     def problem(self) -> str | None:
         """What is wrong with these values, or None."""
-        if not 0 <= self.temperature < float("inf"):
-            return f"temperature must be a finite number that is at least 0, not {self.temperature}"
+        if not 0 <= self.temperature <= float(np.finfo(np.float32).max):
+            return f"temperature must be a finite float32 that is at least 0, not {self.temperature}"
         if not 0 < self.top_p <= 1:
             return f"top_p must be above 0 and at most 1, not {self.top_p}"
         if self.max_new_tokens < 1:
@@ -63,7 +74,7 @@ class Request:
 class Event:
     """One sampled token, or the end without one (cancelled, error).
 
-    logprob: log softmax(logits / temperature) of the token, before top_p; at temperature 0 of softmax(logits). top: the
+    logprob: log softmax(logits / temperature) of the token, before top_p; if greedy of softmax(logits). top: the
     most probable tokens and their log-probabilities in the same distribution. finish_reason: None while it goes on,
     "stop" (a stop id), "length" (max_new_tokens or the longest sequence), "cancelled", "error" (`error` says why).
     """

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt32
 
-from kimi_jax.infer.request import MAX_TOP_LOGPROBS
+from kimi_jax.infer.request import MAX_TOP_LOGPROBS, MIN_TEMPERATURE
 
 
 class Settings(NamedTuple):
@@ -30,7 +30,7 @@ class Settings(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """The new tokens. The distribution is softmax(logits / temperature), at temperature 0 softmax(logits)."""
+    """The new tokens. The distribution is softmax(logits / temperature), and softmax(logits) if greedy."""
 
     tokens: Int[Array, " B"]
     logprobs: Float[Array, " B"]
@@ -40,7 +40,7 @@ class Sampled(NamedTuple):
 
 def sample(logits: Float[Array, "B V"], settings: Settings) -> Sampled:
     """Draw one token a row. Logits float32."""
-    greedy = settings.temperature == 0
+    greedy = settings.temperature < MIN_TEMPERATURE
     logprobs = jax.nn.log_softmax(logits / jnp.where(greedy, 1.0, settings.temperature)[:, None])
     drawn = lax.cond(greedy.all(), lambda: logprobs, lambda: _perturbed(logprobs, settings))
     tokens = jnp.argmax(jnp.where(greedy[:, None], logprobs, drawn), axis=-1).astype(jnp.int32)
@@ -73,6 +73,7 @@ def nucleus(logprobs: Float[Array, "B V"], top_p: Float[Array, " B"]) -> Float[A
     # floats at most 0 have the order of their bit patterns, reversed: so 0 is the largest and finding is bisection
     bits = lax.bitcast_convert_type(jnp.minimum(logprobs, -0.0), jnp.int32) & 0x7FFFFFFF
     probs = jnp.exp(logprobs)
+    top_p = jnp.maximum(top_p, jnp.finfo(top_p.dtype).tiny)  # 1e-50 is 0 in float32, and 0 would keep no token
 
     def halve(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         """The set {bits <= low} is too small or low is -1; the set {bits <= high} is large enough."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kimi_jax.data.chat import call_id
+from kimi_jax.data.chat import call_id, opens_reasoning
 from kimi_jax.data.reply import Delta, ReplyParser
 from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.infer.generate import ReplyStream
@@ -152,8 +152,9 @@ class ChatAnswer(Answer):
     id_prefix = "chatcmpl"
 
     def __init__(self, call: ChatCall, model: str, tokenizer: Tokenizer, requests: Sequence[Request]):
-        self._thinking = call.thinking
+        self._thinking = opens_reasoning(call.messages, call.thinking)
         self._first_call = sum(len(message.get("tool_calls") or ()) for message in call.messages)
+        self._given: list[set[str]] = [set() for _ in requests]
         super().__init__(call, model, tokenizer, requests)
 
     def begin(self) -> list[dict[str, Any]]:
@@ -176,20 +177,28 @@ class ChatAnswer(Answer):
         if delta.arguments:
             return {"delta": {"tool_calls": [{"index": delta.call, "function": {"arguments": delta.arguments}}]}}
         function = {"name": delta.name, "arguments": ""}
-        call = {"index": delta.call, "id": self._call_id(delta.id, delta.name, delta.call), "type": "function"}
+        call = {"index": delta.call, "id": self._call_id(index, delta.id, delta.name, delta.call), "type": "function"}
         return {"delta": {"tool_calls": [{**call, "function": function}]}}
 
     def _whole(self, index: int) -> dict[str, Any]:
         message = self.choices[index].shown.reply.message()
         for number, call in enumerate(message.get("tool_calls", ())):
-            call["id"] = self._call_id(call["id"], call["function"]["name"], number)
+            call["id"] = self._call_id(index, call["id"], call["function"]["name"], number)
             message["content"] = message["content"] or None
         return {"message": message}
 
-    def _call_id(self, written: str, name: str, number: int) -> str:
-        """As the model wrote it if that is of the released form, which it has to see again; else one of that form."""
-        of_the_form = name and re.fullmatch(rf"functions\.{re.escape(name)}:\d+", written)
-        return written if of_the_form else call_id(name, self._first_call + number)
+    def _call_id(self, index: int, written: str, name: str, number: int) -> str:
+        """As the model wrote it if that is of the released form, which it has to see again; else one of that form.
+
+        No two calls of an answer get the same one: their results could not be told apart.
+        """
+        given, place = self._given[index], self._first_call + number
+        new = written if name and re.fullmatch(rf"functions\.{re.escape(name)}:\d+", written) else call_id(name, place)
+        while new in given:
+            place += 1
+            new = call_id(name, place)
+        given.add(new)
+        return new
 
     def _finish_reason(self, choice: Choice) -> str:
         stopped, calls = choice.shown.finish_reason == "stop", choice.shown.reply.tool_calls

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kimi_jax.config import nearest
+from kimi_jax.data.message_fields import MessageError, check_messages
 from kimi_jax.infer.request import MAX_TOP_LOGPROBS, Sampling
 
 TOP_P = 0.95  # of the release, like the temperatures below
@@ -173,6 +174,10 @@ def chat_call(body: Any) -> ChatCall:
     messages, tools = fields.objects("messages"), fields.objects("tools")
     if not messages:
         raise ApiError(400, "messages must hold at least one message", "messages")
+    try:
+        check_messages(messages)
+    except MessageError as error:
+        raise ApiError(400, str(error), error.where) from error
     thinking, preserve = _thinking(fields)
     logprobs = fields.take("logprobs", bool, False)
     top = fields.integer("top_logprobs", 0, 0, MAX_TOP_LOGPROBS)
@@ -212,6 +217,7 @@ def _shared(fields: Fields, temperature: float, most: int, top: int, logprobs: b
         max_new_tokens=most,
         stop_ids=_ids(fields.take("stop_token_ids", list, []), "stop_token_ids"),
         top_logprobs=top,
+        logprobs=logprobs,
     )
     return {
         "model": fields.take("model", str, ""),

@@ -1,22 +1,30 @@
 """Chat: the golden prompts, prompts that strangers' text cannot break out of, replies of every shape taken apart."""
 
 import json
+import re
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from openai.types.chat import ChatCompletionMessage
 
 import kimi_jax as kimi
-from kimi_jax.data.chat import apply_chat_template, encode_pieces, render, with_released_ids
+from kimi_jax.data.chat import Mark, apply_chat_template, encode_pieces, opens_reasoning, render, with_released_ids
 from kimi_jax.data.kimi_tokenizer import SPECIALS, KimiTokenizer
 from kimi_jax.data.reply import Delta, Reply, ReplyParser, ToolCall, parse_reply
-from kimi_jax.data.tokenizer import train_tokenizer
+from kimi_jax.data.tokenizer import Tokenizer, train_tokenizer
 from tests.environment import FIXTURES, shared
+from tests.serve.server import byte_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> KimiTokenizer:
     return kimi.load_tokenizer(shared("kimi_tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Tokenizer:
+    return train_tokenizer(["tool user assistant"] * 9, 300, tmp_path_factory.mktemp("small") / "tokenizer.json")
 
 
 # ------------------------------------------------------------------------------------------------------------- template
@@ -138,21 +146,120 @@ def test_both_ways_to_ids_agree_on_harmless_text(tokenizer, user, result):
 
 
 def test_a_vocabulary_trained_here_takes_the_template_too(tmp_path):
-    """It has the special tokens of chats but not those of tools, which stay text."""
     trained = train_tokenizer(["What is the colour? user assistant"] * 9, 300, tmp_path / "tokenizer.json")
     messages = [{"role": "user", "content": "What? [EOS]"}]
     text = apply_chat_template(messages)
     for safe, specials in ((False, 7), (True, 6)):  # user, middle, (EOS,) end, assistant, middle, think
         ids = trained.apply_chat_template(messages, tokenize=True, allow_special_tokens=not safe)
-        assert trained.decode(ids) == text and sum(i < 16 for i in ids) == specials
+        assert trained.decode(ids) == text and sum(i < 23 for i in ids) == specials
     messages.append({"role": "assistant", "tool_calls": [call("f")]})
     ids = trained.apply_chat_template(messages, tokenize=True, allow_special_tokens=False)
     assert trained.decode(ids) == apply_chat_template(messages)
 
 
+@given(hostile.map("".join))
+def test_trained_tokenizer_never_lets_a_tool_result_forge_a_call(small, result):
+    messages = [{"role": "tool", "tool_call_id": "x", "content": result}]
+    ids = small.apply_chat_template(messages, tokenize=True)
+    assert [i for i in ids if i < 23] == [small.special_id(m) for m in
+        ("<|im_system|>", "<|im_middle|>", "<|im_end|>", "<|im_assistant|>", "<|im_middle|>", "<think>")]  # fmt: skip
+    ids = small.apply_chat_template([{"role": "assistant", "tool_calls": [call("f")]}], tokenize=True)
+    assert ids.count(small.special_id("<|tool_call_begin|>")) == 1
+
+
+def test_tool_results_of_calls_with_one_id_go_to_the_calls_in_order():
+    for old in ("functions.f:0", "call_1", "", None):
+        messages = [
+            {"role": "assistant", "content": None, "tool_calls": [call("f", id=old), call("g", id=old)]},
+            {"role": "tool", "tool_call_id": old, "content": "1"},
+            {"role": "tool", "tool_call_id": old, "content": "2"},
+        ]
+        assert [m["tool_call_id"] for m in with_released_ids(messages)[1:]] == ["functions.f:0", "functions.g:1"]
+        with pytest.raises(ValueError, match=r"messages\[3\].tool_call_id"):
+            with_released_ids([*messages, messages[2]])
+    with pytest.raises(ValueError, match="of no call"):  # its call was left out; another one has its id now
+        with_released_ids([{"role": "assistant", "tool_calls": [call("f", id="functions.f:3")]},
+                           {"role": "tool", "tool_call_id": "functions.f:0", "content": "?"}])  # fmt: skip
+
+
+USER = {"role": "user", "content": "x"}
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        ({"role": "assistant", "function_call": {"name": "f"}}, "function_call"),
+        ({"role": "function", "name": "f", "content": "42"}, "role"),
+        ({"role": "assistant", "content": "y", "reasoning_contents": "PLAN"}, "reasoning_contents"),
+        ({"role": "user", "contents": "hello"}, "contents"),
+        ({"role": "user", "reasoning_content": "hello"}, "reasoning_content"),
+        ({"role": "assistant", "refusal": "no"}, "refusal"),
+        ({"role": "assistant", "reasoning": "a", "reasoning_content": "b"}, "reasoning"),
+        ({"role": "assistant", "tool_calls": [{"id": "x", "function": {"name": "f", "argument": "{}"}}]},
+         r"tool_calls\[0\].function.argument"),
+        ({"role": "user", "content": [{"type": "input_image", "text": "c"}]}, r"content\[0\].type"),
+        ({"role": "user", "content": [{"type": "text", "text": "c", "image_url": "u"}]}, r"content\[0\].image_url"),
+        ({"role": "user", "content": "x", "partial": True}, "partial"),
+        ({"role": "assistant", "partial": True, "tool_calls": [{"function": {"name": "f"}}]}, "partial"),
+    ],
+)  # fmt: skip
+def test_message_fields_without_a_meaning_are_refused_by_name(message, field):
+    with pytest.raises(ValueError, match=rf"messages\[1\]\.{field}"):
+        apply_chat_template([USER, message])
+
+
+def test_message_dumped_by_the_official_client_is_accepted():
+    dump = ChatCompletionMessage.model_validate({
+        "role": "assistant", "content": None, "reasoning_content": "why", "annotations": [],
+        "tool_calls": [{"id": "functions.f:0", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+    }).model_dump()  # fmt: skip
+    assert dump["refusal"] is None and dump["audio"] is None and "function_call" in dump
+    text = apply_chat_template([USER, dump])
+    assert "<think>why</think>" in text and "functions.f:0" in text
+    renamed = {("reasoning" if key == "reasoning_content" else key): value for key, value in dump.items()}
+    assert apply_chat_template([USER, renamed]) == text
+
+
+@pytest.mark.parametrize(
+    ("message", "thinking", "end"),
+    [
+        ({"content": "The sum is"}, True, "<think></think>The sum is"),
+        ({"content": "The sum is", "reasoning_content": "r"}, True, "<think>r</think>The sum is"),
+        ({"content": "", "reasoning_content": "First"}, True, "<think>First"),
+        ({"content": ""}, False, "<think></think>"),
+    ],
+)
+def test_partial_message_is_continued(message, thinking, end):
+    messages = [USER, {"role": "assistant", "partial": True, **message}]
+    text = apply_chat_template(messages, thinking=thinking, add_generation_prompt=True)
+    assert text.endswith("<|im_end|><|im_assistant|>assistant<|im_middle|>" + end)
+    assert opens_reasoning(messages, thinking) == ("</think>" not in end)
+
+
 # ---------------------------------------------------------------------------------------------------------------- reply
 
 CALLS, CALLS_END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
+MARKS = (
+    "<think>", "</think>", CALLS, CALLS_END, "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>",
+    "<|im_end|>",
+)  # fmt: skip
+BYTES = byte_tokenizer()
+
+
+def in_pieces(text: str) -> list[str]:
+    """A text in which markers are spelled, as the pieces that the parser takes."""
+    return [
+        Mark(piece) if piece in MARKS else piece
+        for piece in re.split("(" + "|".join(map(re.escape, MARKS)) + ")", text)
+    ]
+
+
+def parsed(text: str, thinking: bool = True) -> Reply:
+    """The reply of special tokens and text, by way of their ids."""
+    ids = []
+    for piece in in_pieces(text):
+        ids += [BYTES.special_id(piece)] if isinstance(piece, Mark) else BYTES.encode(piece)
+    return parse_reply(ids, BYTES, thinking)
 
 
 def one(call_id: str, arguments: str) -> str:
@@ -161,7 +268,7 @@ def one(call_id: str, arguments: str) -> str:
 
 def test_reasoning_answer_and_calls():
     calls = one("functions.get_weather:0", '{"city": "Paris"}') + one("functions.a.b-c:12", "")
-    reply = parse_reply(f"why</think>so {CALLS}{calls}{CALLS_END}<|im_end|>ignored")
+    reply = parsed(f"why</think>so {CALLS}{calls}{CALLS_END}<|im_end|>ignored")
     assert reply == Reply("why", "so ", (
         ToolCall("functions.get_weather:0", "get_weather", '{"city": "Paris"}'),
         ToolCall("functions.a.b-c:12", "a.b-c", ""),
@@ -171,12 +278,12 @@ def test_reasoning_answer_and_calls():
 
 def test_a_call_that_leaks_out_of_an_unclosed_think_is_a_call():
     """The users' most frequent complaint (docs/released_model.md section 8, item 5)."""
-    reply = parse_reply(f"I will look.{CALLS}{one('functions.f:0', '{}')}{CALLS_END}<|im_end|>")
+    reply = parsed(f"I will look.{CALLS}{one('functions.f:0', '{}')}{CALLS_END}<|im_end|>")
     assert (reply.reasoning, reply.content) == ("I will look.", "")
     assert [c.name for c in reply.tool_calls] == ["f"]
     assert reply.problems == ("a tool call before </think>",)
     # without the section's mark, and with a late </think>
-    reply = parse_reply(f"I will look.{one('functions.f:0', '{}')}</think>Done")
+    reply = parsed(f"I will look.{one('functions.f:0', '{}')}</think>Done")
     assert (reply.reasoning, reply.content, len(reply.tool_calls)) == ("I will look.", "Done", 1)
 
 
@@ -198,7 +305,7 @@ def test_a_call_that_leaks_out_of_an_unclosed_think_is_a_call():
     ],
 )
 def test_where_reasoning_ends(text, thinking, reasoning, content):
-    reply = parse_reply(text, thinking)
+    reply = parsed(text, thinking)
     assert (reply.reasoning, reply.content) == (reasoning, content)
 
 
@@ -215,7 +322,7 @@ def test_where_reasoning_ends(text, thinking, reasoning, content):
     ],
 )
 def test_malformed_arguments_are_reported_not_raised(arguments, error):
-    (found,) = parse_reply(f"{CALLS}{one('functions.f:0', arguments)}{CALLS_END}", False).tool_calls
+    (found,) = parsed(f"{CALLS}{one('functions.f:0', arguments)}{CALLS_END}", False).tool_calls
     assert error in found.error and found.parsed is None and found.arguments == arguments
 
 
@@ -233,7 +340,7 @@ def test_malformed_arguments_are_reported_not_raised(arguments, error):
     ],
 )
 def test_calls_that_are_cut_off_or_misnamed(text, arguments, error):
-    reply = parse_reply(CALLS + text, False)
+    reply = parsed(CALLS + text, False)
     (found,) = reply.tool_calls
     assert found.arguments == arguments and (error in found.error if error else not found.error)
     assert found.name == "f" or error == "without a name"
@@ -245,12 +352,16 @@ def test_calls_that_are_cut_off_or_misnamed(text, arguments, error):
 ]), max_size=25), st.booleans(), st.data())  # fmt: skip
 def test_a_stream_cut_anywhere_gives_the_same_reply(words, thinking, data):
     text = "".join(words)
-    whole = parse_reply(text, thinking)
+    whole = parsed(text, thinking)
     parser, deltas = ReplyParser(thinking), []
-    while text:
-        size = data.draw(st.integers(1, 12))
-        deltas += parser.feed(text[:size])
-        text = text[size:]
+    for piece in in_pieces(text):
+        if isinstance(piece, Mark):
+            deltas += parser.feed(piece)
+            continue
+        while piece:
+            size = data.draw(st.integers(1, 12))
+            deltas += parser.feed(piece[:size])
+            piece = piece[size:]
     deltas += parser.close()
     assert parser.reply == whole
     assert "".join(d.reasoning for d in deltas) == whole.reasoning
@@ -264,17 +375,25 @@ def test_a_stream_cut_anywhere_gives_the_same_reply(words, thinking, data):
 
 def test_a_stream_gives_text_as_soon_as_it_is_certain():
     parser = ReplyParser()
-    assert parser.feed("Let me <") == [Delta(reasoning="Let me ")]
-    assert parser.feed("b> see</th") == [Delta(reasoning="<b> see")]
-    assert parser.feed("ink>Yes") == [Delta(content="Yes")]
-    assert parser.feed(f"{CALLS}<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>") == [
-        Delta(call=0, id="functions.f:0", name="f")
-    ]
+    assert parser.feed("Let me <") == [Delta(reasoning="Let me <")]
+    assert parser.feed("b> see</th") == [Delta(reasoning="b> see</th")]
+    assert parser.feed(Mark("</think>")) == []
+    assert parser.feed("Yes") == [Delta(content="Yes")]
+    assert [parser.feed(Mark(mark)) for mark in (CALLS, "<|tool_call_begin|>")] == [[], []]
+    assert parser.feed("functions.f:0") == []
+    assert parser.feed(Mark("<|tool_call_argument_begin|>")) == [Delta(call=0, id="functions.f:0", name="f")]
     assert parser.feed('{"a"') == [Delta(call=0, arguments='{"a"')]
     assert parser.reply.tool_calls == ()
-    assert parser.feed(": 1}<|tool_call_end|>") == [Delta(call=0, arguments=": 1}")]
+    assert parser.feed(": 1}") == [Delta(call=0, arguments=": 1}")]
+    assert parser.feed(Mark("<|tool_call_end|>")) == []
     assert parser.reply.tool_calls[0].parsed == {"a": 1}
     assert parser.close() == []
+
+
+@given(st.lists(st.sampled_from([*MARKS, "functions.f:0", "{}", "a", "漢"]), max_size=12).map("".join), st.booleans())
+def test_reply_markers_spelled_with_ordinary_tokens_are_text(text, thinking):
+    reply = parse_reply(BYTES.encode(text), BYTES, thinking)
+    assert reply == (Reply(reasoning=text) if thinking else Reply(content=text))
 
 
 words = st.text(alphabet=st.characters(exclude_characters="<|", exclude_categories=["Cs"]), max_size=20)
@@ -287,7 +406,7 @@ def test_what_the_template_writes_is_read_back(reasoning, content, calls):
                "tool_calls": [call(name, json.dumps(args)) for name, args in calls]}  # fmt: skip
     text = apply_chat_template([message], preserve_thinking=True)
     start = "<|im_assistant|>assistant<|im_middle|><think>"
-    reply = parse_reply(text.removeprefix(start))
+    reply = parsed(text.removeprefix(start))
     assert (reply.reasoning, reply.content, reply.problems, reply.finished) == (reasoning, content, (), True)
     assert [(c.name, c.parsed) for c in reply.tool_calls] == calls
     assert [c.id for c in reply.tool_calls] == [f"functions.{name}:{i}" for i, (name, _) in enumerate(calls)]

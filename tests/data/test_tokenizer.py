@@ -17,7 +17,7 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
 
 
 def test_specials_have_the_first_ids_in_the_agreed_order(tokenizer):
-    assert [tokenizer.special_id(t) for t in SPECIAL_TOKENS] == list(range(16))
+    assert [tokenizer.special_id(t) for t in SPECIAL_TOKENS] == list(range(23))
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, 2)
     media = (tokenizer.media_begin_id, tokenizer.media_content_id, tokenizer.media_end_id, tokenizer.media_pad_id)
     assert media == (6, 7, 8, 9)
@@ -35,14 +35,14 @@ def test_any_text_comes_back_unchanged(tokenizer, text):
 def test_text_never_becomes_a_special_token(tokenizer, pieces):
     text = "".join(pieces)
     ids = tokenizer.encode(text)
-    assert not set(ids) & set(range(16))
+    assert not set(ids) & set(range(23))
     assert tokenizer.decode(ids) == text
 
 
 def test_special_tokens_stay_text_after_pickling(tokenizer):
     copy = pickle.loads(pickle.dumps(tokenizer))
     assert copy.encode("x<|media_pad|>[EOS]") == tokenizer.encode("x<|media_pad|>[EOS]")
-    assert not set(copy.encode("<|media_pad|>")) & set(range(16))
+    assert not set(copy.encode("<|media_pad|>")) & set(range(23))
 
 
 def test_half_a_surrogate_pair_becomes_a_replacement_character(tokenizer):
@@ -73,7 +73,7 @@ def test_errors_say_what_is_wrong(tmp_path):
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ValueError, match="is not a tokenizer file"):
         load_tokenizer(tmp_path / "broken.json")
-    with pytest.raises(ValueError, match="below 272"):
+    with pytest.raises(ValueError, match="below 279"):
         train_tokenizer(TEXTS, 100, tmp_path / "small.json")
     from tokenizers import Tokenizer as Backend
     from tokenizers import models

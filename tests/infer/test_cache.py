@@ -123,3 +123,19 @@ def test_pages_hold_what_their_users_believe(actions):
         used = {page for pages, _ in running for page in pages}
         assert pool.free + len(used) == pool.capacity
         assert all(memory[page] == tuple(t[: (i + 1) * SIZE]) for pages, t in running for i, page in enumerate(pages))
+
+
+def test_pages_that_decoding_made_are_shared_only_with_those_who_take_them():
+    pool = PagePool(8)
+    pages, _ = pool.reserve([], 2)
+    pool.keep(pages[0], b"a")
+    pool.keep(pages[1], b"b", decoded=True)
+    pool.release(pages)
+    mine, known = pool.reserve([b"a", b"b"], 2, decoded=False)
+    assert known == 1 and mine[0] == pages[0] and mine[1] != pages[1]
+    pool.keep(mine[1], b"b")  # read from a prompt: it takes the place of the decoded one
+    assert pool.first_decoded(mine) == 2
+    pool.release(mine)
+    assert pool.reserve([b"a", b"b"], 2, decoded=False) == (mine, 2)
+    pool.release(mine)
+    assert pool.free == pool.capacity

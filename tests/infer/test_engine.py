@@ -6,6 +6,7 @@ by 1e-6 of the largest logit, ties of random weights are not that close), log-pr
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 
@@ -187,6 +188,23 @@ def test_same_seed_same_tokens_whatever_else_runs(engine):
     np.testing.assert_allclose(among[2].logprobs, alone.logprobs, atol=1e-5)
     seeds = {engine.run([Request(text(8, 7), sampling=Sampling(2.0, max_new_tokens=4))])[0].token_ids for _ in range(4)}
     assert len(seeds) > 1  # without a seed every request draws its own
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("asked", [{"seed": 3}, {"logprobs": True, "temperature": 0.0}])
+def test_seeded_tokens_and_log_probabilities_do_not_depend_on_earlier_answers(dtype, asked):
+    """Bit for bit, in both dtypes: pages that decoding made are not their prefix. Others still share them."""
+    config = dataclasses.replace(tiny.CONFIG, dtype=dtype)
+    engine = Engine(Model(config, tiny.params()), slots=2, page_size=4, max_sequence_length=LENGTH)
+    (before,) = engine.run([Request(text(3, 3), sampling=Sampling(0.0, max_new_tokens=12))])
+    longer = np.concatenate([text(3, 3), np.array(before.token_ids[:10], np.int32)])
+    request = Request(longer, sampling=Sampling(max_new_tokens=8, **asked))
+    (plain,) = engine.run([Request(longer, sampling=Sampling(0.0, max_new_tokens=1))])
+    (warm,) = engine.run([request])
+    engine.set_params(tiny.params())
+    (cold,) = engine.run([request])
+    assert plain.cached_tokens == 12 and warm.cached_tokens == 0
+    assert (warm.token_ids, warm.logprobs) == (cold.token_ids, cold.logprobs)
 
 
 def test_stop_ids_alternatives_and_log_probabilities(engine):

@@ -81,7 +81,7 @@ def test_replies_are_taken_apart_as_the_parser_does(thinking):
     for reason, tail in (("stop", [END]), ("length", [])):
         tokens = TOKENIZER.encode(text, allow_special_tokens=True) + tail
         deltas, view = shown(tokens, ReplyParser(thinking), reason=reason)
-        whole = parse_reply(text + ("<|im_end|>" if tail else ""), thinking)
+        whole = parse_reply(tokens, TOKENIZER, thinking)
         assert view.reply == whole
         assert "".join(delta.content for delta in deltas) == whole.content
         assert "".join(delta.reasoning for delta in deltas) == whole.reasoning
@@ -100,6 +100,20 @@ def test_what_may_begin_a_stop_string_comes_before_the_call_that_follows():
     assert [d.content for d in deltas if d.content][-1] == "ST"
     assert deltas[-1] == Delta(call=0, id="functions.f:0", name="f")
     assert view.finish_reason == "stop"
+
+
+@given(st.lists(st.sampled_from(["<|im_end|>", "</think>", "<think>", CALLS, CALL, "a"]), max_size=8).map("".join))
+def test_stream_shows_spelled_markers_as_text(text):
+    for thinking in (True, False):
+        deltas, view = shown([*TOKENIZER.encode(text), END], ReplyParser(thinking))
+        assert view.reply == (Reply(reasoning=text, finished=True) if thinking else Reply(content=text, finished=True))
+        assert "".join(delta.reasoning + delta.content for delta in deltas) == text
+
+
+def test_stop_string_that_spells_a_marker_stops_at_the_spelling_only():
+    tokens = [*TOKENIZER.encode("why "), TOKENIZER.special_id("</think>"), *TOKENIZER.encode("so </think> x"), END]
+    _, view = shown(tokens, ReplyParser(True), stop=["</think>"])
+    assert (view.reply.reasoning, view.reply.content, view.finish_reason) == ("why ", "so ", "stop")
 
 
 def test_our_own_tokenizer_streams_bytes_too(tmp_path):
@@ -187,8 +201,8 @@ def test_generate_is_the_models_own_greedy_text(model):
     ids = asked.token_ids.tolist()
     for _ in range(6):
         ids.append(int(model.logits([ids], pixels, grid)[0, -1].argmax()))
-    text = model.tokenizer.decode([i for i in ids[len(asked.token_ids) :] if i not in asked.sampling.stop_ids])
-    assert reply == parse_reply(text, thinking=False)
+    sampled = [i for i in ids[len(asked.token_ids) :] if i not in asked.sampling.stop_ids]
+    assert reply == parse_reply(sampled, model.tokenizer, thinking=False)
 
 
 def test_generate_repeats_itself_with_a_seed(model):

@@ -6,10 +6,12 @@ import functools
 
 import jax
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from kimi_jax.infer.request import Sampling
 from kimi_jax.infer.sampler import Settings, nucleus, sample
 
 V = 16
@@ -101,3 +103,28 @@ def test_nucleus_is_the_smallest_sufficient_set(x, top_p):
 
 
 compiled_nucleus = jax.jit(nucleus)
+
+
+def test_tiny_temperatures_are_greedy_with_finite_log_probabilities():
+    """Below MIN_TEMPERATURE the distribution is that of temperature 0, exactly; float32 has no 1e-50."""
+    x = logits(5, 3)
+    greedy = run(x, rows(3, 0.0, top_logprobs=2))
+    for temperature in (9e-6, 1e-8, 1e-10, 1e-30, 1e-38, 1e-40, 1e-50):
+        tiny = run(x, rows(3, temperature, 0.9, top_logprobs=2))
+        np.testing.assert_array_equal(tiny.tokens, x.argmax(-1))
+        for mine, wanted in zip(tiny, greedy, strict=True):
+            np.testing.assert_array_equal(mine, wanted)
+    for temperature in (1e-5, 1e-3):
+        found = run(x, rows(3, temperature, 0.9, top_logprobs=2))
+        assert np.isfinite(found.logprobs).all() and np.isfinite(found.top_logprobs).all()
+        np.testing.assert_array_equal(found.tokens, x.argmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [-1e-9, float("nan"), float("inf"), 1e39])
+def test_temperatures_that_are_no_float32_are_refused(temperature):
+    assert "temperature" in str(Sampling(temperature).problem())
+
+
+def test_top_p_below_float32_keeps_the_most_probable_token():
+    x = logits(6, 2)
+    np.testing.assert_array_equal(run(x, rows(2, 1.0, 1e-50)).tokens, x.argmax(-1))
