@@ -182,6 +182,7 @@ class CheckpointConfig:
 
     interval: int = 500
     keep: int = 3
+    verify: bool = True  # checksums are written with every checkpoint and compared before it is restored
 
 
 @dataclass(frozen=True)
