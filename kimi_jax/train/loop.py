@@ -91,7 +91,8 @@ def _run(config: TrainConfig, stop: Stop) -> int:
         say(parameter_table(state_lib.infos(config.model, config.lora), abstract.params))
 
         # -------------------------------------------------------------------------------- where the run stands
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(config.workdir, config.checkpoint, say)))
+        with _storage(config):
+            checkpoints = stack.enter_context(contextlib.closing(Checkpoints(config.workdir, config.checkpoint, say)))
         with clock.spend("restore"):
             restored = checkpoints.restore(abstract, config)
         step = restored.step if restored else 0
