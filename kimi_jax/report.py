@@ -83,7 +83,7 @@ def load(workdir: str | Path) -> Run:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL log, one a step, ascending; the groups `speed` and `data` are opened. Other lines are left out."""
+    """Rows of a JSONL log, one a step, ascending; `speed` and `data` are opened. Other lines are left out."""
     merged: dict[int, dict[str, Any]] = {}
     rows, odd = read_lines(path)
     left_out = len(odd)

@@ -32,7 +32,7 @@ from jax.sharding import Mesh
 from kimi_jax import checksums, sharding
 from kimi_jax.config import CheckpointConfig, ConfigError, MeshConfig, TrainConfig, diff, freeze
 from kimi_jax.hf.files import CheckpointError
-from kimi_jax.train import hosts
+from kimi_jax.train import hosts, inputs
 from kimi_jax.train.state import TrainState, abstract_params
 
 # signs of trouble that may pass, in the text of errors that tensorstore raises as ValueError
@@ -49,7 +49,7 @@ class NoCheckpoint(ConfigError):
 
 
 class CheckpointUnavailable(RuntimeError):
-    """A checkpoint cannot be read just now, and nothing shows that it is damaged: the same command may succeed later."""
+    """A checkpoint cannot be read just now, and nothing shows that it is damaged; the same command may succeed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Checkpoints:
                         passed_over = True
                         continue
                     found = self._restore_step(step, host, abstract, config)
-            except ConfigError:  # a mismatch is not damage
+            except (ConfigError, CheckpointUnavailable):  # a mismatch is not damage
                 raise
             except Exception as error:  # whatever Orbax, tensorstore or the operating system raise
                 problem, trouble = self._judge(step, error)
@@ -162,14 +162,13 @@ class Checkpoints:
     def _damage(self, step: int) -> str | None:
         """What the checksums of a step prove; None for nothing. Host 0 reads the files for all."""
         folder = self._folder(step)
-        if not (folder / "optimizer").exists() and not (folder / "host").exists() and (folder / "params").exists():
-            if "optimizer" not in _recorded_parts(folder):
-                raise NoCheckpoint(
-                    f"{folder} holds weights without an optimizer state: {self._damaged.parent} was made by a "
-                    "conversion (or holds weights only) and is not the workdir of a run. Give the run a "
-                    f"--config.workdir of its own; adapters can be trained on these weights with --config.lora.base="
-                    f"{self._damaged.parent}"
-                )
+        items = {item for item in ITEMS if (folder / item).exists()} | set(_recorded_parts(folder))
+        if "params" in items and not items & {"optimizer", "host"}:
+            raise NoCheckpoint(
+                f"{folder} holds weights without an optimizer state: {self._damaged.parent} was made by a conversion "
+                "and is not the workdir of a run. Give the run a --config.workdir of its own; adapters can be trained on "
+                f"these weights with --config.lora.base={self._damaged.parent}"
+            )
         problem, trouble = None, None
         if self._verify and hosts.is_first():
             try:
@@ -184,8 +183,6 @@ class Checkpoints:
     def _judge(self, step: int, error: Exception) -> tuple[str | None, str | None]:
         """What an error while a step was read proves: (damage, None), or (None, trouble that may pass)."""
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        if isinstance(error, CheckpointUnavailable):
-            return None, str(error)
         try:
             proved = checksums.problems(self._folder(step))
             has_sums = _recorded_parts(self._folder(step)) != ()
@@ -200,8 +197,8 @@ class Checkpoints:
 
     def _unavailable(self, step: int, trouble: str) -> str:
         return (
-            f"checkpoint {self._folder(step)} cannot be read just now ({trouble}). Nothing shows that it is damaged, and "
-            "nothing was changed: start again when the cause is gone"
+            f"checkpoint {self._folder(step)} cannot be read just now ({trouble}). Nothing shows that it is damaged, "
+            "and nothing was changed: start again when the cause is gone"
         )
 
     def _check_new(self, damaged: dict[int, str]) -> None:
@@ -272,6 +269,7 @@ def load(
 ) -> tuple[TrainConfig, Any]:
     """The settings and the weights of a run, for evaluation; the newest checkpoint unless `step` names another.
 
+    The settings name the copy of the tokenizer in the workdir, so that the workdir may have been copied.
     Of a run with `config.lora` it is the adapters (`kimi.load` merges them into their base). The weights are cut over
     the mesh, all devices by default, as in training; each device reads its own part. dtype: of all weights but the
     router bias and adapters; default: as they were trained. verify: compare the files with their checksums first.
@@ -293,7 +291,8 @@ def load(
         params = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract))).params
     finally:
         manager.close()
-    return config, params
+    tokenizer = inputs.kept_tokenizer(workdir, config.data.tokenizer)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer)), params
 
 
 def _damage_on_load(folder: epath.Path) -> list[str]:

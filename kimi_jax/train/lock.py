@@ -57,7 +57,7 @@ def held(workdir: str, warn: Callable[[str], Any]) -> Iterator[None]:
 
 
 def _holder() -> str:
-    since = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since}) + "\n"
 
 

@@ -2,7 +2,8 @@
 
 A run is its `workdir`: the same command started again goes on from the newest checkpoint, on the same numbers as if it
 had never stopped.
-  config.json               the settings
+  config.json, tokenizer/   the settings, a copy of the tokenizer (kimi_jax.train.inputs)
+  run.lock                  who trains here now (kimi_jax.train.lock)
   checkpoints/N             the run after N steps (kimi_jax.train.checkpoint)
   metrics.jsonl, eval.jsonl one row a log interval, one an evaluation (kimi_jax.train.log); tensorboard/ the same
   quarantine.jsonl          the records that could not be used
@@ -31,7 +32,7 @@ from jax.sharding import Mesh
 from kimi_jax import cli, sharding
 from kimi_jax.config import PRESETS, ConfigError, TrainConfig, diff, preset
 from kimi_jax.data.pipeline import BatchStream, merge_states
-from kimi_jax.train import adapters, hosts, lock, xla_flags
+from kimi_jax.train import adapters, hosts, inputs, lock, xla_flags
 from kimi_jax.train import state as state_lib
 from kimi_jax.train.checkpoint import Checkpoints
 from kimi_jax.train.console import Interrupted, Reporter, Stop, exit_status
@@ -98,7 +99,9 @@ def _run(config: TrainConfig, stop: Stop) -> int:
         step = restored.step if restored else 0
         state = dataclasses.replace(restored.state if restored else init_state(), frozen=base)
         host = restored.host if restored else {"data": None, "meter": None}
+        fed = inputs.fingerprint(config.data)
         if restored:
+            inputs.check(restored.config, host.get("inputs"), config, fed)
             say(f"going on from the checkpoint of step {step}")
             changes = [line.replace("(default ", "(was ") for line in diff(config, restored.config)]
             say(*(f"  changed since then: {line}" for line in changes))
@@ -110,10 +113,11 @@ def _run(config: TrainConfig, stop: Stop) -> int:
                 write_atomic(
                     epath.Path(config.workdir) / "config.json", json.dumps(dataclasses.asdict(config), indent=1)
                 )
+                inputs.keep_tokenizer(config)
         meter = Meter(config.model, config.log_interval, config.steps, host["meter"])
         idle = stack.enter_context(contextlib.closing(Idle()))
         trace = stack.enter_context(Trace(config.profile, config.workdir, say))
-        this = _Run(config, mesh, checkpoints, log, meter, clock, idle, trace, stop, say)
+        this = _Run(config, mesh, checkpoints, log, meter, clock, idle, trace, stop, say, fed)
 
         # ------------------------------------------------------------------------------------------- train, end
         starting.close()
@@ -159,6 +163,7 @@ class _Run:
     trace: Trace
     stop: Stop
     say: Reporter
+    fed: dict[str, Any]  # fingerprint of the tokenizer and the sources
 
     def evaluate(self, state: TrainState, limit: int, samples: list | None = None) -> list[Any]:
         """Runs the tasks of the settings, prints and logs the scores; returns the rows of `kimi_jax.eval.runner`.
@@ -189,6 +194,7 @@ class _Run:
         self.log.flush()
         with self.clock.spend("checkpoint"):
             host = {"data": _whole(stream), "meter": self.meter.state(), "goodput": self.clock.state()}
+            host["inputs"] = self.fed
             self.checkpoints.save(state, host, self.config)
 
 
