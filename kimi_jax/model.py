@@ -56,7 +56,8 @@ def load(
     its devices gets its own part of every weight and never more. Without, everything is on one device. verify: compare
     the files of a workdir with their checksums first.
     Raises FileNotFoundError if `path` is neither, ConfigError for a model that is not supported, an unknown dtype, or
-    "int4" for experts that are not, hf.files.CheckpointError that lists every tensor that does not fit.
+    "int4" for experts that are not, hf.files.CheckpointError that lists every tensor that does not fit, or
+    every damaged file of a workdir.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")

@@ -166,8 +166,8 @@ class Checkpoints:
         if "params" in items and not items & {"optimizer", "host"}:
             raise NoCheckpoint(
                 f"{folder} holds weights without an optimizer state: {self._damaged.parent} was made by a conversion "
-                "and is not the workdir of a run. Give the run a --config.workdir of its own; adapters can be trained on "
-                f"these weights with --config.lora.base={self._damaged.parent}"
+                "and is not the workdir of a run. Give the run a --config.workdir of its own; adapters can be trained "
+                f"on these weights with --config.lora.base={self._damaged.parent}"
             )
         problem, trouble = None, None
         if self._verify and hosts.is_first():
