@@ -53,18 +53,18 @@ def recorded(folder: Any) -> dict[str, list[int]] | None:
     return sums
 
 
-def problems(folder: Any, parts: tuple[str, ...] = ()) -> list[str]:
+def problems(folder: Any, parts: tuple[str, ...] = (), reader: int = 0, readers: int = 1) -> list[str]:
     """One line for every damaged file; empty if all are whole, or if no checksums were written.
 
-    parts: names of files and folders directly below `folder` that are verified; all by default. Raises OSError for a
-    file that cannot be read just now.
+    parts: names of files and folders directly below `folder` that are verified; all by default. Of several readers each
+    verifies its share. Raises OSError for a file that cannot be read just now.
     """
     folder = epath.Path(folder)
     try:
         sums = recorded(folder)
     except ValueError as error:
         return [str(error)]
-    names = [name for name in sums or () if not parts or name.split("/")[0] in parts]
+    names = [name for name in sorted(sums or ()) if not parts or name.split("/")[0] in parts][reader::readers]
     with ThreadPoolExecutor(THREADS) as pool:
         found = pool.map(lambda name: _problem(folder / name, (sums or {})[name]), names)
         return [line for line in found if line]

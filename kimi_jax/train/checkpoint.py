@@ -160,7 +160,7 @@ class Checkpoints:
         return None
 
     def _damage(self, step: int) -> str | None:
-        """What the checksums of a step prove; None for nothing. Host 0 reads the files for all."""
+        """What the checksums of a step prove; None for nothing. Every host reads a share of the files."""
         folder = self._folder(step)
         items = {item for item in ITEMS if (folder / item).exists()} | set(_recorded_parts(folder))
         if "params" in items and not items & {"optimizer", "host"}:
@@ -170,15 +170,15 @@ class Checkpoints:
                 f"on these weights with --config.lora.base={self._damaged.parent}"
             )
         problem, trouble = None, None
-        if self._verify and hosts.is_first():
+        if self._verify:
             try:
-                problem = next(iter(checksums.problems(folder)), None)
+                problem = next(iter(_own_problems(folder)), None)
             except OSError as error:
                 trouble = f"{type(error).__name__}: {error}"
-        problem, trouble = hosts.gather([problem, trouble])[0]
-        if trouble:
-            raise CheckpointUnavailable(self._unavailable(step, trouble))
-        return problem
+        found = hosts.gather([problem, trouble])
+        if troubles := [text for _, text in found if text]:
+            raise CheckpointUnavailable(self._unavailable(step, troubles[0]))
+        return next((text for text, _ in found if text), None)
 
     def _judge(self, step: int, error: Exception) -> tuple[str | None, str | None]:
         """What an error while a step was read proves: (damage, None), or (None, trouble that may pass)."""
@@ -296,9 +296,12 @@ def load(
 
 
 def _damage_on_load(folder: epath.Path) -> list[str]:
-    """Lines for damaged files; host 0 reads them for all."""
-    parts = ("params", "config")
-    return hosts.gather(checksums.problems(folder, parts) if hosts.is_first() else [])[0]
+    """Lines for damaged files; every host reads a share of them."""
+    return [line for lines in hosts.gather(_own_problems(folder, ("params", "config"))) for line in lines]
+
+
+def _own_problems(folder: epath.Path, parts: tuple[str, ...] = ()) -> list[str]:
+    return checksums.problems(folder, parts, jax.process_index(), jax.process_count())
 
 
 def _recorded_parts(folder: epath.Path) -> tuple[str, ...]:

@@ -35,9 +35,11 @@ def held(workdir: str, warn: Callable[[str], Any]) -> Iterator[None]:
     path = epath.Path(workdir) / NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     if "://" in str(path):
-        warn(f"WARNING: {workdir} is an object store and cannot be locked: see that no second run uses it")
+        before = f"; the last one, which did not end in order: {_describe(path)}" if _named(path) else ""
+        warn(f"WARNING: {workdir} is an object store and cannot be locked: see that no second run uses it{before}")
         path.write_text(_holder())
         yield
+        path.write_text("")
         return
     with open(path, "a+", encoding="utf-8") as file:
         try:
@@ -59,6 +61,11 @@ def held(workdir: str, warn: Callable[[str], Any]) -> Iterator[None]:
 def _holder() -> str:
     since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since}) + "\n"
+
+
+def _named(path: epath.Path) -> bool:
+    """Whether the file names a run; one that ends in order empties it."""
+    return path.exists() and bool(path.read_text(encoding="utf-8").strip())
 
 
 def _describe(path: epath.Path) -> str:

@@ -90,19 +90,11 @@ def test_second_run_in_a_workdir_is_refused_and_a_killed_one_leaves_no_lock(conf
     assert (tmp_path / lock.NAME).read_text() == ""
 
 
-def test_lock_in_a_bucket_says_that_it_does_not_hold(monkeypatch, tmp_path):
-    said = []
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(lock.epath, "Path", lambda path: BUCKET)
-    with lock.held("gs://bucket/run", said.append):
-        assert json.loads(BUCKET.written)["pid"] == os.getpid()
-    assert len(said) == 1 and "cannot be locked" in said[0]
-
-
 class _Bucket:
     """As much of an epath.Path in a bucket as the lock uses."""
 
-    written = ""
+    parent = property(lambda self: self)
+    text = ""
 
     def __truediv__(self, name):
         return self
@@ -110,16 +102,28 @@ class _Bucket:
     def __str__(self):
         return "gs://bucket/run/run.lock"
 
-    parent = property(lambda self: self)
-
     def mkdir(self, **_):
         pass
 
+    def exists(self):
+        return True
+
+    def read_text(self, **_):
+        return self.text
+
     def write_text(self, text):
-        self.written = text
+        self.text = text
 
 
-BUCKET = _Bucket()
+def test_lock_in_a_bucket_says_that_it_does_not_hold_and_who_was_last(monkeypatch):
+    said, bucket = [], _Bucket()
+    monkeypatch.setattr(lock.epath, "Path", lambda path: bucket)
+    with lock.held("gs://bucket/run", said.append):
+        assert json.loads(bucket.text)["pid"] == os.getpid()
+        with lock.held("gs://bucket/run", said.append):
+            pass
+    assert all("cannot be locked" in line for line in said)
+    assert "the last one" not in said[0] and f"process {os.getpid()}, since" in said[1] and bucket.text == ""
 
 
 @pytest.mark.parametrize("entered", ["kimi_jax.train.loop:make_train_step", "kimi_jax.cli:settings"])
