@@ -173,7 +173,7 @@ class Checkpoints:
         if self._verify:
             try:
                 problem = next(iter(_own_problems(folder)), None)
-            except OSError as error:
+            except (OSError, MemoryError) as error:
                 trouble = f"{type(error).__name__}: {error}"
         found = hosts.gather([problem, trouble])
         if troubles := [text for _, text in found if text]:
@@ -186,7 +186,7 @@ class Checkpoints:
         try:
             proved = checksums.problems(self._folder(step))
             has_sums = _recorded_parts(self._folder(step)) != ()
-        except OSError:
+        except (OSError, MemoryError):
             return None, text
         if proved:
             return proved[0], None

@@ -63,12 +63,12 @@ def _holder() -> str:
     return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since}) + "\n"
 
 
-def _named(path: epath.Path) -> bool:
+def _named(path: Any) -> bool:
     """Whether the file names a run; one that ends in order empties it."""
     return path.exists() and bool(path.read_text(encoding="utf-8").strip())
 
 
-def _describe(path: epath.Path) -> str:
+def _describe(path: Any) -> str:
     try:
         holder = json.loads(path.read_text(encoding="utf-8"))
         return f"host {holder['host']}, process {holder['pid']}, since {holder['since']}"

@@ -205,8 +205,11 @@ def test_unreadable_checkpoints_stop_the_run_and_stay_where_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("verify", [True, False])
-def test_missing_metadata_falls_back_to_the_step_before(tmp_path, verify):
+@pytest.mark.parametrize("recorded", [True, False], ids=["checksums", "none"])
+def test_missing_metadata_falls_back_to_the_step_before(tmp_path, verify, recorded):
     save(tmp_path, 1, 2).close()
+    if not recorded:  # a checkpoint of an older version
+        (tmp_path / "checkpoints" / "2" / checksums.NAME).unlink()
     (tmp_path / "checkpoints" / "2" / "params" / "_METADATA").unlink()
     with pytest.warns(UserWarning, match="falling back"):
         assert restore(tmp_path, verify).step == 1

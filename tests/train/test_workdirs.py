@@ -9,10 +9,12 @@ import sys
 import pytest
 
 import kimi_jax as kimi
+from kimi_jax.data.tokenizer import train_tokenizer
+from kimi_jax.hf.convert import from_hf
 from kimi_jax.train import checkpoint, lock
 from kimi_jax.train.hosts import RESTART
 from kimi_jax.train.log import read_rows
-from tests.environment import REPO
+from tests.environment import FIXTURES, REPO
 from tests.train.processes import environment, make_config
 
 # `python -m kimi_jax.train ...` that acts as a function of it is entered: "hold" says so and waits to be killed
@@ -53,10 +55,10 @@ def config(tmp_path_factory):
     return make_config(tmp_path_factory.mktemp("corpus"), steps=2)
 
 
-def start(config, workdir, *program, before=()):
+def start(config, workdir, *program, before=(), overrides=()):
     command = [*before, sys.executable, *(program or ("-m", "kimi_jax.train")), f"--config={config}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    command += [f"--config.workdir={workdir}", "--config.checkpoint.interval=1"]
+    command += [f"--config.workdir={workdir}", "--config.checkpoint.interval=1", *overrides]
     return subprocess.Popen(command, cwd=REPO, env=environment(1), **pipes)
 
 
@@ -189,3 +191,23 @@ def test_running_out_of_file_descriptors_moves_no_checkpoint(config, trained, tm
     assert status == RESTART and len(errors) == 1 and "cannot be read just now" in errors[0], errors
     assert sorted(p.name for p in (copy / "checkpoints").iterdir()) == ["1", "2"]
     assert not (copy / "damaged_checkpoints").exists()
+
+
+@pytest.mark.parametrize("changed", ["tokenizer", "sequence_length"])
+def test_resume_with_other_inputs_is_one_line_and_changes_nothing(config, trained, tmp_path, changed):
+    other = tmp_path / "other.json"
+    train_tokenizer([f"{n} quite another text of other words" for n in range(300)], 320, other)
+    before = sorted((p, p.stat().st_mtime_ns) for p in trained.rglob("*") if p.is_file() and p.name != lock.NAME)
+    value = {"tokenizer": str(other), "sequence_length": "48"}[changed]
+    status, _, errors = finish(start(config, trained, overrides=[f"--config.data.{changed}={value}"]))
+    assert status == 1 and len(errors) == 1 and (str(other) if changed == "tokenizer" else "was 64") in errors[0]
+    after = sorted((p, p.stat().st_mtime_ns) for p in trained.rglob("*") if p.is_file() and p.name != lock.NAME)
+    assert after == before
+
+
+def test_converted_checkpoint_as_a_workdir_is_refused_and_stays(config, tmp_path):
+    from_hf(FIXTURES / "tiny_fp32", tmp_path / "converted")
+    status, _, errors = finish(start(config, tmp_path / "converted"))
+    assert status == 1 and len(errors) == 1 and "weights without an optimizer state" in errors[0]
+    assert (tmp_path / "converted" / "checkpoints" / "0" / "params").is_dir()
+    assert not (tmp_path / "converted" / "metrics.jsonl").exists()
