@@ -128,9 +128,11 @@ class Export:
 
     def __init__(self, source: epath.Path, int4_experts: bool, model_type: str | None, dtype: str, verify: bool):
         self.step = newest_step(source)
+        if verify:
+            _check_sums(self.step, ("config",))
         options = read_config(self.step).lora
         if verify and options:
-            _check_sums(self.step, ("params", "config"))
+            _check_sums(self.step, ("params",))
         self._adapters = _Adapters(self.step, options) if options else None
         base = epath.Path(options.base) if options else source
         ours = (base / "checkpoints").is_dir()

@@ -125,7 +125,8 @@ def check(saved: TrainConfig, found: dict[str, Any] | None, config: TrainConfig,
             )
     if found is None or not config.checkpoint.check_data:
         return
-    changed = [f"the tokenizer {config.data.tokenizer}"] if found["tokenizer"] != now["tokenizer"] else []
+    other = found["tokenizer"] and now["tokenizer"] and found["tokenizer"] != now["tokenizer"]  # 0: there is no file
+    changed = [f"the tokenizer {config.data.tokenizer}"] if other else []
     changed += [
         f"source {name!r} ({config.data.sources[name].path})"
         for name, crc in now["sources"].items()
