@@ -182,6 +182,8 @@ class CheckpointConfig:
 
     interval: int = 500
     keep: int = 3
+    verify: bool = True  # checksums are written with every checkpoint and compared before it is restored
+    check_data: bool = True  # a run does not go on with a tokenizer or sources whose content has changed
 
 
 @dataclass(frozen=True)
@@ -244,7 +246,7 @@ class LoRAConfig:
     """Adapters learn beside frozen weights (`kimi_jax.nn.lora`). A run's model is then that of `base`, and
     `config.model` says only how it is computed (dtype, remat, scan_layers)."""
 
-    base: str = ""  # a released directory or a workdir
+    base: str = ""  # a released directory or a workdir; not copied into this run's workdir, which needs it there
     experts: str = "float"  # "int4": the routed experts of a released INT4 checkpoint stay packed
     rank: int = 16
     alpha: float = 32.0  # the adapters' product counts alpha / rank

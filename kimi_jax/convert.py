@@ -28,6 +28,7 @@ _MODEL_TYPE = flags.DEFINE_string(
     "model_type", None, "to-hf, trained checkpoint: kimi_k25, kimi_vl, kimi_k2 or deepseek_v3"
 )
 _DTYPE = flags.DEFINE_enum("dtype", "bf16", ["bf16", "fp16", "fp32"], "to-hf, trained checkpoint: dtype of the tensors")
+_VERIFY = flags.DEFINE_bool("verify", True, "from-hf: write checksums; to-hf: compare the source with its own")
 _MESH = flags.DEFINE_string("mesh", None, "from-hf: the devices to cut for, as fsdp=64")
 _RELEASED_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 COMMANDS = ("from-hf", "to-hf")
@@ -42,12 +43,12 @@ def main(argv: list[str]) -> None:
     try:
         with _bar(command) as progress:
             if command == "from-hf":
-                notes = convert.from_hf(source, target, progress, mesh=_mesh(_MESH.value))
+                notes = convert.from_hf(source, target, progress, mesh=_mesh(_MESH.value), checksum=_VERIFY.value)
             else:
                 dtype = _RELEASED_DTYPES[_DTYPE.value]
                 convert.to_hf(
                     source, target, int4_experts=_INT4.value, model_type=_MODEL_TYPE.value, dtype=dtype,
-                    progress=progress,
+                    progress=progress, verify=_VERIFY.value,
                 )  # fmt: skip
                 notes = []
     except (CheckpointError, ConfigError, convert.ConvertError, OSError) as error:

@@ -42,7 +42,11 @@ MIN_TOKENS, MIN_PATCHES, LEAST_CACHE = 16, 64, 1024
 
 
 def load(
-    path: str | os.PathLike[str], dtype: str = "float32", experts: str = "float", mesh: Mesh | None = None
+    path: str | os.PathLike[str],
+    dtype: str = "float32",
+    experts: str = "float",
+    mesh: Mesh | None = None,
+    verify: bool = True,
 ) -> Model:
     """A released-format directory (config.json and safetensors: bf16, fp16, fp32, INT4 or FP8), or a workdir of ours
     (trained, or made by `python -m kimi_jax.convert from-hf`; its newest checkpoint; adapters come merged into their
@@ -50,9 +54,11 @@ def load(
 
     dtype: of the weights and the activations. experts: "float" (in `dtype`), or "int4": a released directory's routed
     experts stay INT4 in memory, 4.5 bits a weight, and the numbers are the same. mesh: of `kimi_jax.sharding`; each of
-    its devices gets its own part of every weight and never more. Without, everything is on one device.
+    its devices gets its own part of every weight and never more. Without, everything is on one device. verify: compare
+    the files of a workdir with their checksums first.
     Raises FileNotFoundError if `path` is neither, ConfigError for a model that is not supported, an unknown dtype, or
-    "int4" for experts that are not, hf.files.CheckpointError that lists every tensor that does not fit.
+    "int4" for experts that are not, hf.files.CheckpointError that lists every tensor that does not fit, or
+    every damaged file of a workdir.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -68,9 +74,9 @@ def load(
         from kimi_jax.train import checkpoint  # here: a released directory needs neither Orbax nor the trainer
 
         one = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
-        run, params = checkpoint.load(str(folder), mesh=mesh or one, dtype=dtype)
+        run, params = checkpoint.load(str(folder), mesh=mesh or one, dtype=dtype, verify=verify)
         if run.lora is not None:
-            base = load(run.lora.base, dtype, run.lora.experts, mesh)
+            base = load(run.lora.base, dtype, run.lora.experts, mesh, verify)
             return Model(base.config, lora.merge(base.params, params, run.lora), base.tokenizer_path, mesh)
         config = dataclasses.replace(run.model, dtype=dtype, param_dtype=dtype, remat=False)
         tokenizer_path = run.data.tokenizer or str(folder / "released")  # where conversion keeps what came along

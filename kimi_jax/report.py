@@ -3,9 +3,8 @@
 Reads from the workdir (a file or key that is missing leaves its part of the page out):
 
 - `config.json`: the run's `TrainConfig` as nested JSON (`dataclasses.asdict`).
-- `metrics.jsonl`: one row a log interval, as `kimi_jax.train.metrics` describes it: `step, loss, loss_text, loss_image,
-  loss_video, lr, grad_norm, max_logits [L], expert_load [[E] a MoE layer], dropped, clipped_heads, tokens_seen`, and
-  under `speed` and `data` what depends on the machine and what the data stream reports. Rows of one step are merged.
+- `metrics.jsonl`: one row a log interval; `kimi_jax.train.metrics` says what is in it. What the data stream reports
+  (`data`) is opened; rows of one step are merged.
 - `eval.jsonl`: `{"step", "rows": [rows as in results.json]}` for every evaluation during training.
 - `results.json`: a list of `{task, modality, metric, score, stderr, control, control_name, chance, n}`, optionally with
   `column`, `majority` and `controls: {name: score}` (`kimi_jax.eval.runner.Row`).
@@ -26,6 +25,7 @@ from absl import app, flags, logging
 
 from kimi_jax import report_charts
 from kimi_jax.config import ConfigError, TrainConfig, diff, freeze
+from kimi_jax.train.log import read_lines
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Folder of the run.")
 
@@ -83,14 +83,18 @@ def load(workdir: str | Path) -> Run:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL log, one a step, ascending; the groups `speed` and `data` are opened. A cut line is left out."""
+    """Rows of a JSONL log, one a step, ascending; `speed` and `data` are opened. Other lines are left out."""
     merged: dict[int, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    rows, odd = read_lines(path)
+    left_out = len(odd)
+    for _, row in rows:
         try:
-            row = json.loads(line)
-            merged.setdefault(int(row["step"]), {}).update(row.pop("data", {}) | row.pop("speed", {}) | row)
-        except (ValueError, KeyError, TypeError):
-            logging.warning("%s: left out a line that is not a row: %.60s", path, line)
+            opened = row.pop("data", {}) | row.pop("speed", {}) | row
+            merged.setdefault(int(row["step"]), {}).update(opened)
+        except (ValueError, KeyError, TypeError, OverflowError):
+            left_out += 1
+    if left_out:
+        logging.warning("%s: left out %d lines that are not rows", path, left_out)
     return [merged[step] for step in sorted(merged)]
 
 
@@ -98,9 +102,10 @@ def with_evaluations(rows: list[dict[str, Any]], evaluations: list[dict[str, Any
     """The metrics rows and, in between, rows `{"step", "eval": {name: score}}`, ascending by step."""
     extra = []
     for evaluation in evaluations:
-        tasks = [row["task"] for row in evaluation.get("rows", [])]
+        rows_of = [row for row in evaluation.get("rows") or [] if isinstance(row, dict) and "task" in row]
+        tasks = [row["task"] for row in rows_of]
         scores = {}
-        for row in evaluation.get("rows", []):
+        for row in rows_of:
             alone = tasks.count(row["task"]) == 1 and not lower_is_better(row)
             scores[row["task"] if alone else f"{row['task']} ({row['metric']})"] = row.get("score")
         extra.append({"step": evaluation["step"], "eval": scores})

@@ -109,13 +109,13 @@ def _evaluations(rows: Sequence[Row], wanted: Callable[[str], bool], title: str,
 
 
 def _max_logits(rows: Sequence[Row], tau: float | None) -> Chart | None:
-    logged = [row for row in rows if row.get("max_logits") and None not in row["max_logits"]]
+    logged = [row for row in rows if row.get("max_logit") and None not in row["max_logit"]]
     if len(logged) < 2:
         return None
     import matplotlib
 
     steps = np.asarray([row["step"] for row in logged])
-    values = np.asarray([row["max_logits"] for row in logged], float)  # [T, L]
+    values = np.asarray([row["max_logit"] for row in logged], float)  # [T, L]
     figure, axes = _figure()
     colours = matplotlib.colormaps["viridis"](np.linspace(0.05, 0.8, values.shape[1]))
     for layer, colour in enumerate(colours):

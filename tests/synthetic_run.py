@@ -49,7 +49,7 @@ def _row(step: int, steps: int, rng: np.random.Generator) -> dict:
         "step": step, "loss": loss(7.2, 1.9), "loss_text": loss(7.4, 3.0), "loss_image": loss(7.0, 0.6),
         "loss_video": loss(7.1, 0.9) if step > 1 else None, "balance_loss": 1.0, "lr": lr, "tokens_seen": step * 4000,
         "grad_norm": float(np.exp(rng.normal(0.2 - done, 0.25))), "dropped": 0, "clipped_heads": int(done > 0.95),
-        "max_logits": logits.tolist(), "max_logit": logits.max(), "expert_load": load.tolist(), "speed": speed,
+        "max_logit": logits.tolist(), "expert_load": load.tolist(), **speed,
         "data": {"token_fill": 0.978 + rng.normal(0, 0.003), "vision_ratio": 0.30},
         "goodput_run": 0.9, "seconds": {"steps": 54.0 * step, "start": 3.0 * step, "away": 3.0 * step},
     }  # fmt: skip

@@ -82,7 +82,7 @@ def test_every_chart_is_drawn(workdir):
     assert "/".join(titles) == expected
 
 
-@pytest.mark.parametrize("keys", [("step", "loss"), ("step", "loss", "max_logits"), ("step", "lr", "expert_load")])
+@pytest.mark.parametrize("keys", [("step", "loss"), ("step", "loss", "max_logit"), ("step", "lr", "expert_load")])
 def test_missing_keys_leave_out_their_charts_only(workdir, keys):
     rows = [{k: row[k] for k in keys} for row in report.read_rows(workdir / "metrics.jsonl")]
     assert len(report_charts.draw(rows)) == len(keys) - 1

@@ -37,6 +37,7 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
+from kimi_jax import checksums
 from kimi_jax.config import MeshConfig, TrainConfig
 from kimi_jax.hf import int4, stream
 from kimi_jax.hf.export import COMMITTED, Export, layout
@@ -170,11 +171,13 @@ def from_hf(
     target: str | os.PathLike[str],
     progress: Progress = lambda *_: None,
     mesh: MeshConfig | None = None,
+    checksum: bool = True,
 ) -> list[str]:
     """A released directory (`gs://` too) to a checkpoint of ours; see the top of the file for what it holds.
 
     mesh: of the devices that will restore it, a number for every axis; chunks are cut so that each device reads its own
-    shard and little else. Any other mesh can restore it too. Returns notes for the user: INT4 groups that cannot be
+    shard and little else. Any other mesh can restore it too. checksum: read back what was written and put its checksums
+    beside it (kimi_jax.checksums). Returns notes for the user: INT4 groups that cannot be
     written back exactly. Raises FileNotFoundError, ConfigError or CheckpointError for a source that cannot be read,
     ConvertError for a target that cannot be written.
     """
@@ -207,6 +210,11 @@ def from_hf(
             scales.finish()
         _write_released(work / "released", checkpoint)
         _write_config(work / STEP, checkpoint, plan)
+        if checksum:
+            for folder in (work / "released", work / STEP):
+                checksums.write(folder)
+        if is_remote(work):
+            (work / STEP / COMMITTED).write_text("", encoding="utf-8")
         _end(journal, work, target)
         return sorted(notes)
     finally:
@@ -219,7 +227,7 @@ def _identity(source: epath.Path) -> list[list[Any]]:
 
 
 def _write_config(step: epath.Path, checkpoint: Released, plan: Stacks) -> None:
-    """The Orbax item `config` beside `params`, as training writes it, and the marker of a finished step."""
+    """The Orbax item `config` beside `params`, as training writes it, and Orbax's description of the step."""
     float32 = any(dtype == np.float32 for leaf, (_, _, dtype) in plan.leaves.items() if leaf != BIAS)
     model = dataclasses.replace(checkpoint.config, param_dtype="float32" if float32 else checkpoint.config.param_dtype)
     settings = dataclasses.asdict(TrainConfig(workdir="", model=model))
@@ -238,8 +246,6 @@ def _write_config(step: epath.Path, checkpoint: Released, plan: Stacks) -> None:
     }
     marker |= {"init_timestamp_nsecs": 0, "commit_timestamp_nsecs": 0}
     (step / "_CHECKPOINT_METADATA").write_text(json.dumps(marker), encoding="utf-8")
-    if is_remote(step):
-        (step / COMMITTED).write_text("", encoding="utf-8")
 
 
 def _write_released(folder: epath.Path, checkpoint: Released) -> None:
@@ -266,16 +272,18 @@ def to_hf(
     model_type: str | None = None,
     dtype: str = "BF16",
     progress: Progress = lambda *_: None,
+    verify: bool = True,
 ) -> None:
     """A checkpoint of ours (converted or trained; its newest step) to a released directory.
 
     Of a run with `config.lora` it is its base with the adapters merged. int4_experts: routed experts packed, with the
     released scales if the checkpoint was INT4 and they have not been trained.
     model_type, dtype: of a trained checkpoint; a converted one says itself what it was.
-    Raises FileNotFoundError or ConfigError for the source, ConvertError for the target.
+    verify: compare the files of the source with their checksums first.
+    Raises FileNotFoundError, ConfigError or CheckpointError for the source, ConvertError for the target.
     """
     source = epath.Path(source)
-    made = Export(source, int4_experts, model_type, dtype)
+    made = Export(source, int4_experts, model_type, dtype, verify)
     try:
         total = sum(entry.nbytes for entries in made.plan.values() for entry in entries)
         work = _begin(source, target, total)

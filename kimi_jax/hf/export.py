@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from kimi_jax import checksums
 from kimi_jax.config import ConfigError, LoRAConfig, ModelConfig, TrainConfig, freeze
 from kimi_jax.hf import bounds
 from kimi_jax.hf import config as hf_config
@@ -69,8 +70,11 @@ PART_KINDS = {PACKED: ("I32",), SHAPE: ("I32", "I64"), SCALE: FLOATS, SCALE_INV:
 class _Step:
     """The newest checkpoint of a workdir, converted or trained."""
 
-    def __init__(self, workdir: epath.Path):
+    def __init__(self, workdir: epath.Path, verify: bool):
         self.step, self.folder = newest_step(workdir), workdir / "released"
+        if verify:
+            _check_sums(self.step, ("params", "config"))
+            _check_sums(self.folder)
         self.model = read_config(self.step).model
         self.released = _read_json(self.folder, CONFIG, MAX_CONFIG)
         if self.released is not None:
@@ -147,13 +151,17 @@ class Export:
     that are written as INT4 in groups of `group`.
     """
 
-    def __init__(self, source: epath.Path, int4_experts: bool, model_type: str | None, dtype: str):
+    def __init__(self, source: epath.Path, int4_experts: bool, model_type: str | None, dtype: str, verify: bool):
         self.step = newest_step(source)
+        if verify:
+            _check_sums(self.step, ("config",))
         options = read_config(self.step).lora
+        if verify and options:
+            _check_sums(self.step, ("params",))
         self._adapters = _Adapters(self.step, options) if options else None
         base = epath.Path(options.base) if options else source
         ours = (base / "checkpoints").is_dir()
-        self._weights: _Step | _Base = _Step(base) if ours else _Base(base)
+        self._weights: _Step | _Base = _Step(base, verify) if ours else _Base(base)
         self._released, self._layout = self._weights.released, self._weights.layout
         self.model_type = str(self._released["model_type"]) if self._released else model_type or self._default_type()
         if isinstance(self._weights, _Step):
@@ -299,6 +307,12 @@ def newest_step(workdir: epath.Path) -> epath.Path:
     if not steps:
         raise FileNotFoundError(f"no checkpoint in {folder}: the source must be a workdir of training or of from-hf")
     return max(steps, key=lambda p: int(p.name))
+
+
+def _check_sums(folder: epath.Path, parts: tuple[str, ...] = ()) -> None:
+    """Raises CheckpointError that lists every file that is damaged or missing (kimi_jax.checksums.problems)."""
+    if damage := checksums.problems(folder, parts):
+        raise CheckpointError("\n  ".join(["the checkpoint is damaged:", *damage]))
 
 
 def read_config(step: epath.Path) -> TrainConfig:

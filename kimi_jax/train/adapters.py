@@ -30,7 +30,7 @@ def load_base(config: TrainConfig, mesh: Mesh) -> tuple[TrainConfig, Any]:
     if not config.lora.base:
         raise ConfigError("config.lora.base is empty; name a released directory or a workdir")
     try:
-        base = load(config.lora.base, config.model.dtype, config.lora.experts, mesh)
+        base = load(config.lora.base, config.model.dtype, config.lora.experts, mesh, config.checkpoint.verify)
     except (FileNotFoundError, CheckpointError) as error:
         raise ConfigError(f"config.lora.base: {error}") from error
     own = {name: getattr(config.model, name) for name in COMPUTED}

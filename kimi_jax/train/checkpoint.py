@@ -5,10 +5,12 @@ One Orbax step `WORKDIR/checkpoints/N` holds the run after N steps:
   optimizer  optimizer moments and counters, flat: path in the state -> array
   host       JSON: state of the data stream, running sums of the log
   config     JSON: the settings of the run
-Restoring goes into an abstract state with the shardings of *this* run, so another mesh is normal. A step that cannot be
-read is moved to `WORKDIR/damaged_checkpoints` and the one before it is used: left in place, it would make Orbax refuse
-to save its number again (docs/architecture.md section 9). A step that cannot be written (a full disk) is told, cleaned
-up and left out: training is worth more than one checkpoint.
+  checksums.json  of all these files (kimi_jax.checksums), written before the step is committed
+Restoring goes into an abstract state with the shardings of *this* run, so another mesh is normal. A step that is proved
+to be damaged is moved to `WORKDIR/damaged_checkpoints` once an earlier one has been restored: left in place, it would
+make Orbax refuse to save its number again. If none can be restored, nothing is moved and the run does not start.
+Trouble that may pass (no memory, no file descriptor, I/O errors) is raised. A step that cannot be written (a full disk)
+is reported, removed and left out: training is worth more than one checkpoint.
 
 With several hosts each of them calls every method here at the same point; `workdir` is then a place that all of them
 see (`gs://...`, NFS).
@@ -27,16 +29,27 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh
 
-from kimi_jax import sharding
+from kimi_jax import checksums, sharding
 from kimi_jax.config import CheckpointConfig, ConfigError, MeshConfig, TrainConfig, diff, freeze
-from kimi_jax.train import hosts
+from kimi_jax.hf.files import CheckpointError
+from kimi_jax.train import hosts, inputs
 from kimi_jax.train.state import TrainState, abstract_params
 
+# signs of trouble that may pass, in the text of errors that tensorstore raises as ValueError
+PASSING = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "PERMISSION_DENIED", "DEADLINE_EXCEEDED", "OS error", "ABORTED")
 ITEMS = ("params", "optimizer", "host", "config")
 
 
 class CheckpointMismatch(ConfigError):
     """A checkpoint belongs to a model or an optimizer of another shape; the message names what differs."""
+
+
+class NoCheckpoint(ConfigError):
+    """A workdir holds checkpoints and none of them can be used; starting at step 0 would overwrite its run."""
+
+
+class CheckpointUnavailable(RuntimeError):
+    """A checkpoint cannot be read just now, and nothing shows that it is damaged; the same command may succeed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +70,17 @@ class Checkpoints:
 
     def __init__(self, workdir: str, options: CheckpointConfig, warn: Callable[[str], Any] = warnings.warn):
         self._damaged = epath.Path(workdir).absolute() / "damaged_checkpoints"
-        self._warn = warn
-        self._open = lambda: _manager(workdir, options)
-        self._manager = self._open()
+        self._warn, self._verify = warn, options.verify
         self._asked: int | None = None  # the step of the last save
+        self._open = lambda: _manager(workdir, options, before_commit=self._write_checksums if self._verify else None)
+        self._manager = self._open()
+
+    def _write_checksums(self) -> None:
+        """Called by Orbax on every host, in its thread, when the files of a step are complete but not yet committed."""
+        if hosts.is_first():
+            steps = epath.Path(self._manager.directory)
+            half = [p for p in steps.iterdir() if p.name.startswith(f"{self._asked}.orbax-checkpoint-tmp")]
+            checksums.write(half[0] if half else steps / str(self._asked))  # in a bucket it has its name from the start
 
     def save(self, state: TrainState, host: dict[str, Any], config: TrainConfig) -> int:
         """Starts saving the state under its own step number, which it returns; a step that is there stays as it is."""
@@ -105,24 +125,98 @@ class Checkpoints:
 
         `abstract` carries shapes and shardings (`state.abstract`). Unreadable newer ones are moved away with a warning.
         sound: pass over those written while updates were being left out.
-        Raises CheckpointMismatch if the checkpoint's arrays have other names or shapes than those of `abstract`.
+        Raises CheckpointMismatch if the checkpoint's arrays have other names or shapes than those of `abstract`,
+        NoCheckpoint if there are checkpoints but none is a whole one of a run, CheckpointUnavailable for trouble that
+        may pass.
         """
+        damaged: dict[int, str] = {}
+        passed_over = False
         for step in sorted(self._manager.all_steps(), reverse=True):
-            found, problem = None, None
+            found, problem, trouble = None, None, None
             try:
-                host = self._host(step)
-                if sound and host.host["meter"]["skipped_in_row"]:
-                    continue
-                found = self._restore_step(step, host, abstract, config)
-            except CheckpointMismatch:
+                problem = self._damage(step)
+                if problem is None:
+                    host = self._host(step)
+                    if sound and host.host["meter"]["skipped_in_row"]:
+                        passed_over = True
+                        continue
+                    found = self._restore_step(step, host, abstract, config)
+            except (ConfigError, CheckpointUnavailable):  # a mismatch is not damage
                 raise
-            except Exception as error:  # whatever a truncated or missing file makes Orbax or tensorstore raise
-                problem = f"{type(error).__name__}: {str(error)[:300]}"
-            problems = [p for p in hosts.gather(problem) if p]  # what one host cannot read, all of them leave
-            if not problems:
-                return found
-            self._quarantine(step, problems[0])
+            except Exception as error:  # whatever Orbax, tensorstore or the operating system raise
+                problem, trouble = self._judge(step, error)
+            # what one host cannot read, all of them leave
+            reports = hosts.gather([problem, trouble])
+            if troubles := [text for _, text in reports if text]:
+                raise CheckpointUnavailable(self._unavailable(step, troubles[0]))
+            if problems := [text for text, _ in reports if text]:
+                damaged[step] = problems[0]
+                continue
+            for number, text in damaged.items():
+                self._quarantine(number, text)
+            return found
+        if not passed_over:
+            self._check_new(damaged)
         return None
+
+    def _damage(self, step: int) -> str | None:
+        """What the checksums of a step prove; None for nothing. Every host reads a share of the files."""
+        folder = self._folder(step)
+        items = {item for item in ITEMS if (folder / item).exists()} | set(_recorded_parts(folder))
+        if "params" in items and not items & {"optimizer", "host"}:
+            raise NoCheckpoint(
+                f"{folder} holds weights without an optimizer state: {self._damaged.parent} was made by a conversion "
+                "and is not the workdir of a run. Give the run a --config.workdir of its own; adapters can be trained "
+                f"on these weights with --config.lora.base={self._damaged.parent}"
+            )
+        problem, trouble = None, None
+        if self._verify:
+            try:
+                problem = next(iter(_own_problems(folder)), None)
+            except (OSError, MemoryError) as error:
+                trouble = f"{type(error).__name__}: {error}"
+        found = hosts.gather([problem, trouble])
+        if troubles := [text for _, text in found if text]:
+            raise CheckpointUnavailable(self._unavailable(step, troubles[0]))
+        return next((text for text, _ in found if text), None)
+
+    def _judge(self, step: int, error: Exception) -> tuple[str | None, str | None]:
+        """What an error while a step was read proves: (damage, None), or (None, trouble that may pass)."""
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        try:
+            proved = checksums.problems(self._folder(step))
+            has_sums = _recorded_parts(self._folder(step)) != ()
+        except (OSError, MemoryError):
+            return None, text
+        if proved:
+            return proved[0], None
+        of_content = isinstance(error, (FileNotFoundError, KeyError, ValueError)) and not any(
+            sign in text for sign in PASSING
+        )
+        return (text, None) if of_content and not has_sums else (None, text)
+
+    def _unavailable(self, step: int, trouble: str) -> str:
+        return (
+            f"checkpoint {self._folder(step)} cannot be read just now ({trouble}). Nothing shows that it is damaged, "
+            "and nothing was changed: start again when the cause is gone"
+        )
+
+    def _check_new(self, damaged: dict[int, str]) -> None:
+        """Raises NoCheckpoint if this workdir has had checkpoints, of which none can be used."""
+        if damaged:
+            shown = "; ".join(f"step {step}: {problem}" for step, problem in damaged.items())
+            raise NoCheckpoint(
+                f"none of the {len(damaged)} checkpoints in {self._manager.directory} can be read ({shown}). Nothing "
+                "was moved or overwritten. Bring a whole one back, or start a new run in another --config.workdir"
+            )
+        if self._damaged.exists() and any(self._damaged.iterdir()):
+            raise NoCheckpoint(
+                f"{self._damaged} holds damaged checkpoints and {self._manager.directory} holds none: starting at step "
+                "0 would overwrite this run. Bring a whole one back, or use another --config.workdir"
+            )
+
+    def _folder(self, step: int) -> epath.Path:
+        return epath.Path(self._manager.directory) / str(step)
 
     def _host(self, step: int) -> Any:
         return self._manager.restore(
@@ -131,6 +225,9 @@ class Checkpoints:
 
     def _restore_step(self, step: int, json: Any, abstract: TrainState, config: TrainConfig) -> Restored:
         saved_config = freeze(json.config)
+        for item in ("params", "optimizer"):
+            if not (self._folder(step) / item / "_METADATA").exists():  # Orbax would report a tree without arrays
+                raise FileNotFoundError(f"{self._folder(step) / item / '_METADATA'} is missing")
         found = self._manager.item_metadata(step)
         flat = _flat(abstract)
         problems = _differences(found.params, abstract.params) + _differences(found.optimizer, flat)
@@ -146,7 +243,7 @@ class Checkpoints:
         return Restored(step, state, json.host, saved_config)
 
     def _quarantine(self, step: int, problem: str) -> None:
-        directory = epath.Path(self._manager.directory) / str(step)
+        directory = self._folder(step)
         target = self._damaged / str(step)
         self._warn(
             f"WARNING: checkpoint {directory} cannot be read ({problem}); moving it to {target} and falling back to "
@@ -168,13 +265,15 @@ class Checkpoints:
 
 
 def load(
-    workdir: str, step: int | None = None, mesh: Mesh | None = None, dtype: str | None = None
+    workdir: str, step: int | None = None, mesh: Mesh | None = None, dtype: str | None = None, verify: bool = True
 ) -> tuple[TrainConfig, Any]:
     """The settings and the weights of a run, for evaluation; the newest checkpoint unless `step` names another.
 
+    The settings name the copy of the tokenizer in the workdir, so that the workdir may have been copied.
     Of a run with `config.lora` it is the adapters (`kimi.load` merges them into their base). The weights are cut over
     the mesh, all devices by default, as in training; each device reads its own part. dtype: of all weights but the
-    router bias and adapters; default: as they were trained. Raises FileNotFoundError if there is no such checkpoint.
+    router bias and adapters; default: as they were trained. verify: compare the files with their checksums first.
+    Raises FileNotFoundError if there is no such checkpoint, CheckpointError if it is damaged.
     """
     manager = _manager(workdir, CheckpointConfig(), read_only=True)
     try:
@@ -184,16 +283,42 @@ def load(
                 f"no checkpoint {'' if step is None else f'of step {step} '}in {manager.directory}; there are: {steps}"
             )
         step = steps[-1] if step is None else step
+        if verify and (damage := _damage_on_load(epath.Path(manager.directory) / str(step))):
+            raise CheckpointError("\n  ".join(["the checkpoint is damaged:", *damage]))
         config = freeze(manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config)
         model = dataclasses.replace(config.model, param_dtype=dtype) if dtype else config.model
         abstract = abstract_params(model, mesh or sharding.make_mesh(MeshConfig()), config.lora)
         params = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract))).params
     finally:
         manager.close()
-    return config, params
+    tokenizer = inputs.kept_tokenizer(workdir, config.data.tokenizer)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer)), params
 
 
-def _manager(workdir: str, options: CheckpointConfig, read_only: bool = False) -> ocp.CheckpointManager:
+def _damage_on_load(folder: epath.Path) -> list[str]:
+    """Lines for damaged files; every host reads a share of them."""
+    return [line for lines in hosts.gather(_own_problems(folder, ("params", "config"))) for line in lines]
+
+
+def _own_problems(folder: epath.Path, parts: tuple[str, ...] = ()) -> list[str]:
+    return checksums.problems(folder, parts, jax.process_index(), jax.process_count())
+
+
+def _recorded_parts(folder: epath.Path) -> tuple[str, ...]:
+    """Items of a step that have checksums; empty without any."""
+    try:
+        sums = checksums.recorded(folder)
+    except ValueError:  # the list is damaged: it was there
+        return ITEMS
+    return tuple({name.split("/")[0] for name in sums or ()})
+
+
+def _manager(
+    workdir: str,
+    options: CheckpointConfig,
+    read_only: bool = False,
+    before_commit: Callable[[], None] | None = None,
+) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(
         epath.Path(workdir).absolute() / "checkpoints",
         options=ocp.CheckpointManagerOptions(
@@ -201,6 +326,7 @@ def _manager(workdir: str, options: CheckpointConfig, read_only: bool = False) -
             cleanup_tmp_directories=not read_only,  # what a killed run left half-written
             create=not read_only,
             read_only=read_only,
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=before_commit),
         ),
         item_names=ITEMS,
         item_handlers={

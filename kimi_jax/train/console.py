@@ -58,7 +58,7 @@ class Reporter(contextlib.AbstractContextManager):
             print(f"{row['step']:>{len(str(self._steps))}}/{self._steps}  {line}", flush=True)
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):  # not an Exception: what tolerates any error must not swallow a signal
     """A signal came while something was waited for that need not be finished."""
 
 
@@ -114,5 +114,8 @@ class Stop(contextlib.AbstractContextManager):
         self.__exit__()
         self.signal = number
         # print() may be what was interrupted, and it must not be entered twice
-        os.write(2, b"\nstopping: saving after this step; once more to stop at once without saving\n")
+        if self._patience == 0.0:
+            os.write(2, b"\nstopping; the same command starts again from the last checkpoint\n")
+        else:
+            os.write(2, b"\nstopping: saving after this step; once more to stop at once without saving\n")
         self._arm()

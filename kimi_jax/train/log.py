@@ -3,6 +3,7 @@
   metrics.jsonl   one row a log interval (kimi_jax.train.metrics)
   eval.jsonl      one line an evaluation: step, eval (task/metric -> score), rows (see kimi_jax.eval.runner)
   tensorboard/    the numbers of both
+  *.jsonl.odd, *.jsonl.1  lines that were no rows; the rows of a part of the run of which no checkpoint was left
   quarantine.jsonl  source, index, reason, key, detail of every record that could not be used, each once
 All of them may be on an object store (`gs://`), where nothing can be appended: a file is then written anew as a whole.
 """
@@ -10,6 +11,7 @@ All of them may be on an object store (`gs://`), where nothing can be appended: 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import time
 import warnings
@@ -31,7 +33,7 @@ class Log:
         self._quarantined = 0  # records listed
         if active:
             self._dir.mkdir(parents=True, exist_ok=True)
-            self._files = {name: _Lines(self._dir / name, start_step) for name in ("metrics.jsonl", "eval.jsonl")}
+            self._files = {name: _Lines(self._dir / name, start_step, warn) for name in ("metrics.jsonl", "eval.jsonl")}
             self._board = _Board(self._dir / "tensorboard", start_step + 1)
 
     def train(self, row: dict[str, Any]) -> None:
@@ -80,7 +82,7 @@ class Log:
 
     def evaluated(self) -> set[int]:
         """Steps whose evaluation is in the log."""
-        return {row["step"] for row in read_rows(self._dir / "eval.jsonl")}
+        return {row["step"] for row in read_rows(self._dir / "eval.jsonl") if _step(row) is not None}
 
     def close(self) -> None:
         """Writes what is left."""
@@ -90,16 +92,30 @@ class Log:
 
 
 class _Lines:
-    """A JSONL file that grows by whole lines only: the half of one that a full disk took is cut off before the next."""
+    """A JSONL file that grows by whole lines only: the half of one that a full disk took is cut off before the next.
 
-    def __init__(self, path: epath.Path, last_step: int):
+    Rows beyond `last_step` are cut off; if nothing would be left of them, the file is kept under another name. Lines
+    that are not rows are moved to `NAME.odd`, and `warn` is told once. Everything else stays, character for character.
+    """
+
+    def __init__(self, path: epath.Path, last_step: int, warn: Callable[[str], Any]):
         self.path = path
         self._new: list[str] = []
-        lines = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= last_step]
-        self._old = "".join(lines) if _is_remote(path) else ""  # kept only where it must be written again
-        self._size = len("".join(lines).encode())
-        if path.exists():
-            write_atomic(path, "".join(lines))
+        rows, odd = read_lines(path)
+        kept = [line for line, row in rows if _step(row) is not None and row["step"] <= last_step]
+        odd += [line for line, row in rows if _step(row) is None]
+        if odd:
+            aside = path.parent / f"{path.name}.odd"
+            before = aside.read_bytes() if aside.exists() else b""
+            _write_bytes(aside, before + b"".join(line + b"\n" for line in odd))
+            warn(f"WARNING: {len(odd)} lines of {path} are not rows of a log; they are in {aside} now, all others stay")
+        if rows and not kept:
+            _set_aside(path, warn)
+        whole = b"".join(line + b"\n" for line in kept)
+        self._old = whole if _is_remote(path) else b""  # kept only where it must be written again
+        self._size = len(whole)
+        if path.exists() and path.read_bytes() != whole:
+            _write_bytes(path, whole)
 
     def add(self, row: dict[str, Any]) -> None:
         self._new.append(json.dumps(row) + "\n")
@@ -108,17 +124,17 @@ class _Lines:
         return len(self._new)
 
     def flush(self) -> None:
-        text = "".join(self._new)
+        text = "".join(self._new).encode()
         if not text:
             return
         if _is_remote(self.path):
-            write_atomic(self.path, self._old + text)
+            _write_bytes(self.path, self._old + text)
             self._old += text
         else:
             with self.path.open("ab") as file:
                 file.truncate(self._size)
-                file.write(text.encode())
-            self._size += len(text.encode())
+                file.write(text)
+            self._size += len(text)
         self._new = []
 
 
@@ -169,25 +185,53 @@ class _Board:
 
 
 def read_rows(path: Any) -> list[dict[str, Any]]:
-    """The rows of a JSONL file; a last line that a killed run left unfinished is not one. Empty if there is no file."""
+    """The rows of a JSONL file: every line that is a JSON object, wherever others stand. Empty if there is no file."""
+    return [row for _, row in read_lines(path)[0]]
+
+
+def read_lines(path: Any) -> tuple[list[tuple[bytes, dict[str, Any]]], list[bytes]]:
+    """(lines that are JSON objects, each with its row; other lines); a last line that a killed run left unfinished is
+    neither. Both are empty if there is no file."""
     path = epath.Path(path)
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    *lines, rest = (path.read_bytes() if path.exists() else b"").split(b"\n")
+    rows, odd = [], []
+    for number, line in enumerate([*lines, rest]):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+            row = json.loads(line)
+        except (ValueError, RecursionError):  # UnicodeDecodeError too
+            row = None
+        if isinstance(row, dict):
+            rows.append((line, row))
+        elif line.strip() and number < len(lines):
+            odd.append(line)
+    return rows, odd
+
+
+def _step(row: dict[str, Any]) -> int | None:
+    step = row.get("step")
+    return step if isinstance(step, int) and not isinstance(step, bool) else None
+
+
+def _set_aside(path: epath.Path, warn: Callable[[str], Any]) -> None:
+    """A copy of a log of which nothing goes on: of a run that was lost before its first checkpoint, or whose
+    checkpoints somebody removed."""
+    number = next(n for n in itertools.count(1) if not (path.parent / f"{path.name}.{n}").exists())
+    aside = path.parent / f"{path.name}.{number}"
+    _write_bytes(aside, path.read_bytes())
+    warn(f"no row of {path} belongs to what this start goes on from; the old ones are kept in {aside}")
 
 
 def write_atomic(path: Any, text: str) -> None:
     """Writes a file so that a reader sees the old text or the new one, never half of it."""
-    path = epath.Path(path)
+    _write_bytes(epath.Path(path), text.encode())
+
+
+def _write_bytes(path: epath.Path, content: bytes) -> None:
     if _is_remote(path):
-        path.write_text(text)  # an object appears whole or not at all
+        path.write_bytes(content)  # an object appears whole or not at all
         return
     temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_text(text)
+    temporary.write_bytes(content)
     temporary.replace(path)
 
 

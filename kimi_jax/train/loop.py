@@ -2,7 +2,8 @@
 
 A run is its `workdir`: the same command started again goes on from the newest checkpoint, on the same numbers as if it
 had never stopped.
-  config.json               the settings
+  config.json, tokenizer/   the settings, a copy of the tokenizer (kimi_jax.train.inputs)
+  run.lock                  who trains here now (kimi_jax.train.lock)
   checkpoints/N             the run after N steps (kimi_jax.train.checkpoint)
   metrics.jsonl, eval.jsonl one row a log interval, one an evaluation (kimi_jax.train.log); tensorboard/ the same
   quarantine.jsonl          the records that could not be used
@@ -21,6 +22,7 @@ import dataclasses
 import json
 import textwrap
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -30,7 +32,7 @@ from jax.sharding import Mesh
 from kimi_jax import cli, sharding
 from kimi_jax.config import PRESETS, ConfigError, TrainConfig, diff, preset
 from kimi_jax.data.pipeline import BatchStream, merge_states
-from kimi_jax.train import adapters, hosts, xla_flags
+from kimi_jax.train import adapters, hosts, inputs, lock, xla_flags
 from kimi_jax.train import state as state_lib
 from kimi_jax.train.checkpoint import Checkpoints
 from kimi_jax.train.console import Interrupted, Reporter, Stop, exit_status
@@ -50,20 +52,37 @@ class Diverged(RuntimeError):
     """The loss was not finite, or leapt up, for many steps in a row, and going back did not help."""
 
 
+class StorageError(RuntimeError):
+    """The workdir cannot be written when the run starts."""
+
+
 def run(config: TrainConfig) -> int:
     """Trains, evaluates and saves. Returns the exit status.
 
     0 complete; 75 stopped by SIGTERM, saved, to be started again; 130 stopped by Ctrl-C, saved; 74 complete but the
-    end is not saved. Raises CheckpointMismatch (the workdir holds another model), Diverged, HostMissing, and whatever
-    the data or the settings raise.
+    end is not saved. Raises CheckpointMismatch (the workdir holds another model), NoCheckpoint, CheckpointUnavailable,
+    WorkdirBusy, StorageError, Diverged, HostMissing, and whatever the data or the settings raise.
     """
+    with Stop() as stop:
+        try:
+            return _run(config, stop)
+        except Interrupted:  # before the first step, or in an evaluation, which the next start makes again
+            return exit_status(stop.signal)
+
+
+def _run(config: TrainConfig, stop: Stop) -> int:
     clock = Goodput()
-    hosts.start()
+    with stop.raising(0.0):
+        hosts.start()
     # jax lets host 0 alone write the cache, so several hosts need one that all of them see
     cache = cli.enable_compilation_cache(config.workdir if jax.process_count() > 1 else None)
     with contextlib.ExitStack() as stack:
         say = stack.enter_context(Reporter(config.steps, quiet=not hosts.is_first()))
+        # until there is something to save a signal ends the run at once; several hosts agree on it after a step
+        starting = stack.enter_context(contextlib.ExitStack())
+        starting.enter_context(stop.raising(0.0 if jax.process_count() == 1 else None))
         _check(config)
+        _lock(config, stack, say)
         mesh = sharding.make_mesh(config.mesh)
         config, base = adapters.load_base(config, mesh)
         say(*describe(config), f"compiled programs are kept in {cache}")
@@ -74,31 +93,61 @@ def run(config: TrainConfig) -> int:
         say(parameter_table(state_lib.infos(config.model, config.lora), abstract.params))
 
         # -------------------------------------------------------------------------------- where the run stands
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(config.workdir, config.checkpoint, say)))
+        with _storage(config):
+            checkpoints = stack.enter_context(contextlib.closing(Checkpoints(config.workdir, config.checkpoint, say)))
         with clock.spend("restore"):
             restored = checkpoints.restore(abstract, config)
         step = restored.step if restored else 0
         state = dataclasses.replace(restored.state if restored else init_state(), frozen=base)
         host = restored.host if restored else {"data": None, "meter": None}
+        fed = inputs.fingerprint(config.data)
         if restored:
+            inputs.check(restored.config, host.get("inputs"), config, fed)
             say(f"going on from the checkpoint of step {step}")
             changes = [line.replace("(default ", "(was ") for line in diff(config, restored.config)]
             say(*(f"  changed since then: {line}" for line in changes))
             clock.restore(restored.host.get("goodput"))
-        log = stack.enter_context(contextlib.closing(Log(config.workdir, step, say, hosts.is_first())))
+        with _storage(config):
+            log = stack.enter_context(contextlib.closing(Log(config.workdir, step, say, hosts.is_first())))
         if hosts.is_first():
-            write_atomic(epath.Path(config.workdir) / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
+            with _storage(config):
+                write_atomic(
+                    epath.Path(config.workdir) / "config.json", json.dumps(dataclasses.asdict(config), indent=1)
+                )
+                inputs.keep_tokenizer(config)
         meter = Meter(config.model, config.log_interval, config.steps, host["meter"])
-        stop = stack.enter_context(Stop())
         idle = stack.enter_context(contextlib.closing(Idle()))
         trace = stack.enter_context(Trace(config.profile, config.workdir, say))
-        this = _Run(config, mesh, checkpoints, log, meter, clock, idle, trace, stop, say, FillWatch())
+        this = _Run(config, mesh, checkpoints, log, meter, clock, idle, trace, stop, say, FillWatch(), fed)
 
         # ------------------------------------------------------------------------------------------- train, end
+        starting.close()
+        return _work(this, train_step, abstract, state, step, host["data"])
+
+
+@contextlib.contextmanager
+def _storage(config: TrainConfig) -> Iterator[None]:
+    """Makes an OSError inside a StorageError: a workdir that cannot be written when a run starts."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"the workdir {config.workdir} cannot be written ({error}); make room, or use another --config.workdir"
+        ) from error
+
+
+def _lock(config: TrainConfig, stack: contextlib.ExitStack, say: Reporter) -> None:
+    """Host 0 takes the lock of the workdir for all; what it cannot do is raised on every host."""
+    problem = None
+    if hosts.is_first():
         try:
-            return _work(this, train_step, abstract, state, step, host["data"])
-        except Interrupted:  # an evaluation, which the next start makes again
-            return exit_status(stop.signal)
+            with _storage(config):
+                stack.enter_context(lock.held(config.workdir, say))
+        except (lock.WorkdirBusy, StorageError) as error:
+            problem = [type(error).__name__, str(error)]
+    problem = hosts.gather(problem)[0]
+    if problem:
+        raise {"WorkdirBusy": lock.WorkdirBusy}.get(problem[0], StorageError)(problem[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +165,7 @@ class _Run:
     stop: Stop
     say: Reporter
     fill: FillWatch
+    fed: dict[str, Any]  # fingerprint of the tokenizer and the sources
 
     def evaluate(self, state: TrainState, limit: int, samples: list | None = None) -> list[Any]:
         """Runs the tasks of the settings, prints and logs the scores; returns the rows of `kimi_jax.eval.runner`.
@@ -146,6 +196,7 @@ class _Run:
         self.log.flush()
         with self.clock.spend("checkpoint"):
             host = {"data": _whole(stream), "meter": self.meter.state(), "goodput": self.clock.state()}
+            host["inputs"] = self.fed
             self.checkpoints.save(state, host, self.config)
 
 

@@ -3,7 +3,7 @@
 A row is the mean over the steps since the row before. It is the same, bit for bit, whether or not the run was killed in
 between: the running sums travel with the checkpoint. Only the keys in `TIMED` depend on the machine.
 
-Row (one JSON line of `WORKDIR/metrics.jsonl`, see kimi_jax.train.log):
+Row (one JSON line of `WORKDIR/metrics.jsonl`, see kimi_jax.train.log; `ROW` has every key):
   step; loss, loss_text, loss_image, loss_video (nats a target token; null if there was none); balance_loss
   tokens, features, patches (real ones in the interval); tokens_seen (since the start of the run)
   lr, update_rms_muon, update_rms_adamw (of the last step); grad_norm (mean, before clipping)
@@ -36,6 +36,13 @@ from kimi_jax.train.step import MODALITIES
 _SUMS = ("nll_sum", "weight_sum", "balance_loss", "grad_norm")  # over steps with an update
 _TOTALS = (*flops.COUNTS, "expert_load", "dropped", "clipped_heads")  # over all steps
 _WORST = ("max_logits", "rounds", "imbalance")  # the largest of all steps
+ROW = (
+    "step", "loss", "loss_text", "loss_image", "loss_video", "balance_loss", "tokens", "features", "patches",
+    "tokens_seen", "lr", "update_rms_muon", "update_rms_adamw", "grad_norm", "max_logit", "clipped_heads",
+    "expert_load", "load_imbalance", "dropped", "rounds", "imbalance", "skipped", "spikes", "rollbacks", "tokens_per_s",
+    "patches_per_s", "flops_per_s", "mfu", "step_s", "wait_s", "time_s", "goodput", "goodput_run", "seconds",
+    "token_fill", "vision_ratio", "data",
+)  # fmt: skip
 TIMED = ("tokens_per_s", "patches_per_s", "flops_per_s", "mfu", "step_s", "wait_s", "time_s", "goodput", "goodput_run",
          "seconds")  # fmt: skip
 _COUNTED = ("tokens", "features", "patches", "clipped_heads", "dropped", "skipped", "spikes")

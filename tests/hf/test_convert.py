@@ -20,6 +20,7 @@ from etils import epath
 from safetensors.numpy import load_file, save_file
 
 import kimi_jax as kimi
+from kimi_jax import checksums
 from kimi_jax import convert as command_line
 from kimi_jax.config import ConfigError, MeshConfig
 from kimi_jax.hf import convert, leaves, stacks, stream
@@ -220,6 +221,7 @@ def test_targets_in_a_bucket(tmp_path, bucket, monkeypatch):
 
 CHILD = """
 import os, signal, sys
+from kimi_jax import checksums
 from kimi_jax import convert as command_line
 from kimi_jax.hf import convert, stream
 stream.PIECE, convert.SYNC_BYTES = 500, 1
@@ -351,3 +353,33 @@ def test_mistakes_on_the_command_line_are_one_line(arguments, message, tmp_path,
         rest = flags.FLAGS(["convert", *arguments])
         with pytest.raises(SystemExit, match=message):
             command_line.main(rest)
+
+
+def test_converted_checkpoint_with_damage_is_neither_loaded_nor_exported(tmp_path):
+    """One flipped bit in each kind of file, and a missing chunk, which would be read as zeros."""
+    from_hf(FIXTURES / "tiny_int4", tmp_path / "ours")
+    assert not checksums.problems(tmp_path / "ours" / "checkpoints" / "0")
+    every = sorted(p.relative_to(tmp_path / "ours") for p in (tmp_path / "ours").rglob("*") if p.is_file())
+    loaded = [name for name in every if {"params", "config"} & set(name.parts)]
+    others = [name for name in every if "released" in name.parts and name.name != checksums.NAME]
+    chunk = next(name for name in loaded if "experts.gate" in str(name) and not name.name.startswith("."))
+    kinds = [chunk, loaded[0], loaded[-1], others[0], others[-1]]
+    for number, name in enumerate([*kinds, chunk]):
+        copy = tmp_path / str(number)
+        shutil.copytree(tmp_path / "ours", copy)
+        if number < len(kinds):
+            data = bytearray((copy / name).read_bytes())
+            data[len(data) // 2] ^= 16
+            (copy / name).write_bytes(data)
+        else:
+            (copy / name).unlink()
+        with pytest.raises(CheckpointError, match=name.name):
+            to_hf(copy, tmp_path / "back")
+        assert not (tmp_path / "back").exists()
+        if name in loaded:
+            with pytest.raises(CheckpointError, match=name.name):
+                kimi.load(copy)
+    to_hf(tmp_path / "5", tmp_path / "zeros", verify=False)  # switched off: the missing chunk is exported as zeros
+    from_hf(FIXTURES / "tiny_fp32", tmp_path / "without", checksum=False)
+    assert not list((tmp_path / "without").rglob(checksums.NAME))
+    to_hf(tmp_path / "without", tmp_path / "back")

@@ -2,6 +2,9 @@
 
 import contextlib
 import dataclasses
+import errno
+import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +12,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from kimi_jax import sharding
+from kimi_jax import checksums, sharding
 from kimi_jax.config import CheckpointConfig, MeshConfig, TrainConfig
-from kimi_jax.train.checkpoint import CheckpointMismatch, Checkpoints
+from kimi_jax.hf.convert import from_hf
+from kimi_jax.train.checkpoint import CheckpointMismatch, Checkpoints, CheckpointUnavailable, NoCheckpoint
 from kimi_jax.train.state import TrainState
+from tests.environment import FIXTURES
 
 CONFIG = TrainConfig(checkpoint=CheckpointConfig(interval=1, keep=2))
 
@@ -141,3 +146,96 @@ def test_other_shapes_are_an_error_that_names_them_and_the_setting(tmp_path, sta
         checkpoints.restore(abstract(state), other)
     assert "config.model.hidden_size = 24" in str(error.value)
     assert (tmp_path / "checkpoints" / "1").is_dir()  # a mismatch is not damage
+
+
+def files_of(step):
+    return sorted(p for p in step.rglob("*") if p.is_file())
+
+
+def flip(path, at: float):
+    """One bit of the file, at this share of its length."""
+    data = bytearray(path.read_bytes())
+    data[int(at * (len(data) - 1))] ^= 4
+    path.write_bytes(data)
+
+
+def restore(directory, verify: bool = True):
+    options = dataclasses.replace(CONFIG.checkpoint, verify=verify)
+    with contextlib.closing(Checkpoints(str(directory), options)) as checkpoints:
+        return checkpoints.restore(abstract(make_state(1)), CONFIG)
+
+
+def test_checksums_find_a_flipped_bit_in_every_file_and_a_missing_file(tmp_path):
+    """Each file of a step in turn; the list of checksums too. Restoring falls back, loading refuses."""
+    save(tmp_path / "whole", 1, 2).close()
+    names = [p.relative_to(tmp_path / "whole") for p in files_of(tmp_path / "whole" / "checkpoints" / "2")]
+    assert len(names) > 10 and any("/d/" in str(name) for name in names)
+    for number, name in enumerate(n for n in names if n.name not in checksums.LATER):
+        for kind in ("flip", "missing") if name.name != checksums.NAME else ("flip",):
+            copy = tmp_path / f"{number} {kind}"
+            shutil.copytree(tmp_path / "whole", copy)
+            flip(copy / name, number / len(names)) if kind == "flip" else (copy / name).unlink()
+            assert checksums.problems(copy / "checkpoints" / "2"), name
+            if number % 4 == 0:
+                with pytest.warns(UserWarning, match="falling back"):
+                    assert restore(copy).step == 1, name
+    assert not checksums.problems(tmp_path / "whole" / "checkpoints" / "2")
+
+
+def test_checksums_can_be_switched_off(tmp_path):
+    options = dataclasses.replace(CONFIG.checkpoint, verify=False)
+    with contextlib.closing(Checkpoints(str(tmp_path), options)) as checkpoints:
+        checkpoints.save(make_state(1), {}, CONFIG)
+    assert not (tmp_path / "checkpoints" / "1" / checksums.NAME).exists()
+    assert restore(tmp_path).step == 1  # a step without checksums is restored as before
+
+
+def test_unreadable_checkpoints_stop_the_run_and_stay_where_they_are(tmp_path):
+    save(tmp_path, 1, 2).close()
+    for step in ("1", "2"):
+        (tmp_path / "checkpoints" / step / "params" / "_METADATA").unlink()
+    before = files_of(tmp_path)
+    for _ in range(2):  # starting again does not start at step 0 either
+        with pytest.raises(NoCheckpoint, match="none of the 2 checkpoints"):
+            restore(tmp_path)
+    assert files_of(tmp_path) == before
+    shutil.move(tmp_path / "checkpoints", tmp_path / "damaged_checkpoints")
+    with pytest.raises(NoCheckpoint, match="holds damaged checkpoints"):
+        restore(tmp_path)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("recorded", [True, False], ids=["checksums", "none"])
+def test_missing_metadata_falls_back_to_the_step_before(tmp_path, verify, recorded):
+    save(tmp_path, 1, 2).close()
+    if not recorded:  # a checkpoint of an older version
+        (tmp_path / "checkpoints" / "2" / checksums.NAME).unlink()
+    (tmp_path / "checkpoints" / "2" / "params" / "_METADATA").unlink()
+    with pytest.warns(UserWarning, match="falling back"):
+        assert restore(tmp_path, verify).step == 1
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM, errno.EIO, errno.ENOSPC, errno.EACCES], ids=str)
+@pytest.mark.parametrize("place", ["checksums", "arrays"])
+def test_passing_trouble_is_raised_and_moves_nothing(tmp_path, monkeypatch, number, place):
+    save(tmp_path, 1, 2).close()
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    if place == "checksums":
+        monkeypatch.setattr(checksums, "_sum", fail)
+    else:
+        monkeypatch.setattr(Checkpoints, "_restore_step", fail)
+    with pytest.raises(CheckpointUnavailable, match="Nothing shows that it is damaged"):
+        restore(tmp_path)
+    monkeypatch.undo()
+    assert restore(tmp_path).step == 2 and not (tmp_path / "damaged_checkpoints").exists()
+
+
+def test_converted_weights_are_not_taken_for_a_damaged_run(tmp_path):
+    from_hf(FIXTURES / "tiny_fp32", tmp_path / "converted")
+    before = files_of(tmp_path)
+    with pytest.raises(NoCheckpoint, match=r"weights without an optimizer state.*--config.lora.base="):
+        restore(tmp_path / "converted")
+    assert files_of(tmp_path) == before

@@ -7,13 +7,15 @@ import json
 import numpy as np
 import pytest
 
-from kimi_jax import cli
+from kimi_jax import cli, report, report_charts
 from kimi_jax.config import CheckpointConfig, ConfigError, EvalConfig, MeshConfig, ProfileConfig, preset
 from kimi_jax.data.pipeline import BatchStream
 from kimi_jax.eval import runner
 from kimi_jax.train import checkpoint, loop
 from kimi_jax.train.log import read_rows
+from kimi_jax.train.metrics import ROW
 from kimi_jax.train.xprof import Trace
+from tests.synthetic_run import write_run
 from tests.train.tiny import CONFIG, make_batch
 
 
@@ -89,6 +91,19 @@ def test_evaluation_on_the_way_and_at_the_end_and_not_again(tmp_path, monkeypatc
     assert checkpoint.load(str(tmp_path), 4)[0] == settings
     with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 5 .* there are: \[4, 8\]"):
         checkpoint.load(str(tmp_path), 5)
+
+
+def test_report_draws_every_chart_from_the_log_of_a_real_run(tmp_path):
+    assert loop.run(config(tmp_path)) == 0
+    for row in read_rows(tmp_path / "metrics.jsonl"):
+        assert sorted(row) == sorted(ROW)
+    found = report.load(tmp_path)
+    titles = [chart.title for chart in report_charts.draw(found.rows, tau=100.0)]
+    expected = "Loss by modality/Throughput/Model FLOPs utilisation/Largest attention logit/Gradient norm/"
+    assert "/".join(titles) == expected + "Learning rate/Packing/Expert load"
+    assert "Largest attention logit" in report.render(found)
+    made_up = read_rows(write_run(tmp_path / "made_up", steps=2) / "metrics.jsonl")
+    assert made_up and all(set(row) <= set(ROW) for row in made_up)  # what the tests of the report read
 
 
 def test_a_trace_of_some_steps_and_where_the_time_went(tmp_path, capsys):

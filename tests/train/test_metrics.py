@@ -134,3 +134,33 @@ def test_quarantine_lists_every_record_once(tmp_path):
     assert read_rows(tmp_path / "quarantine.jsonl") == [
         {"source": "vqa", "index": 3, "reason": "broken_image", "key": "a.png", "detail": "cut off"}
     ]
+
+
+ODD = [b"\x00\x00\x00", b'{"step": 3, "lo', b"[1]", b'{"loss": 3}', b'{"step": "4"}', b"\xff\xfe", b"[" * 100_000, b"7"]
+
+
+def test_odd_lines_of_a_log_cost_no_row_and_are_reported_once(tmp_path):
+    """Rows before and behind a bad line stay, character for character; bad lines get a file of their own."""
+    rows = [json.dumps({"step": step, "text": "\u2028é"}, ensure_ascii=False).encode() for step in range(1, 99)]
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        (tmp_path / name).write_bytes(b"\n".join([*rows[:50], *ODD, *rows[50:]]) + b"\n")
+    said: list[str] = []
+    with contextlib.closing(Log(str(tmp_path), 98, said.append)) as found:
+        assert found.evaluated() == set(range(1, 99))
+        found.train({"step": 99})
+    assert len(said) == 2 and all(f"{len(ODD)} lines" in line for line in said)
+    want = b"".join(line + b"\n" for line in [*rows, b'{"step": 99}'])
+    assert (tmp_path / "metrics.jsonl").read_bytes() == want
+    moved = [line for line in ODD if line not in ODD[3:5]] + ODD[3:5]  # rows without a step behind what is no JSON
+    assert (tmp_path / "metrics.jsonl.odd").read_bytes() == b"".join(line + b"\n" for line in moved)
+    Log(str(tmp_path), 99, said.append).close()
+    assert len(said) == 2 and (tmp_path / "metrics.jsonl").read_bytes() == want
+
+
+def test_log_of_a_run_that_starts_anew_is_kept(tmp_path):
+    said: list[str] = []
+    for _ in range(2):
+        with contextlib.closing(Log(str(tmp_path), 0, said.append)) as found:
+            found.train({"step": 10})
+    assert read_rows(tmp_path / "metrics.jsonl") == read_rows(tmp_path / "metrics.jsonl.1") == [{"step": 10}]
+    assert len(said) == 1 and "the old ones are kept in" in said[0]
