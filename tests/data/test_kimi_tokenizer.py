@@ -48,7 +48,7 @@ def test_golden_ids(tokenizer):
     goldens = json.loads((FIXTURES / "tokenizer_golden.json").read_text())
     assert len(goldens) >= 9
     for text, ids in goldens.items():
-        assert tokenizer.encode(text) == ids, text
+        assert tokenizer.encode(text, allow_special_tokens=True) == ids, text
         assert tokenizer.decode(ids) == text
 
 
@@ -69,7 +69,7 @@ def test_ids_of_the_specials_are_those_of_the_released_config(tokenizer):
 def test_every_id_decodes_and_is_encoded_again(tokenizer):
     """Specials come back as themselves; the text of base tokens, of which a sample is taken, is kept."""
     for i in range(tokenizer.base_size, tokenizer.vocab_size):
-        assert tokenizer.encode(tokenizer.decode([i])) == [i]
+        assert tokenizer.encode(tokenizer.decode([i]), allow_special_tokens=True) == [i]
     whole = [i for i in range(0, tokenizer.base_size, 97) if "\ufffd" not in tokenizer.decode([i])]
     assert len(whole) > 1000
     for i in whole:  # other ids may spell the same text, never another one
@@ -111,7 +111,10 @@ def test_the_two_ways_to_write_the_pattern_split_alike(tokenizer, look_ahead, te
 
 def test_skipping_specials_keeps_thinking_and_tool_marks(tokenizer):
     text = "<|im_user|>a<think>b</think><|tool_call_begin|>c<|im_end|>[EOS]"
-    assert tokenizer.decode(tokenizer.encode(text), True) == "a<think>b</think><|tool_call_begin|>c"
+    assert (
+        tokenizer.decode(tokenizer.encode(text, allow_special_tokens=True), True)
+        == "a<think>b</think><|tool_call_begin|>c"
+    )
 
 
 def test_the_data_pipeline_takes_it_and_never_makes_a_special_token_of_data(tokenizer):
@@ -163,7 +166,7 @@ def test_a_million_characters_without_a_space(small):
 def test_a_vocabulary_of_another_size_keeps_the_places_of_the_specials(small):
     assert small.vocab_size == 262 + 256 and small.media_pad_id == 262 + 21 and small.pad_id == 262 + 255
     assert small.decode(small.encode("the thé<|im_end|>")) == "the thé<|im_end|>"
-    assert small.encode("<|im_end|>") == [264] and len(small.encode("<|im_end|>", False)) > 5
+    assert small.encode("<|im_end|>", True) == [264] and len(small.encode("<|im_end|>", False)) > 5
 
 
 def test_pickling_carries_the_vocabulary(small):
@@ -220,4 +223,4 @@ def test_damaged_names_and_missing_files(tmp_path):
 
 def test_released_folder_copied_elsewhere_loads_alike(tokenizer, tmp_path):
     shutil.copy(shared(f"{FOLDER}/tiktoken.model"), tmp_path)
-    assert kimi.load_tokenizer(tmp_path).encode("<think>Hello") == tokenizer.encode("<think>Hello")
+    assert kimi.load_tokenizer(tmp_path).encode("<think>Hello", True) == tokenizer.encode("<think>Hello", True)

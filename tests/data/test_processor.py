@@ -110,9 +110,9 @@ def test_data_uris_of_other_forms():
 def test_a_text_that_spells_a_pad_is_an_error_or_stays_text(tokenizer):
     messages = user({"type": "text", "text": "<|media_pad|>"})
     with pytest.raises(BadRecord) as bad:
-        prepare(messages, tokenizer)
+        prepare(messages, tokenizer, allow_special_tokens=True)
     assert bad.value.reason == "placeholder_mismatch"
-    assert tokenizer.media_pad_id not in prepare(messages, tokenizer, allow_special_tokens=False).input_ids
+    assert tokenizer.media_pad_id not in prepare(messages, tokenizer).input_ids
 
 
 def test_a_part_without_its_picture(tokenizer):
