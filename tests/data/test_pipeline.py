@@ -165,7 +165,7 @@ def test_report_counts_what_was_delivered(path):
 
 
 def test_ratio_follows_its_schedule(path):
-    with stream(path, vision_ratio=((0.0, 0.0), (0.5, 0.3))) as s:
+    with stream(path, vision_ratio=((0.0, 0.0), (0.5, 0.3)), vision_bins=((64, 6), (160, 5))) as s:
         batches = [next(s) for _ in range(STEPS)]
     share = [(b["feature_index"] >= 0).sum() / (b["segment_ids"] > 0).sum() for b in batches]
     assert max(share[: STEPS // 2]) == 0
@@ -240,7 +240,7 @@ def test_an_unexpected_error_names_source_and_record(path):
 def test_a_ratio_out_of_reach_stops_the_run(path):
     wordy = {**SOURCES, "vqa": Synthetic("image", words=(60, 61)), "clips": Synthetic("video", words=(60, 61))}
     with (
-        stream(path, opened=wordy, vision_ratio=((0.0, 0.5),)) as s,
+        stream(path, opened=wordy, vision_ratio=((0.0, 0.5),), vision_bins=((64, 6), (160, 5))) as s,
         pytest.raises(DataError, match="cannot be reached"),
     ):
         for _ in range(100):

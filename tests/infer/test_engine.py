@@ -195,13 +195,14 @@ def test_same_seed_same_tokens_whatever_else_runs(engine):
 def test_seeded_tokens_and_log_probabilities_do_not_depend_on_earlier_answers(dtype, asked):
     """Bit for bit, in both dtypes: pages that decoding made are not their prefix. Others still share them."""
     config = dataclasses.replace(tiny.CONFIG, dtype=dtype, media_placeholder_token_id=tiny.CONFIG.vocab_size - 1)
-    engine = Engine(Model(config, tiny.params()), slots=2, page_size=4, max_sequence_length=LENGTH)
+    params = model().params
+    engine = Engine(Model(config, params), slots=2, page_size=4, max_sequence_length=LENGTH)
     (before,) = engine.run([Request(text(3, 3), sampling=Sampling(0.0, max_new_tokens=12))])
     longer = np.concatenate([text(3, 3), np.array(before.token_ids[:10], np.int32)])
     request = Request(longer, sampling=Sampling(max_new_tokens=8, **asked))
     (plain,) = engine.run([Request(longer, sampling=Sampling(0.0, max_new_tokens=1))])
     (warm,) = engine.run([request])
-    engine.set_params(tiny.params())
+    engine.set_params(params)
     (cold,) = engine.run([request])
     assert plain.cached_tokens == 12 and warm.cached_tokens == 0
     assert (warm.token_ids, warm.logprobs) == (cold.token_ids, cold.logprobs)
