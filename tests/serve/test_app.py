@@ -329,8 +329,6 @@ def test_completions_of_text_and_of_tokens(address, engine):
         ({"messages": [{"role": "user", "name": 5}]}, "messages[0].name"),
         ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0]"),
         ({"messages": [{"role": "assistant", "tool_calls": 5}]}, "messages[0].tool_calls"),
-        ({"messages": [{"role": "user", "contents": "x"}]}, "messages[0].contents"),
-        ({"messages": [{"role": "assistant", "function_call": {"name": "f"}}]}, "messages[0].function_call"),
         ({"messages": [{"role": "user", "content": "x" * 1500}]}, None),
         ({"temperature": -1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
