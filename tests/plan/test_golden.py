@@ -40,7 +40,6 @@ GOLDEN = {
     "1": {
         "all-gather expert": 2,
         "all-gather fsdp": 2,
-        "all-reduce -": 2,
         "all-reduce expert": 4,
         "all-reduce fsdp": 4,
         "all-reduce fsdp+expert": 3,
