@@ -20,7 +20,7 @@ from urllib.parse import unquote_to_bytes
 import numpy as np
 
 from kimi_jax.data import BadRecord
-from kimi_jax.data.chat import VIDEO_TYPES, Message, encode_pieces, media_pieces, render
+from kimi_jax.data.chat import IMAGE_TYPES, VIDEO_TYPES, Message, encode_pieces, media_pieces, render
 from kimi_jax.data.example import MediaItem
 from kimi_jax.data.image import normalise
 from kimi_jax.data.media_plan import MediaPlan, plan_media
@@ -62,7 +62,7 @@ class Limits:
 
     max_tokens: of prompt and answer together. max_characters: of all text; no prompt with more of them can have fewer
     tokens than that. reserve: is called with the bytes that the media will take, before they are decoded, and raises
-    if there is no room for them.
+    if there is no room for them; with a negative number when some are free again.
     """
 
     max_tokens: int
@@ -124,14 +124,16 @@ def prepare(
         limits.check_text(pieces)
     ids = encode_pieces(pieces, tokenizer, allow_special_tokens)
     if limits:
+        passing = max((each.passing_bytes for each in plans), default=0)
         planned = [grid for each in plans for grid in each.grids]
         limits.check_tokens(len(ids) + sum(num_features(grid) - 1 for grid in planned))
-        passing = max((each.passing_bytes for each in plans), default=0)
         limits.reserve(passing + sum(each.lasting_bytes for each in plans))
     stamps_are_planned = any(each.num_frames for each in plans)
     decoded = []
     while plans:  # a decoded source is let go before the next one is decoded
         decoded.append(plans.pop(0).decode())
+    if limits:
+        limits.reserve(-passing)
     if stamps_are_planned:  # the stamps and the number of chunks are known only now
         each_part = iter(decoded)
 
@@ -165,12 +167,26 @@ def expand_pads(ids: np.ndarray, grid_thws: np.ndarray, media_pad_id: int) -> np
     return np.repeat(ids, repeats)
 
 
-def _media_source(part: Mapping[str, Any], open_address: Callable[[str], bytes] | None) -> tuple[Any, str]:
-    """What a part holds, addresses opened, and how messages call it."""
+def media_addresses(messages: Sequence[Message]) -> list[str]:
+    """Whatever stands as a string where a media part has its address, in order; other parts are passed over."""
+    found = []
+    for message in messages:
+        content = message.get("content")
+        for part in content if isinstance(content, Sequence) else ():
+            if isinstance(part, Mapping) and part.get("type") in IMAGE_TYPES + VIDEO_TYPES:
+                found.append(_value(part))
+    return [value for value in found if isinstance(value, str)]
+
+
+def _value(part: Mapping[str, Any]) -> Any:
     kind = part["type"]
     value = part.get(kind, part.get(kind.removesuffix("_url")))
-    if isinstance(value, Mapping):
-        value = value.get("url")
+    return value.get("url") if isinstance(value, Mapping) else value
+
+
+def _media_source(part: Mapping[str, Any], open_address: Callable[[str], bytes] | None) -> tuple[Any, str]:
+    """What a part holds, addresses opened, and how messages call it."""
+    kind, value = part["type"], _value(part)
     if value is None:
         raise ValueError(f"a part of type {kind} has nothing under {kind!r}")
     if not isinstance(value, str):

@@ -67,9 +67,11 @@ class _Sequence:
     cancelled: bool = False
     events: list[Event] = field(default_factory=list)
 
-    def report(self, *values: Any) -> Event:
+    def report(
+        self, token: int | None, logprob: float | None, top: tuple, reason: str | None, error: str | None = None
+    ) -> Event:
         """The next event, remembered for `Engine.run`."""
-        self.events.append(Event(self.number, *values))
+        self.events.append(Event(self.number, token, logprob, top, reason, error, self.cached))
         return self.events[-1]
 
 
