@@ -18,6 +18,7 @@ from typing import Any
 import av
 import numpy as np
 import PIL.Image
+from PIL.IcoImagePlugin import IcoFile
 
 from kimi_jax.data import BadRecord
 from kimi_jax.data.example import MediaItem
@@ -39,6 +40,7 @@ from kimi_jax.data.video import (
     video_size,
 )
 
+ICON = b"\0\0\1\0"
 PATCH_BYTES = 3 * 14 * 14
 DECODED_PIXEL_BYTES = 16  # the decoder's copy, PIL's own and its RGB form at 4 bytes a pixel each, and the resize
 VIDEO_DECODER_FRAMES = 16  # reference frames and threads of a decoder, at 3 bytes a pixel each
@@ -101,6 +103,8 @@ def plan_media(source: Any, is_video: bool, key: str = "") -> MediaPlan:
 
 def _plan_image(source: Any, key: str) -> MediaPlan:
     size = len(source) if isinstance(source, bytes) else 0
+    if isinstance(source, bytes) and source.startswith(ICON):
+        _check_icon(source, key)
     if isinstance(source, (bytes, Path)):
         source = open_image(source, key)
     if not isinstance(source, (PIL.Image.Image, np.ndarray)):
@@ -108,21 +112,20 @@ def _plan_image(source: Any, key: str) -> MediaPlan:
             "broken_image", key, f"an image is a PIL image, an array or a file, not {type(source).__name__}"
         )
     width, height = image_size(source, key)
-    if getattr(source, "format", None) == "ICO":
-        _check_icon(source, key)
     plan = plan_image(width, height)
     passing = DECODED_PIXEL_BYTES * width * height
     return MediaPlan(source, key, plan, lasting_bytes=size + plan.patches * PATCH_BYTES, passing_bytes=passing)
 
 
-def _check_icon(image: Any, key: str) -> None:
-    """The image inside an icon has a size of its own, of which the icon's header may say anything."""
+def _check_icon(data: bytes, key: str) -> None:
+    """Refuses an icon that holds an image of another size than it says: PIL decodes icons when it opens them."""
     try:
-        inside = image.ico.frame(image.ico.getentryindex(image.size)).size
+        icon = IcoFile(io.BytesIO(data))
+        inside, said = icon.frame(0).size, icon.sizes()
     except Exception as error:  # PIL raises anything on a damaged file
         raise BadRecord("broken_image", key, f"{type(error).__name__} in an icon") from error
-    if inside != image.size:
-        raise BadRecord("broken_image", key, f"the icon says {image.size} pixels and holds {inside}")
+    if inside not in said:
+        raise BadRecord("broken_image", key, f"the icon says {sorted(said)} pixels and holds {inside}")
 
 
 def _plan_video(source: Any, key: str) -> MediaPlan:

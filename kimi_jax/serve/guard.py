@@ -47,6 +47,9 @@ class Guard:
     def _problem(self, scope: Scope) -> ApiError | None:
         if len(scope["headers"]) > MAX_HEADERS:
             return ApiError(431, f"more than {MAX_HEADERS} headers")
+        size = len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(n) + len(v) for n, v in scope["headers"])
+        if size > MAX_HEADER_BYTES:  # the parser limits only headers that come in several pieces
+            return ApiError(431, f"more than {MAX_HEADER_BYTES} bytes of headers")
         if not self._digest or scope["path"] == "/health":
             return None
         given = [value for name, value in scope["headers"] if name.lower() == b"authorization"]
