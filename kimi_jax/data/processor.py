@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,9 +28,10 @@ from kimi_jax.data.media_plan import MediaPlan, plan_media
 from kimi_jax.data.patches import num_features
 from kimi_jax.data.tokenizer import Tokenizer
 
-MAX_HEAD = 1024  # characters of a data URI before its comma
+MAX_HEAD = 1024  # characters of a data URI between its scheme and its comma
 MAX_PERCENT_ENCODED = 1 << 20  # characters of a data URI that is not base64
 MARKS_OF_AN_ITEM = 4  # special tokens around a media item beside its pads' place, at least
+_DATA_URI = re.compile(rf"data:(?P<type>[^,]{{0,{MAX_HEAD}}}),", re.IGNORECASE)
 _WHITESPACE = b" \t\r\n\f\v"
 
 
@@ -205,12 +207,11 @@ def read_data_uri(uri: str, key: str = "data URI") -> bytes:
     Raises BadRecord(broken_image) for a malformed one: no comma within MAX_HEAD characters, what is not base64, or
     more than MAX_PERCENT_ENCODED characters in another encoding.
     """
-    head, comma, _ = uri[: MAX_HEAD + 1].partition(",")
-    scheme, colon, media_type = head.partition(":")
-    if not comma or not colon or scheme.lower() != "data":
+    head = _DATA_URI.match(uri)
+    if head is None:
         raise BadRecord("broken_image", key, "not a data URI: data:TYPE;base64,...")
-    start = len(head) + 1
-    if media_type.rpartition(";")[2].strip().lower() != "base64":
+    start = head.end()
+    if head["type"].rpartition(";")[2].strip().lower() != "base64":
         if len(uri) - start > MAX_PERCENT_ENCODED:
             raise BadRecord("broken_image", key, f"more than {MAX_PERCENT_ENCODED} characters that are not base64")
         return unquote_to_bytes(uri[start:].encode("utf-8", "surrogatepass"))
