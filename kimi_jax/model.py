@@ -141,7 +141,8 @@ class Model:
         """Next-token logits, float32 [B, S, V].
 
         input_ids: ints [B, S], each picture or video chunk as as many media pads as it has features; pixel_values:
-        [N, 3, p, p] floats in [-1, 1], all items one after the other in order of appearance, patches in raster order;
+        [N, 3, p, p], floats in [-1, 1] or uint8 as in the image, all items one after the other in order of appearance,
+        patches in raster order;
         grid_thws: [items, 3]. router_picks [MoE layers, B, S, k] pins the experts, for comparisons across dtypes.
         Raises ValueError for shapes, ids or counts that do not fit together.
         """
@@ -229,7 +230,8 @@ class Model:
         counts = grids.prod(axis=1)
         if counts.sum() != len(pixels):
             raise ValueError(f"grid_thws asks for {counts.sum()} patches, pixel_values has {len(pixels)}")
-        flat = np.split(pixels.astype(np.float32).reshape(len(pixels), 3 * size * size), np.cumsum(counts)[:-1])
+        pixels = pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32)  # the model scales uint8 itself
+        flat = np.split(pixels.reshape(len(pixels), 3 * size * size), np.cumsum(counts)[:-1])
         return [(patches, tuple(map(int, grid))) for patches, grid in zip(flat, grids, strict=True)]  # type: ignore[misc]
 
     def _check_picks(self, picks: Any, shape: tuple[int, ...], padded: tuple[int, int]) -> np.ndarray:
@@ -266,7 +268,7 @@ def _bins(items: list[tuple[np.ndarray, Grid]], channels: int) -> tuple[tuple[di
         members = [i for i, each in enumerate(sizes) if each == size]
         count, windows = _bucket(len(members), 1), size // 4
         bins = {
-            "patches": np.zeros((count, size, channels), np.float32),
+            "patches": np.zeros((count, size, channels), items[0][0].dtype),
             "segment_ids": np.zeros((count, size), np.int32),
             "coords": np.zeros((count, size, 3), np.int32),
             "grids": np.tile(np.array([1, 2, 2], np.int32), (count, size, 1)),

@@ -144,6 +144,23 @@ def chunk_patches(
     return np.concatenate(frames), (end - start, plan.h, plan.w)
 
 
+def as_video(
+    source: str | Path | bytes | io.BufferedIOBase | Video | np.ndarray | Sequence[np.ndarray | PIL.Image.Image],
+    fps: float | int | None = None,
+) -> Video:
+    """The sampled video of anything that `process_video` takes, decoded. Raises as that does."""
+    if isinstance(source, (str, Path, bytes, io.BufferedIOBase)):
+        return read_video(source)
+    if isinstance(source, Video):
+        return source
+    if not isinstance(source, (np.ndarray, Sequence)):
+        raise BadRecord("broken_video", "video", f"a video is a file or frames, not {type(source).__name__}")
+    if len(source) == 0:
+        raise BadRecord("empty", "video", "a video without frames")
+    frames = [np.asarray(decode(f, "video") if isinstance(f, PIL.Image.Image) else f) for f in source]
+    return sample_video(frames, SAMPLE_FPS if fps is None else fps)
+
+
 def process_video(
     source: str | Path | bytes | io.BufferedIOBase | Video | np.ndarray | Sequence[np.ndarray | PIL.Image.Image],
     fps: float | int | None = None,
@@ -155,17 +172,7 @@ def process_video(
     fps:    rate of frames given as such; None: they are already sampled, at two a second. A file knows its own.
     Raises BadRecord (broken_video, empty, missing_file, absurd_size, too_long) and ValueError for a bad rate.
     """
-    if isinstance(source, (str, Path, bytes, io.BufferedIOBase)):
-        video = read_video(source)
-    elif isinstance(source, Video):
-        video = source
-    elif not isinstance(source, (np.ndarray, Sequence)):
-        raise BadRecord("broken_video", "video", f"a video is a file or frames, not {type(source).__name__}")
-    elif len(source) == 0:
-        raise BadRecord("empty", "video", "a video without frames")
-    else:
-        frames = [np.asarray(decode(f, "video") if isinstance(f, PIL.Image.Image) else f) for f in source]
-        video = sample_video(frames, SAMPLE_FPS if fps is None else fps)
+    video = as_video(source, fps)
     plan = plan_frame(*video_size(video, "video"))
     result = []
     for chunk in chunks(video):

@@ -69,9 +69,11 @@ class _Sequence:
     cancelled: bool = False
     events: list[Event] = field(default_factory=list)
 
-    def report(self, *values: Any) -> Event:
+    def report(
+        self, token: int | None, logprob: float | None, top: tuple, reason: str | None, error: str | None = None
+    ) -> Event:
         """The next event, remembered for `Engine.run`."""
-        self.events.append(Event(self.number, *values))
+        self.events.append(Event(self.number, token, logprob, top, reason, error, self.cached))
         return self.events[-1]
 
 
@@ -292,8 +294,10 @@ class Engine:
     def _look(self, media: tuple[MediaItem, ...]) -> np.ndarray:
         """Features of all items, float32 [F, D]."""
         size = self.config.vision.patch_size  # type: ignore[union-attr]
-        bytes_or_floats = [item.patches for item in media]
-        pixels = [normalise(p, size) if p.dtype == np.uint8 else p.reshape(-1, 3, size, size) for p in bytes_or_floats]
+        pixels = [item.patches.reshape(-1, 3, size, size) for item in media]
+        if any(p.dtype != np.uint8 for p in pixels):  # bytes reach the device as bytes unless floats stand beside them
+            pixels = [normalise(item.patches, size) if item.patches.dtype == np.uint8 else p
+                      for item, p in zip(media, pixels, strict=True)]  # fmt: skip
         return self.model.vision_features(np.concatenate(pixels), [item.grid for item in media])
 
     def _end(self, sequence: _Sequence, reason: str, error: str | None = None) -> Event:

@@ -2,8 +2,7 @@
 
 Source: docs/released_model.md section 6.
 
-n   tokens of a prompt, media pads expanded;  C = 3 * patch_size^2
-N   patches of one media item
+n   tokens of a prompt, media pads expanded
 
 Tokens may end within a character and a stop string may begin within a token, so text is given out only when it is
 certain: a stream never splits a character, and never shows the beginning of what turns out to be a stop string.
@@ -16,12 +15,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from kimi_jax.config import ModelConfig
 from kimi_jax.data.chat import END, Message, opens_reasoning, with_released_ids
-from kimi_jax.data.example import MediaItem
-from kimi_jax.data.processor import Prompt, prepare
+from kimi_jax.data.processor import Limits, prepare
 from kimi_jax.data.reply import Delta, Pieces, Reply, ReplyParser
 from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.infer.request import Event, Request, Sampling
@@ -39,6 +35,7 @@ class Chat:
     messages, tools: see `data.chat`; tool calls may carry ids of any program, the model sees the released ones.
     thinking: whether the model reasons first. preserve_thinking: keeps the reasoning of earlier answers.
     open_address: opens addresses of pictures that are not data URIs; without it those are refused.
+    limits: of the prompt, checked before media are decoded; None for no limits.
     """
 
     messages: Sequence[Message]
@@ -46,6 +43,7 @@ class Chat:
     thinking: bool = True
     preserve_thinking: bool = False
     open_address: Callable[[str], bytes] | None = None
+    limits: Limits | None = None
 
     @property
     def reasons(self) -> bool:
@@ -54,7 +52,7 @@ class Chat:
 
 
 def chat_request(chat: Chat, tokenizer: Tokenizer, config: ModelConfig, sampling: Sampling) -> Request:
-    """What the sampler takes: ids with expanded pads, pictures as float patches, the tokenizer's stop tokens.
+    """What the sampler takes: ids with expanded pads, media as uint8 patches, the tokenizer's stop tokens.
 
     Nothing in a message becomes a special token, whatever it spells. Raises ValueError for a message of another form,
     or a picture for a text-only model, and BadRecord as `data.processor.prepare` does.
@@ -67,8 +65,9 @@ def chat_request(chat: Chat, tokenizer: Tokenizer, config: ModelConfig, sampling
         chat.preserve_thinking,
         add_generation_prompt=True,
         open_address=chat.open_address,
+        limits=chat.limits,
     )
-    if prompt.grid_thws is not None:
+    if prompt.media:
         if config.vision is None:
             raise ValueError("this model is text-only; it cannot take pictures")
         if tokenizer.media_pad_id != config.media_placeholder_token_id:
@@ -76,18 +75,7 @@ def chat_request(chat: Chat, tokenizer: Tokenizer, config: ModelConfig, sampling
                 f"the tokenizer's media pad is {tokenizer.media_pad_id}, the model's "
                 f"{config.media_placeholder_token_id}: they do not belong together"
             )
-    return Request(prompt.input_ids, media_items(prompt), with_stop_tokens(sampling, tokenizer))
-
-
-def media_items(prompt: Prompt) -> tuple[MediaItem, ...]:
-    """The pictures and video chunks of a prompt one by one, patches float32 [N, C]."""
-    if prompt.pixel_values is None or prompt.grid_thws is None:
-        return ()
-    counts = prompt.grid_thws.prod(axis=1)
-    flat = prompt.pixel_values.reshape(len(prompt.pixel_values), -1)
-    pieces = np.split(flat, np.cumsum(counts)[:-1])
-    grids = [tuple(grid) for grid in prompt.grid_thws.tolist()]
-    return tuple(MediaItem(patches, grid) for patches, grid in zip(pieces, grids, strict=True))
+    return Request(prompt.input_ids, prompt.media, with_stop_tokens(sampling, tokenizer))
 
 
 def with_stop_tokens(sampling: Sampling, tokenizer: Tokenizer) -> Sampling:

@@ -77,6 +77,7 @@ class Event:
     logprob: log softmax(logits / temperature) of the token, before top_p; if greedy of softmax(logits). top: the
     most probable tokens and their log-probabilities in the same distribution. finish_reason: None while it goes on,
     "stop" (a stop id), "length" (max_new_tokens or the longest sequence), "cancelled", "error" (`error` says why).
+    cached_tokens: of the request's prompt, how many tokens came from the prefix cache.
     """
 
     request_id: int
@@ -85,6 +86,7 @@ class Event:
     top: tuple[tuple[int, float], ...]
     finish_reason: str | None
     error: str | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,21 @@
 
   POST /v1/chat/completions   streaming, tools, pictures and videos as data URIs, logprobs, stop, seed, n, usage
   POST /v1/completions        text or token ids
-  GET  /v1/models, /health, /metrics (Prometheus)
+  GET  /v1/models, /v1/models/{id}, /health, /metrics (Prometheus)
 
 Any OpenAI client works: OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none"). Reasoning comes as
 `reasoning_content`; extra_body={"thinking": {"type": "disabled"}} switches it off. Without sampling settings in a call:
 temperature 1.0 (0.6 without thinking), top_p 0.95, as the release recommends. Ctrl-C ends it after the running answers.
-There is no authentication: put a proxy in front before others can reach it.
+With --api_key, --api_key_file or KIMI_API_KEY in the environment, every route but /health needs it (Authorization:
+Bearer KEY). Before others can reach it put a proxy in front, which speaks TLS and limits the rate of each client.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import sys
+from pathlib import Path
 
 from absl import app, flags
 
@@ -21,7 +24,6 @@ from kimi_jax import cli
 from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.infer.engine import Engine
 from kimi_jax.model import load
-from kimi_jax.serve.addresses import opener
 from kimi_jax.serve.worker import EngineWorker
 from kimi_jax.sharding import serving_mesh
 
@@ -36,8 +38,15 @@ _WAITING = flags.DEFINE_integer("max_waiting", 64, "Answers that may wait for a 
 _LENGTH = flags.DEFINE_integer("max_sequence_length", 4096, "Most tokens of prompt and answer together.", 2)
 _PAGES = flags.DEFINE_integer("num_pages", None, "Pages of 64 tokens in the cache; default: enough for all slots.", 2)
 _MESH = flags.DEFINE_bool("mesh", False, "Cut weights and cache over all devices.")
-_REMOTE = flags.DEFINE_bool("allow_remote_media", False, "Fetch http and https addresses of pictures.")
+_REMOTE = flags.DEFINE_bool("allow_remote_media", False, "Fetch http and https addresses on the public internet.")
+_NETWORKS = flags.DEFINE_list("allow_media_networks", [], "Other networks that may be fetched from: 10.1.0.0/16,...")
 _FOLDER = flags.DEFINE_string("allow_media_folder", "", "Open pictures below this folder by path.")
+_KEY = flags.DEFINE_string("api_key", "", "What clients must send; seen in the list of processes, unlike the next two.")
+_KEY_FILE = flags.DEFINE_string(
+    "api_key_file", "", "A file that holds it; else KIMI_API_KEY of the environment counts."
+)
+_BODY = flags.DEFINE_integer("max_body_mb", 64, "Most MiB of a request.", 1)
+_MEMORY = flags.DEFINE_integer("max_memory_mb", 2048, "MiB of host memory for bodies and media of all requests.", 1)
 _GRACE = flags.DEFINE_integer("grace_seconds", 30, "How long running answers may take after Ctrl-C.", 0)
 
 
@@ -49,10 +58,13 @@ def main(argv: list[str]) -> None:
         import uvicorn
 
         import kimi_jax.serve.app as http
+        from kimi_jax.serve.guard import uvicorn_settings
     except ModuleNotFoundError as error:
         sys.exit(f'error: {error}; the server needs the extra [serve]: pip install "kimi_jax[serve]"')
     cli.enable_compilation_cache()
     try:
+        networks = tuple(map(ipaddress.ip_network, _NETWORKS.value))
+        key = _api_key(_KEY.value, _KEY_FILE.value)
         engine, tokenizer = _load(_MODEL.value)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
@@ -62,9 +74,24 @@ def main(argv: list[str]) -> None:
         engine.config,
         EngineWorker(engine, limit=_SLOTS.value + _WAITING.value),
         _LENGTH.value,
-        opener(_REMOTE.value, _FOLDER.value),
+        media_folder=_FOLDER.value,
+        remote=_REMOTE.value,
+        allowed_networks=networks,
+        api_key=key,
+        max_body=_BODY.value << 20,
+        max_memory=_MEMORY.value << 20,
     )
-    uvicorn.run(server.app(), host=_HOST.value, port=_PORT.value, timeout_graceful_shutdown=_GRACE.value)
+    uvicorn.run(
+        server.app(), host=_HOST.value, port=_PORT.value, timeout_graceful_shutdown=_GRACE.value, **uvicorn_settings()
+    )
+
+
+def _api_key(flag: str, file: str) -> str:
+    """The key from the flag, the file or the environment; "" for none. Raises ValueError for one that is unusable."""
+    key = flag or (Path(file).read_text(encoding="utf-8").strip() if file else os.environ.get("KIMI_API_KEY", ""))
+    if (file and not key) or not key.isascii() or any(c.isspace() or not c.isprintable() for c in key):
+        raise ValueError("the API key must be printable ASCII without spaces, and a file of it not empty")
+    return key
 
 
 def _load(path: str) -> tuple[Engine, Tokenizer]:

@@ -1,75 +1,68 @@
-"""Pictures by address, which a server opens only as far as its flags allow.
+"""Images and videos by path, which a server opens only below the folder that its flag allows.
 
-A client that could name any file or any host could read what only the server may see. So by default neither is opened;
-data URIs, which bring their own bytes, always are (`data.processor`).
+A client that could name any file could read what only the server may see. So by default none is opened; data URIs,
+which bring their own bytes, always are (`data.processor`), and http addresses have a file of their own (`remote`).
 """
 
 from __future__ import annotations
 
-import urllib.error
-import urllib.request
-from collections.abc import Callable
+import os
+import stat
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from kimi_jax.data import BadRecord
 
-TIMEOUT = 20.0  # seconds
-MAX_BYTES = 256 << 20
+MAX_BYTES = 64 << 20
 
 
-def opener(remote: bool, folder: str) -> Callable[[str], bytes] | None:
-    """What `Chat.open_address` takes: a function from an address to bytes, None if nothing may be opened.
+def is_remote(address: str) -> bool:
+    """Whether it is an http or https address."""
+    return address[:8].lower().startswith(("http://", "https://"))
 
-    remote: http and https addresses. folder: file: addresses and paths below this folder; "" for none.
-    The function raises BadRecord: refused, missing_file, broken_image (an address that does not answer), too_long.
+
+def opener(
+    folder: str, fetched: Mapping[str, bytes], reserve: Callable[[int], None] = lambda count: None
+) -> Callable[[str], bytes]:
+    """What `Chat.open_address` takes: a function from an address to bytes.
+
+    folder: file: addresses and paths below it are opened; "" for none. fetched: the bytes of remote addresses. reserve:
+    takes the memory for a file before it is read.
+    The function raises BadRecord: refused, missing_file, too_long.
     """
-    if not remote and not folder:
-        return None
 
     def open_address(address: str) -> bytes:
-        shown, parts = address[:80], urlsplit(address)
-        if parts.scheme in ("http", "https"):
-            if not remote:
-                raise BadRecord("refused", shown, "this server opens no remote addresses (--allow_remote_media)")
-            return _fetch(address, shown)
+        shown = address[:80]
+        if address in fetched:
+            return fetched[address]
+        if is_remote(address):
+            raise BadRecord("refused", shown, "this server opens no remote addresses (--allow_remote_media)")
+        try:
+            parts = urlsplit(address)
+        except ValueError as error:
+            raise BadRecord("refused", shown, "this server does not open such addresses") from error
         if parts.scheme in ("", "file") and folder:
-            return _read(Path(unquote(parts.path)), Path(folder), shown)
+            return _read(Path(unquote(parts.path)), Path(folder), shown, reserve)
         raise BadRecord("refused", shown, "this server does not open such addresses")
 
     return open_address
 
 
-def _read(path: Path, folder: Path, shown: str) -> bytes:
+def _read(path: Path, folder: Path, shown: str, reserve: Callable[[int], None]) -> bytes:
+    """Errors name the address as the client wrote it, never the path on the server."""
     root = folder.resolve()
     try:
         file = (root / path).resolve()  # links are followed first, so that none leads out
         if not file.is_relative_to(root):
             raise BadRecord("refused", shown, "only files below the folder of --allow_media_folder are opened")
-        if not file.is_file():
-            raise BadRecord("missing_file", shown)
-        if file.stat().st_size > MAX_BYTES:
-            raise BadRecord("too_long", shown, f"more than {MAX_BYTES} bytes")
-        return file.read_bytes()
+        with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb") as opened:
+            status = os.fstat(opened.fileno())
+            if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, a device never ends
+                raise BadRecord("missing_file", shown)
+            if status.st_size > MAX_BYTES:
+                raise BadRecord("too_long", shown, f"more than {MAX_BYTES} bytes")
+            reserve(status.st_size)
+            return opened.read(status.st_size)
     except (OSError, RuntimeError, ValueError) as error:  # names that are too long or hold zeros, links in a circle
-        raise BadRecord("missing_file", shown, str(error)) from error
-
-
-class _OnlyHttp(urllib.request.HTTPRedirectHandler):
-    """Follows redirections, but to no other scheme."""
-
-    def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[no-untyped-def]
-        if urlsplit(newurl).scheme not in ("http", "https"):
-            raise BadRecord("refused", newurl[:80], "a redirection to another scheme")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _fetch(address: str, shown: str) -> bytes:
-    try:
-        with urllib.request.build_opener(_OnlyHttp).open(address, timeout=TIMEOUT) as answer:
-            data = answer.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:  # urllib's errors are OSErrors, those of http.client partly ValueErrors
-        raise BadRecord("broken_image", shown, f"the address does not answer: {error}") from error
-    if len(data) > MAX_BYTES:
-        raise BadRecord("too_long", shown, f"more than {MAX_BYTES} bytes")
-    return data
+        raise BadRecord("missing_file", shown) from error

@@ -33,12 +33,14 @@ class Choice:
     waiting: list[Event] = field(default_factory=list)  # tokens that no piece of a stream has carried yet
     deltas: list[Delta] = field(default_factory=list)  # and text
     prompt_sent: bool = False
+    cached_tokens: int = 0  # of the prompt, from the prefix cache
 
     def feed(self, event: Event) -> None:
         """Takes the next event."""
         if event.token_id is not None:
             self.token_ids.append(event.token_id)
             self.waiting.append(event)
+        self.cached_tokens = max(self.cached_tokens, event.cached_tokens)
         self.deltas += self.shown.feed(event)
 
 
@@ -136,10 +138,14 @@ class Answer:
         choice.prompt_sent = True
         return extras
 
-    def _usage(self) -> dict[str, int]:
-        prompts = sum(len(choice.prompt) for choice in self.choices[:: self._call.num_choices])
+    def _usage(self) -> dict[str, Any]:
+        firsts = self.choices[:: self._call.num_choices]  # a prompt counts once, however many choices it has
+        prompts = sum(len(choice.prompt) for choice in firsts)
         completion = sum(len(choice.token_ids) for choice in self.choices)
-        return {"prompt_tokens": prompts, "completion_tokens": completion, "total_tokens": prompts + completion}
+        return {
+            "prompt_tokens": prompts, "completion_tokens": completion, "total_tokens": prompts + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(choice.cached_tokens for choice in firsts)},
+        }  # fmt: skip
 
     def _bytes(self, token_id: int) -> bytes:
         return self._tokenizer.decode_bytes([token_id]) if token_id < self._tokenizer.vocab_size else b""

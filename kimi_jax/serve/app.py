@@ -1,25 +1,28 @@
 """The HTTP side: routes, errors, streams, clients that go away (the OpenAI API).
 
-A call is read and checked (400), admitted (429), turned into requests in a helper thread (pictures are decoded there),
-accepted by the engine (400 again: only it knows its room), and answered. Whatever ends the call early, its slots are
-freed: every step is a context that closes what it opened.
+A call that finds no room is refused before its body is read (429). Its body is read within limits of time and memory,
+checked (400), and admitted with as many requests as it makes. Remote media are fetched by the event loop; helper
+threads plan and decode media; the engine accepts the requests (400 again: only it knows its room). Whatever ends the
+call early, its slots and its memory are freed: every step is a context that closes what it opened.
 """
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -28,23 +31,34 @@ from starlette.types import Receive, Scope, Send
 
 from kimi_jax.config import ModelConfig
 from kimi_jax.data import BadRecord
+from kimi_jax.data.processor import Limits, media_addresses
 from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.infer.generate import Chat, chat_request, with_stop_tokens
 from kimi_jax.infer.request import Request, Sampling
 from kimi_jax.serve import protocol
+from kimi_jax.serve.addresses import is_remote, opener
 from kimi_jax.serve.answer import Answer, ChatAnswer
+from kimi_jax.serve.body import VALUE_BYTES, count_values, parse_json, read_body
+from kimi_jax.serve.budget import MemoryBudget, Reservation
+from kimi_jax.serve.guard import Guard, declared_length, refuse
 from kimi_jax.serve.protocol import ApiError, Call, ChatCall, CompletionCall
+from kimi_jax.serve.remote import Fetcher, IPNetwork
 from kimi_jax.serve.worker import EngineFailed, EngineWorker, Overloaded, RequestFailed, Run
 
 GONE = 499  # what proxies call a client that did not wait
+PREPARING_THREADS = 4  # that parse bodies and decode media; others wait
+MAX_REMOTE = 32  # remote addresses in one call
+T = TypeVar("T")
 
 
 @dataclass
 class Server:
     """What the routes share.
 
-    name: of the model, as clients call it. max_sequence_length: of the engine. open_address: opens addresses of
-    pictures that are not data URIs; None refuses them. max_body: bytes of a request that are read.
+    name: of the model, as clients call it. max_sequence_length: of the engine. media_folder: images and videos below it
+    may be named by path; "" for none. remote: whether http addresses are fetched; allowed_networks: which of the
+    networks that are not public those may reach. api_key: "" for none. max_body: bytes of a request's body.
+    max_memory: bytes for the bodies and media of all requests. body_seconds: for a body to arrive.
     """
 
     name: str
@@ -52,36 +66,74 @@ class Server:
     config: ModelConfig
     worker: EngineWorker
     max_sequence_length: int
-    open_address: Callable[[str], bytes] | None = None
+    media_folder: str = ""
+    remote: bool = False
+    allowed_networks: Sequence[IPNetwork] = ()
+    api_key: str = ""
     max_body: int = 64 << 20
+    max_memory: int = 2 << 30
+    body_seconds: float = 60.0
     answers: Counter[tuple[str, int]] = field(default_factory=Counter)  # (route, status) -> how many
     first_token: tuple[int, float] = (0, 0.0)  # how many answers began, and their seconds from call to first token
     started: int = field(default_factory=lambda: int(time.time()))
 
-    def app(self) -> Starlette:
+    def __post_init__(self) -> None:
+        self.memory = MemoryBudget(self.max_memory)
+        vocabulary = range(self.tokenizer.vocab_size)
+        longest = max(len(self.tokenizer.decode_bytes([i])) for i in vocabulary)
+        self.max_characters = longest * self.max_sequence_length
+        self._threads = concurrent.futures.ThreadPoolExecutor(PREPARING_THREADS, "prepare")
+        self.fetcher: Fetcher | None = None
+
+    def app(self) -> Guard:
         """The ASGI application; the engine's thread lives as long as its lifespan."""
 
         @contextlib.asynccontextmanager
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
+            self.fetcher = Fetcher(self.allowed_networks) if self.remote else None
             self.worker.start()
             try:
                 yield
             finally:
                 await self.worker.stop()
+                self._threads.shutdown(wait=False, cancel_futures=True)
+                if self.fetcher:
+                    self.fetcher.close()
 
         routes = [
             Route("/v1/chat/completions", ChatEndpoint(self), methods=["POST"]),
             Route("/v1/completions", CompletionEndpoint(self), methods=["POST"]),
             Route("/v1/models", self.models),
+            Route("/v1/models/{model:path}", self.model),
             Route("/health", self.health),
             Route("/metrics", self.metrics),
         ]
-        return Starlette(routes=routes, lifespan=lifespan)
+        return Guard(
+            Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _no_route}), self.api_key
+        )
+
+    async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        """What `function` returns, from one of the threads that prepare calls."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
     async def models(self, _: HttpRequest) -> Response:
         """GET /v1/models: the one there is."""
+        return _json({"object": "list", "data": [self._description()]})
+
+    async def model(self, request: HttpRequest) -> Response:
+        """GET /v1/models/{id}: that one."""
+        if request.path_params["model"] != self.name:
+            problem = self.unknown_model(request.path_params["model"])
+            return _json(problem.body(), problem.status)
+        return _json(self._description())
+
+    def _description(self) -> dict[str, Any]:
         model = {"id": self.name, "object": "model", "created": self.started, "owned_by": "kimi_jax"}
-        return _json({"object": "list", "data": [{**model, "max_model_len": self.max_sequence_length}]})
+        return {**model, "max_model_len": self.max_sequence_length}
+
+    def unknown_model(self, name: str) -> ApiError:
+        """What is said about a model that is not here."""
+        return ApiError(404, f"no model {name!r:.80} here, only {self.name!r}", "model", "model_not_found")
 
     async def health(self, _: HttpRequest) -> Response:
         """GET /health: 200 while the engine lives, else 503 and the reason."""
@@ -98,6 +150,7 @@ class Server:
             for (route, status), n in sorted(self.answers.items())
         ]
         lines += ["# TYPE kimi_admitted gauge", f"kimi_admitted {self.worker.admitted}"]
+        lines += ["# TYPE kimi_memory_bytes gauge", f"kimi_memory_bytes {self.memory.used}"]
         lines += ["# TYPE kimi_first_token_seconds summary", f"kimi_first_token_seconds_sum {seconds:.6f}"]
         lines += [f"kimi_first_token_seconds_count {count}"]
         for name, value in self.worker.stats.items():
@@ -119,8 +172,11 @@ class Endpoint:
         """The call a body makes. Raises ApiError(400)."""
         raise NotImplementedError
 
-    def requests(self, call: Any) -> list[Request]:
-        """What the call asks of the sampler, choice by choice. Raises ValueError, BadRecord."""
+    def requests(self, call: Any, fetched: Mapping[str, bytes], memory: Reservation) -> list[Request]:
+        """What the call asks of the sampler, choice by choice. fetched: the bytes of its remote addresses.
+
+        Raises ValueError, BadRecord, Overloaded.
+        """
         raise NotImplementedError
 
     def answer(self, call: Any, requests: list[Request]) -> Answer:
@@ -129,37 +185,45 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one call, or says why not."""
-        begun, status = time.monotonic(), 200
-
-        async def error(problem: ApiError) -> int:
-            headers = {"retry-after": "1"} if problem.status == 429 else {}
-            await _json(problem.body(), problem.status, headers)(scope, receive, send)
-            return problem.status
-
+        begun, status, unread = time.monotonic(), 200, True
+        server = self._server
         try:
-            call = self.parse(await _read_json(HttpRequest(scope, receive), self._server.max_body))
-            if call.model not in ("", self._server.name):
-                raise ApiError(
-                    404, f"no model {call.model!r:.80} here, only {self._server.name!r}", "model", "model_not_found"
-                )
-            await _while_client_stays(receive, self._serve(call, begun, send))
+            async with contextlib.AsyncExitStack() as stack:
+                with _as_api_errors():
+                    stack.enter_context(server.worker.admit(1))
+                    memory = stack.enter_context(server.memory.reservation())
+                    body = await read_body(
+                        receive, declared_length(scope), server.max_body, server.body_seconds, memory.change
+                    )
+                    unread = False
+                    memory.change(VALUE_BYTES * await server.in_thread(count_values, body))
+                    call = self.parse(await server.in_thread(parse_json, body))
+                    del body
+                    if call.model not in ("", server.name):
+                        raise server.unknown_model(call.model)
+                    stack.enter_context(server.worker.admit(call.num_requests - 1))
+                await _while_client_stays(receive, self._serve(call, begun, memory, send, stack))
         except ApiError as problem:
-            status = await error(problem)
+            status = problem.status
+            await refuse(problem, receive, send, unread)
         except ClientDisconnect:
             status = GONE
         except Exception as problem:
-            status = await error(_our_fault(problem))
+            status = _our_fault(problem).status
+            await refuse(_our_fault(problem), receive, send, unread)
         finally:
-            self._server.answers[self.route, status] += 1
+            server.answers[self.route, status] += 1
 
-    async def _serve(self, call: Call, begun: float, send: Send) -> None:
-        """Admission, preparation, answer. Raises only as long as nothing has been sent."""
+    async def _serve(
+        self, call: Call, begun: float, memory: Reservation, send: Send, room: contextlib.AsyncExitStack
+    ) -> None:
+        """Preparation, answer. Raises only as long as nothing has been sent. room: what is closed before the end."""
         server = self._server
-        async with contextlib.AsyncExitStack() as stack:
+        async with room:
             with _as_api_errors():
-                stack.enter_context(server.worker.admit(call.num_requests))
-                requests = await asyncio.to_thread(self.requests, call)
-                run = await stack.enter_async_context(server.worker.submit(requests))
+                fetched = await self._fetch(call, memory)
+                requests = await server.in_thread(self.requests, call, fetched, memory)
+                run = await room.enter_async_context(server.worker.submit(requests))
             answer = self.answer(call, requests)
             choices = self._choices(run, answer, begun)
             if call.stream:
@@ -169,6 +233,21 @@ class Endpoint:
                     pass
         # only now may the client know that it is over: its next call finds the room free
         await (_send_done(send) if call.stream else _send_whole(send, answer.whole()))
+
+    async def _fetch(self, call: Call, memory: Reservation) -> dict[str, bytes]:
+        """The bytes of the call's remote addresses. Raises BadRecord, ApiError, Overloaded."""
+        fetcher = self._server.fetcher
+        if not fetcher or not isinstance(call, ChatCall):
+            return {}
+        addresses = list(dict.fromkeys(filter(is_remote, media_addresses(call.messages))))
+        if len(addresses) > MAX_REMOTE:
+            raise ApiError(400, f"more than {MAX_REMOTE} remote addresses in one call", "messages")
+        tasks = [asyncio.ensure_future(fetcher.fetch(address, memory.change)) for address in addresses]
+        try:
+            return dict(zip(addresses, await asyncio.gather(*tasks), strict=True))
+        finally:
+            for task in tasks:
+                task.cancel()
 
     async def _choices(self, run: Run, answer: Answer, begun: float) -> AsyncIterator[int]:
         """Feeds the answer and yields which choice has grown; one that a stop string ended is taken from the engine."""
@@ -198,10 +277,12 @@ class ChatEndpoint(Endpoint):
         """See Endpoint."""
         return protocol.chat_call(body)
 
-    def requests(self, call: ChatCall) -> list[Request]:
+    def requests(self, call: ChatCall, fetched: Mapping[str, bytes], memory: Reservation) -> list[Request]:
         """One prompt, as often as there are choices."""
         server = self._server
-        chat = Chat(call.messages, call.tools, call.thinking, call.preserve_thinking, server.open_address)
+        open_address = opener(server.media_folder, fetched, memory.change)
+        limits = Limits(server.max_sequence_length, server.max_characters, memory.change)
+        chat = Chat(call.messages, call.tools, call.thinking, call.preserve_thinking, open_address, limits)
         return _choices(chat_request(chat, server.tokenizer, server.config, self.sampling(call)), call.num_choices)
 
     def answer(self, call: ChatCall, requests: list[Request]) -> ChatAnswer:
@@ -218,9 +299,15 @@ class CompletionEndpoint(Endpoint):
         """See Endpoint."""
         return protocol.completion_call(body)
 
-    def requests(self, call: CompletionCall) -> list[Request]:
+    def requests(self, call: CompletionCall, fetched: Mapping[str, bytes], memory: Reservation) -> list[Request]:
         """Every prompt, as often as there are choices."""
         server = self._server
+        limits = Limits(server.max_sequence_length, server.max_characters, memory.change)
+        for prompt in call.prompts:  # before the first of them is encoded
+            if isinstance(prompt, str):
+                limits.check_text([prompt])
+            else:
+                limits.check_tokens(len(prompt))
         sampling, result = with_stop_tokens(self.sampling(call), server.tokenizer), []
         for prompt in call.prompts:
             ids = server.tokenizer.encode(prompt, allow_special_tokens=True) if isinstance(prompt, str) else prompt
@@ -246,6 +333,8 @@ def _as_api_errors() -> Iterator[None]:
         yield
     except BadRecord as error:
         raise ApiError(400, str(error), "messages", error.reason) from error
+    except MemoryError as error:
+        raise ApiError(413, "this request needs more memory than there is", code="too_large") from error
     except Overloaded as error:
         raise ApiError(429, str(error), code="overloaded") from error
     except RecursionError as error:
@@ -265,16 +354,11 @@ def _our_fault(problem: Exception) -> ApiError:
     return ApiError(500, f"internal error: {type(problem).__name__}")
 
 
-async def _read_json(request: HttpRequest, max_body: int) -> Any:
-    data = bytearray()
-    async for piece in request.stream():
-        data += piece
-        if len(data) > max_body:
-            raise ApiError(413, f"the body has more than {max_body} bytes")
-    try:
-        return json.loads(bytes(data))
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is not JSON: {error}") from error
+async def _no_route(_: HttpRequest, error: Exception) -> Response:
+    """What is at no route, or answers another method, as OpenAI's errors are."""
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    detail = error.detail if isinstance(error, HTTPException) else ""
+    return _json(ApiError(status, str(detail)).body(), status)
 
 
 async def _while_client_stays(receive: Receive, work: Coroutine[Any, Any, None]) -> None:

@@ -7,6 +7,8 @@ preserve_thinking), `stop_token_ids` and `return_token_ids`.
 
 from __future__ import annotations
 
+import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +20,13 @@ from kimi_jax.infer.request import MAX_TOP_LOGPROBS, Sampling
 TOP_P = 0.95  # of the release, like the temperatures below
 TEMPERATURES = {True: 1.0, False: 0.6}  # with and without thinking
 MAX_CHOICES, MAX_STOPS = 128, 16
+MAX_STOP_CHARACTERS = 256  # of one stop string: each is looked for after every token
+MAX_STOP_TOKENS = 256
+MAX_MESSAGES, MAX_TOOLS = 16384, 1024
+MAX_ERROR = 1000  # characters of a message
+# what only the server's operator may see: where an object lies in memory, and a file on the disk
+_MEMORY_ADDRESS = re.compile(r"(?: object)?(?: at)? 0x[0-9a-fA-F]+")
+_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/-])/(?:[^\s/'\":,;<>]{1,255}/)+")
 
 IGNORED = frozenset({
     "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
@@ -41,12 +50,18 @@ class ApiError(Exception):
         """The JSON object of the answer."""
         kind = {429: "rate_limit_error", 400: "invalid_request_error", 404: "invalid_request_error"}
         error = {
-            "message": self.message,
+            "message": public_text(self.message),
             "type": kind.get(self.status, "invalid_request_error" if self.status < 500 else "server_error"),
-            "param": self.param,
+            "param": self.param and self.param[:100],
             "code": self.code,
         }
         return {"error": error}
+
+
+def public_text(text: str) -> str:
+    """A message without addresses in memory and without folders of the server, at most MAX_ERROR characters."""
+    text = text[:MAX_ERROR]
+    return _ABSOLUTE_PATH.sub("", _MEMORY_ADDRESS.sub("", text))
 
 
 @dataclass(frozen=True)
@@ -105,7 +120,7 @@ class Fields:
         self._body, self._where, self._taken = dict(body), f"{where}." if where else "", {*IGNORED, *NEUTRAL}
         for name, values in NEUTRAL.items():
             if body.get(name) is not None and body[name] not in values:
-                raise self._error(name, f"{body[name]!r:.60} is not supported here, only {values[0]!r}")
+                raise self._error(name, f"{reprlib.repr(body[name])} is not supported here, only {values[0]!r}")
 
     def take(self, name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
         """The value of a field, which must be of this kind (bool is no number here)."""
@@ -122,19 +137,21 @@ class Fields:
         """A number from low to high."""
         value = self.take(name, (int, float), default)
         if value is not None and not low <= value <= high:
-            raise self._error(name, f"must be from {low:g} to {high:g}, not {value}")
+            raise self._error(name, f"must be from {low:g} to {high:g}, not {reprlib.repr(value)}")
         return value
 
     def integer(self, name: str, default: int | None, low: int, high: int) -> Any:
         """A whole number from low to high."""
         value = self.take(name, int, default)
         if value is not None and not low <= value <= high:
-            raise self._error(name, f"must be from {low} to {high}, not {value}")
+            raise self._error(name, f"must be from {low} to {high}, not {reprlib.repr(value)}")
         return value
 
-    def objects(self, name: str) -> list[dict[str, Any]] | None:
-        """A list of JSON objects."""
+    def objects(self, name: str, most: int) -> list[dict[str, Any]] | None:
+        """A list of at most `most` JSON objects."""
         values = self.take(name, list)
+        if values and len(values) > most:
+            raise self._error(name, f"has {len(values)} entries, more than {most}")
         for i, value in enumerate(values or ()):
             if not isinstance(value, dict):
                 raise self._error(name, f"[{i}] must be an object, not {_kind(value)}")
@@ -148,10 +165,10 @@ class Fields:
         """Raises ApiError(400) for a field nobody asked for."""
         for name in self._body.keys() - self._taken:
             if self._body[name] is not None:
-                raise self._error(name, f"is not known here{nearest(name, self._taken)}", "unknown_parameter")
+                raise self._error(name, f"is not known here{nearest(name[:60], self._taken)}", "unknown_parameter")
 
     def _error(self, name: str, reason: str, code: str | None = None) -> ApiError:
-        return ApiError(400, f"{self._where}{name} {reason}", self._where + name, code)
+        return ApiError(400, f"{self._where}{name[:60]} {reason}", self._where + name[:60], code)
 
 
 _NAMES = {
@@ -171,7 +188,7 @@ def _kind(value: Any) -> str:
 def chat_call(body: Any) -> ChatCall:
     """A body of /v1/chat/completions. Raises ApiError(400)."""
     fields = Fields(body)
-    messages, tools = fields.objects("messages"), fields.objects("tools")
+    messages, tools = fields.objects("messages", MAX_MESSAGES), fields.objects("tools", MAX_TOOLS)
     if not messages:
         raise ApiError(400, "messages must hold at least one message", "messages")
     try:
@@ -215,7 +232,7 @@ def _shared(fields: Fields, temperature: float, most: int, top: int, logprobs: b
         top_p=float(fields.number("top_p", TOP_P, 1e-6, 1.0)),
         seed=fields.integer("seed", None, -(1 << 63), (1 << 63) - 1),
         max_new_tokens=most,
-        stop_ids=_ids(fields.take("stop_token_ids", list, []), "stop_token_ids"),
+        stop_ids=_stop_ids(fields.take("stop_token_ids", list, [])),
         top_logprobs=top,
         logprobs=logprobs,
     )
@@ -248,7 +265,15 @@ def _stops(value: str | list[Any]) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else value
     if len(stops) > MAX_STOPS or not all(isinstance(stop, str) and stop for stop in stops):
         raise ApiError(400, f"stop must be a string or at most {MAX_STOPS} of them, none empty", "stop")
+    if any(len(stop) > MAX_STOP_CHARACTERS for stop in stops):
+        raise ApiError(400, f"a stop string has at most {MAX_STOP_CHARACTERS} characters", "stop")
     return tuple(stops)
+
+
+def _stop_ids(values: list[Any]) -> tuple[int, ...]:
+    if len(values) > MAX_STOP_TOKENS:  # each is compared with every token
+        raise ApiError(400, f"stop_token_ids has {len(values)} ids, more than {MAX_STOP_TOKENS}", "stop_token_ids")
+    return _ids(values, "stop_token_ids")
 
 
 def _ids(values: list[Any], name: str) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ from kimi_jax.data.tokenizer import load_tokenizer
 from kimi_jax.infer.request import Event, Request
 from kimi_jax.model import Model, load
 from kimi_jax.serve.app import Server
+from kimi_jax.serve.guard import uvicorn_settings
 from kimi_jax.serve.worker import EngineWorker
 from tests.environment import FIXTURES
 
@@ -166,7 +167,9 @@ class _Uvicorn(uvicorn.Server):
 def serving(engine, tokenizer: KimiTokenizer, config: ModelConfig, limit=64, **settings) -> Iterator[str]:
     """The address of a real server on a free port, in a thread; shut down at the end."""
     server = Server("tiny", tokenizer, config, EngineWorker(engine, limit), 4096, **settings)
-    http = _Uvicorn(uvicorn.Config(server.app(), port=0, log_level="warning", timeout_graceful_shutdown=1))
+    http = _Uvicorn(
+        uvicorn.Config(server.app(), port=0, log_level="warning", timeout_graceful_shutdown=1, **uvicorn_settings())
+    )
     thread = threading.Thread(target=http.run)
     thread.start()
     try:

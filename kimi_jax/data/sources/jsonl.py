@@ -82,7 +82,8 @@ def parse_line(line: bytes, where: str, folder: Any) -> Record:
         raise BadRecord("bad_json", where, str(e)) from e
     if not isinstance(values, dict):
         raise BadRecord("bad_json", where, f"a line holds one object {{...}}, not {type(values).__name__}")
-    key = str(values.pop("id", where))
+    name = values.pop("id", None)
+    key = where if name is None else str(name)
     parts = _parts(values, key, folder) if "parts" in values else _compact(values, key, folder)
     if not any(isinstance(p, Media) or p.text for p in parts):
         raise BadRecord("empty", key, "the record has neither text nor media")
