@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import av.container
@@ -144,10 +144,7 @@ def chunk_patches(
     return np.concatenate(frames), (end - start, plan.h, plan.w)
 
 
-def as_video(
-    source: str | Path | bytes | io.BufferedIOBase | Video | np.ndarray | Sequence[np.ndarray | PIL.Image.Image],
-    fps: float | int | None = None,
-) -> Video:
+def as_video(source: Any, fps: float | int | None = None) -> Video:
     """The sampled video of anything that `process_video` takes, decoded. Raises as that does."""
     if isinstance(source, (str, Path, bytes, io.BufferedIOBase)):
         return read_video(source)

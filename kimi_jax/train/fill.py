@@ -16,16 +16,23 @@ LOWEST_SHARE = 0.9  # of the vision ratio asked for
 
 
 class FillWatch:
-    """Compares successive reports of the stream. Called with each of them, once a log interval."""
+    """Compares successive reports of the stream. Called with each of them, once a log interval.
 
-    def __init__(self) -> None:
-        self._before: dict[str, float] | None = None
-        self._warned: set[str] = set()
+    state: of `state()`, so that a run that was stopped logs what it would have logged.
+    """
+
+    def __init__(self, state: dict[str, Any] | None = None) -> None:
+        self._before: dict[str, float] | None = state["before"] if state else None
+        self._warned: set[str] = set(state["warned"]) if state else set()
+
+    def state(self) -> dict[str, Any]:
+        """What the next interval is compared with, as JSON."""
+        return {"before": self._before, "warned": sorted(self._warned)}
 
     def __call__(self, report: dict[str, Any], data: DataConfig, steps: int, say: Callable[[str], None]) -> None:
         """Adds `interval_token_fill` and `interval_ratio` to the report; logs one warning each time one falls.
 
-        The first report after a start or a restore has no predecessor and adds nothing. steps: of the whole run.
+        The first report of a run has no predecessor and adds nothing. steps: of the whole run.
         """
         if not {"batches", "tokens", "vision_tokens"} <= set(report):
             return

@@ -118,7 +118,9 @@ def _run(config: TrainConfig, stop: Stop) -> int:
         meter = Meter(config.model, config.log_interval, config.steps, host["meter"])
         idle = stack.enter_context(contextlib.closing(Idle()))
         trace = stack.enter_context(Trace(config.profile, config.workdir, say))
-        this = _Run(config, mesh, checkpoints, log, meter, clock, idle, trace, stop, say, FillWatch(), fed)
+        this = _Run(
+            config, mesh, checkpoints, log, meter, clock, idle, trace, stop, say, FillWatch(host.get("fill")), fed
+        )
 
         # ------------------------------------------------------------------------------------------- train, end
         starting.close()
@@ -195,7 +197,12 @@ class _Run:
         """Starts a checkpoint; the meter must be flushed."""
         self.log.flush()
         with self.clock.spend("checkpoint"):
-            host = {"data": _whole(stream), "meter": self.meter.state(), "goodput": self.clock.state()}
+            host = {
+                "data": _whole(stream),
+                "meter": self.meter.state(),
+                "goodput": self.clock.state(),
+                "fill": self.fill.state(),
+            }
             host["inputs"] = self.fed
             self.checkpoints.save(state, host, self.config)
 
