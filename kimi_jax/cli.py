@@ -37,7 +37,7 @@ def parse(argv: Sequence[str]) -> list[str]:
         rest = flags.FLAGS(kept)
         _switch_off(flags.FLAGS["config"].value, off)
         _quiet()
-    except (ConfigError, flags.Error, ValueError, OSError) as error:
+    except (ConfigError, flags.Error, ValueError, TypeError, SyntaxError, OverflowError, OSError) as error:
         sys.exit(f"error: {error}")
     return rest
 

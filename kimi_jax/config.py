@@ -12,9 +12,24 @@ import difflib
 import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import ml_collections
+
+from kimi_jax import ranges
+from kimi_jax.ranges import (
+    LARGEST,
+    Count,
+    Decay,
+    Dtype,
+    Natural,
+    NonNegative,
+    OneOf,
+    Positive,
+    Range,
+    Seed,
+    Share,
+)  # fmt: skip
 
 
 class ConfigError(ValueError):
@@ -28,74 +43,86 @@ class ConfigError(ValueError):
 class YarnConfig:
     """Rotary scaling by YaRN; released field names."""
 
-    factor: float = 64.0
-    original_max_position_embeddings: int = 4096
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 1.0
-    mscale_all_dim: float = 1.0
+    factor: Annotated[float, Range(1.0, 1e30)] = 64.0
+    original_max_position_embeddings: Count = 4096
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
+    mscale: NonNegative = 1.0
+    mscale_all_dim: NonNegative = 1.0
 
 
 @dataclass(frozen=True)
 class MoEConfig:
     """Mixture of experts: sigmoid router with a selection bias, dropless routed experts, shared experts."""
 
-    n_routed_experts: int = 384
-    num_experts_per_tok: int = 8
-    n_shared_experts: int = 1
-    moe_intermediate_size: int = 2048
-    first_k_dense_replace: int = 1
+    n_routed_experts: Count = 384
+    num_experts_per_tok: Count = 8
+    n_shared_experts: Natural = 1
+    moe_intermediate_size: Count = 2048
+    first_k_dense_replace: Natural = 1
     norm_topk_prob: bool = True
-    routed_scaling_factor: float = 2.827
-    int4_group_size: int | None = None  # routed experts held as INT4, one scale for so many inputs; frozen
+    routed_scaling_factor: Positive = 2.827
+    int4_group_size: Count | None | None = None  # routed experts held as INT4, one scale for so many inputs; frozen
+
+    def conflict(self) -> str:
+        """What does not go together; empty if all does."""
+        if self.num_experts_per_tok > self.n_routed_experts:
+            return f"num_experts_per_tok = {self.num_experts_per_tok} of n_routed_experts = {self.n_routed_experts}"
+        return ""
 
 
 @dataclass(frozen=True)
 class VisionConfig:
     """MoonViT-3D and the projector (docs/released_model.md section 2)."""
 
-    patch_size: int = 14
-    hidden_size: int = 1152
-    intermediate_size: int = 4304
-    num_hidden_layers: int = 27
-    num_attention_heads: int = 16
-    init_pos_emb_height: int = 64
-    init_pos_emb_width: int = 64
-    init_pos_emb_time: int = 4
-    merge_kernel_size: tuple[int, int] = (2, 2)
-    rope_theta: float = 10000.0
-    layer_norm_eps: float = 1e-5
-    projector_ln_eps: float = 1e-5
+    patch_size: Count = 14
+    hidden_size: Count = 1152
+    intermediate_size: Count = 4304
+    num_hidden_layers: Count = 27
+    num_attention_heads: Count = 16
+    init_pos_emb_height: Count = 64
+    init_pos_emb_width: Count = 64
+    init_pos_emb_time: Count = 4
+    merge_kernel_size: tuple[Count, Count] = (2, 2)
+    rope_theta: Positive = 10000.0
+    layer_norm_eps: Positive = 1e-5
+    projector_ln_eps: Positive = 1e-5
+
+    def conflict(self) -> str:
+        """What does not go together; empty if all does."""
+        if self.hidden_size % self.num_attention_heads or self.hidden_size // self.num_attention_heads % 4:
+            return "hidden_size must be num_attention_heads times a multiple of 4"
+        return "" if self.merge_kernel_size == (2, 2) else "merge_kernel_size is (2, 2)"
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The whole model. `vision=None` is a text-only model; `moe=None` makes every layer dense."""
 
-    vocab_size: int = 163840
-    hidden_size: int = 7168
-    intermediate_size: int = 18432
-    num_hidden_layers: int = 61
-    num_attention_heads: int = 64
-    q_lora_rank: int | None = 1536
-    kv_lora_rank: int = 512
-    qk_nope_head_dim: int = 128
-    qk_rope_head_dim: int = 64
-    v_head_dim: int = 128
-    rms_norm_eps: float = 1e-5
-    lora_norm_eps: float = 1e-6
-    rope_theta: float = 50000.0
+    vocab_size: Count = 163840
+    hidden_size: Count = 7168
+    intermediate_size: Count = 18432
+    num_hidden_layers: Count = 61
+    num_attention_heads: Count = 64
+    q_lora_rank: Count | None | None = 1536
+    kv_lora_rank: Count = 512
+    qk_nope_head_dim: Count = 128
+    qk_rope_head_dim: Count = 64
+    v_head_dim: Count = 128
+    rms_norm_eps: Positive = 1e-5
+    lora_norm_eps: Positive = 1e-6
+    rope_theta: Positive = 50000.0
     rope_scaling: YarnConfig | None = field(default_factory=YarnConfig)
-    max_position_embeddings: int = 262144
-    initializer_range: float = 0.02
+    max_position_embeddings: Count = 262144
+    initializer_range: Positive = 0.02
     moe: MoEConfig | None = field(default_factory=MoEConfig)
     vision: VisionConfig | None = field(default_factory=VisionConfig)
-    media_placeholder_token_id: int = 163605
-    bos_token_id: int = 163584
-    eos_token_id: int = 163585
-    pad_token_id: int = 163839
-    dtype: str = "bfloat16"  # activations
-    param_dtype: str = "float32"  # stored weights
+    media_placeholder_token_id: Natural = 163605
+    bos_token_id: Natural = 163584
+    eos_token_id: Natural = 163585
+    pad_token_id: Natural = 163839
+    dtype: Dtype = "bfloat16"  # activations
+    param_dtype: Dtype = "float32"  # stored weights
     scan_layers: bool = True  # False unrolls the same stacked weights
     remat: bool = False  # recompute each layer in the backward pass; the vision tower as a whole always is
     remat_policy: str = "layer_inputs"  # what of a decoder layer is kept all the same: nn.decoder.REMAT_POLICIES
@@ -104,6 +131,18 @@ class ModelConfig:
     def qk_head_dim(self) -> int:
         """Width of one query/key head: the part without rotary plus the rotary part."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    def conflict(self) -> str:
+        """What does not go together; empty if all does."""
+        if self.qk_rope_head_dim % 2:
+            return f"qk_rope_head_dim must be even, not {self.qk_rope_head_dim}"
+        if self.num_moe_layers < 0:
+            return (
+                f"moe.first_k_dense_replace = {self.num_dense_layers} of num_hidden_layers = {self.num_hidden_layers}"
+            )
+        names = ("media_placeholder_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
+        outside = [name for name in names if getattr(self, name) >= self.vocab_size]
+        return f"{outside[0]} lies outside vocab_size = {self.vocab_size}" if outside else ""
 
     @property
     def num_dense_layers(self) -> int:
@@ -126,9 +165,9 @@ class SourceConfig:
     kind: str = "demo"
     path: str = ""
     split: str = "train"
-    weight: float = 1.0  # share of the drawn examples within its modality (text-only or with media)
-    weight_schedule: tuple[tuple[float, float], ...] = ()  # (from this share of training, weight instead)
-    min_per_group: int = 0  # every group holds so many of its examples or more, as far as they fit
+    weight: NonNegative = 1.0  # share of the drawn examples within its modality (text-only or with media)
+    weight_schedule: tuple[tuple[Share, NonNegative], ...] = ()  # (from this share of training, weight instead)
+    min_per_group: Natural = 0  # every group holds so many of its examples or more, as far as they fit
     vision: bool = False  # True: its examples carry images or video
 
 
@@ -138,16 +177,25 @@ class DataConfig:
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     tokenizer: str = ""  # path of a tokenizer file (`.json` of `tokenizers`, or a released `tiktoken.model`)
-    sequence_length: int = 4096  # S, tokens a row
-    rows_per_group: int = 1  # R
-    num_groups: int = 8  # G: logical shards of the stream; global batch G * R rows. A multiple of the device count
-    vision_bins: tuple[tuple[int, int], ...] = ((4096, 1),)  # (P patches, bins a group), ascending P
-    vision_ratio: tuple[tuple[float, float], ...] = ((0.0, 0.1),)  # (from this share of training, vision token share)
-    lookahead: int = 64  # examples that may wait for a group with room
-    num_workers: int = 1  # worker processes a host; 0 reads in the training process
-    prefetch: int = 4  # groups each worker keeps ready
-    max_bad_fraction: float = 0.01  # a run with a larger share of unusable records stops
-    seed: int = 0
+    sequence_length: Annotated[int, Range(2, LARGEST)] = 4096  # S, tokens a row
+    rows_per_group: Count = 1  # R
+    num_groups: Count = 8  # G: logical shards of the stream; global batch G * R rows. A multiple of the device count
+    vision_bins: tuple[tuple[Count, Count], ...] = ((4096, 1),)  # (P patches, bins a group), ascending P
+    vision_ratio: tuple[tuple[Share, Share], ...] = ((0.0, 0.1),)  # (from this share of training, vision token share)
+    lookahead: Count = 64  # examples that may wait for a group with room
+    num_workers: Natural = 1  # worker processes a host; 0 reads in the training process
+    prefetch: Natural = 4  # groups each worker keeps ready
+    max_bad_fraction: Share = 0.01  # a run with a larger share of unusable records stops
+    seed: Seed = 0
+
+    def conflict(self) -> str:
+        """What does not go together; empty if all does."""
+        begins = [begin for begin, _ in self.vision_ratio]
+        return (
+            ""
+            if begins == sorted(begins)
+            else f"the parts of vision_ratio must begin one after the other, not {begins}"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -157,31 +205,31 @@ class DataConfig:
 class OptimizerConfig:
     """MuonClip (docs/paper_notes.md section 2.4) and the WSD schedule (2.5)."""
 
-    peak_lr: float = 2e-4
-    final_lr: float = 2e-5
-    warmup_steps: int = 500
-    decay_fraction: float = 0.35  # last part of training, cosine from peak to final
-    weight_decay: float = 0.1
-    muon_momentum: float = 0.95
+    peak_lr: NonNegative = 2e-4
+    final_lr: NonNegative = 2e-5
+    warmup_steps: Natural = 500
+    decay_fraction: Share = 0.35  # last part of training, cosine from peak to final
+    weight_decay: NonNegative = 0.1
+    muon_momentum: Decay = 0.95
     muon_nesterov: bool = True
-    newton_schulz_steps: int = 5
-    update_rms: float = 0.2  # Moonlight's RMS matching: update times 0.2 * sqrt(max(rows, columns))
-    adam_b1: float = 0.9
-    adam_b2: float = 0.95
-    adam_eps: float = 1e-8
-    momentum_dtype: str = "float32"  # of Muon's momentum and Adam's first moment; "bfloat16" halves them
-    grad_clip_norm: float = 1.0  # 0 switches clipping off
-    qk_clip_tau: float = 100.0  # 0 switches QK-clip off
-    router_bias_rate: float = 1e-3
-    balance_loss_weight: float = 1e-4
+    newton_schulz_steps: Count = 5
+    update_rms: Positive = 0.2  # Moonlight's RMS matching: update times 0.2 * sqrt(max(rows, columns))
+    adam_b1: Decay = 0.9
+    adam_b2: Decay = 0.95
+    adam_eps: Positive = 1e-8
+    momentum_dtype: Dtype = "float32"  # of Muon's momentum and Adam's first moment; "bfloat16" halves them
+    grad_clip_norm: NonNegative = 1.0  # 0 switches clipping off
+    qk_clip_tau: NonNegative = 100.0  # 0 switches QK-clip off
+    router_bias_rate: NonNegative = 1e-3
+    balance_loss_weight: NonNegative = 1e-4
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     """When to save, and how much to keep. `interval=0` saves at the end and on Ctrl-C only."""
 
-    interval: int = 500
-    keep: int = 3
+    interval: Natural = 500
+    keep: Count = 3
     verify: bool = True  # checksums are written with every checkpoint and compared before it is restored
     check_data: bool = True  # a run does not go on with a tokenizer or sources whose content has changed
 
@@ -194,10 +242,12 @@ class RecoveryConfig:
     while data and step count go on; after `max_rollbacks` such returns the run stops.
     """
 
-    spike_sigmas: float = 0.0  # a loss so many standard deviations above its running mean has leapt up; 0: never judged
-    spike_after: int = 100  # updates before the running mean is trusted
-    max_skipped_in_row: int = 10
-    max_rollbacks: int = 0
+    spike_sigmas: NonNegative = (
+        0.0  # a loss so many standard deviations above its running mean has leapt up; 0: never judged
+    )
+    spike_after: Natural = 100  # updates before the running mean is trusted
+    max_skipped_in_row: Count = 10
+    max_rollbacks: Natural = 0
 
 
 @dataclass(frozen=True)
@@ -205,40 +255,42 @@ class EvalConfig:
     """Periodic evaluation inside training. `tasks` are names of `kimi_jax.eval.tasks`."""
 
     tasks: tuple[str, ...] = ()
-    interval: int = 0
-    limit: int = 128  # questions a task, each time
-    final_limit: int = 1000  # questions a task, at the end
+    interval: Natural = 0
+    limit: Count = 128  # questions a task, each time
+    final_limit: Count = 1000  # questions a task, at the end
 
 
 @dataclass(frozen=True)
 class MeshConfig:
     """Devices along each axis of the mesh (`kimi_jax.sharding`). -1 takes all devices that are left."""
 
-    fsdp: int = -1  # rows of the batch and every weight
-    expert: int = 1  # rows of the batch and the routed experts
-    tensor: int = 1  # heads and inner widths
-    context: int = 1  # tokens of a row
-    replica: int = 1  # copies of all weights; on several slices a multiple of their number
+    fsdp: Annotated[int, Range(-1, LARGEST)] = -1  # rows of the batch and every weight
+    expert: Annotated[int, Range(-1, LARGEST)] = 1  # rows of the batch and the routed experts
+    tensor: Annotated[int, Range(-1, LARGEST)] = 1  # heads and inner widths
+    context: Annotated[int, Range(-1, LARGEST)] = 1  # tokens of a row
+    replica: Annotated[int, Range(-1, LARGEST)] = (
+        1  # copies of all weights; on several slices a multiple of their number
+    )
 
 
 @dataclass(frozen=True)
 class MemoryConfig:
     """What is traded for room on a device. What is recomputed: `ModelConfig.remat`, `remat_policy`."""
 
-    microbatches: int = 1  # parts of a batch that are computed one after the other, their gradients added up
-    expert_buffer: float = 1.25  # room for arriving rows over the mean; what does not fit takes further rounds
+    microbatches: Count = 1  # parts of a batch that are computed one after the other, their gradients added up
+    expert_buffer: Positive = 1.25  # room for arriving rows over the mean; what does not fit takes further rounds
     # In which dtype devices sum gradients of weights and, over `tensor` and `context`, parts of activations. Rounding
     # at every hop of a ring grows with the mesh, and Kimi K2 (arXiv:2507.20534) sums gradients in float32; "bfloat16"
     # sends half the bytes.
-    reduce_dtype: str = "float32"
+    reduce_dtype: Dtype = "float32"
 
 
 @dataclass(frozen=True)
 class ProfileConfig:
     """A trace of `steps` steps from step `start_step` on, in `WORKDIR/xprof` (to be seen with xprof). 0 steps: none."""
 
-    start_step: int = 10
-    steps: int = 0
+    start_step: Natural = 10
+    steps: Natural = 0
 
 
 @dataclass(frozen=True)
@@ -247,9 +299,11 @@ class LoRAConfig:
     `config.model` says only how it is computed (dtype, remat, scan_layers)."""
 
     base: str = ""  # a released directory or a workdir; not copied into this run's workdir, which needs it there
-    experts: str = "float"  # "int4": the routed experts of a released INT4 checkpoint stay packed
-    rank: int = 16
-    alpha: float = 32.0  # the adapters' product counts alpha / rank
+    experts: Annotated[str, OneOf(("float", "int4"))] = (
+        "float"  # "int4": the routed experts of a released INT4 checkpoint stay packed
+    )
+    rank: Count = 16
+    alpha: Positive = 32.0  # the adapters' product counts alpha / rank
     targets: tuple[str, ...] = ("attention", "mlp", "shared")  # names of nn.lora.TARGETS
 
     @property
@@ -263,9 +317,9 @@ class TrainConfig:
     """One run. `workdir` holds the log, the checkpoints and the report."""
 
     workdir: str = "runs/default"
-    steps: int = 1000
-    seed: int = 0
-    log_interval: int = 10
+    steps: Count = 1000
+    seed: Seed = 0
+    log_interval: Count = 10
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -365,10 +419,25 @@ def thaw(config: Any) -> ml_collections.ConfigDict:
 
 
 def freeze(values: Any, cls: type = TrainConfig, path: str = "config") -> Any:
-    """The dataclass `cls` filled from a mapping; every key must be a field.
+    """The dataclass `cls` filled from a mapping; every key must be a field and every value in its range.
 
-    Raises ConfigError naming the path of the bad key and the nearest known one, or the value that has the wrong type.
+    Raises ConfigError naming the path of the bad key and the nearest known one, or the value and what is allowed.
     """
+    config = _build(values, cls, path)
+    check(config, path)
+    return config
+
+
+def check(config: Any, path: str = "config") -> None:
+    """Raises ConfigError for the first value that is out of its range, or for two that do not go together.
+    Settings that were built in Python have not been checked before."""
+    if found := ranges.problem(config, path):
+        raise ConfigError(found)
+
+
+def _build(values: Any, cls: type, path: str) -> Any:
+    if not hasattr(values, "keys"):
+        raise ConfigError(f"{path} is a section of settings, not {values!r:.40}")
     hints = typing.get_type_hints(cls)
     unknown = [k for k in values if k not in hints]
     if unknown:
@@ -386,22 +455,26 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     hint = next(o for o in options if o is not type(None))
     origin = typing.get_origin(hint)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else freeze(value, hint, path)
+        return value if isinstance(value, hint) else _build(value, hint, path)
     if origin is dict:
         _, item = typing.get_args(hint)
+        if not hasattr(value, "keys"):
+            raise ConfigError(f"{path} is a section of settings, not {ranges.shown(value)}")
         return {k: _convert(values, item, f"{path}.{k}") for k, values in value.items()}
     if origin is tuple:
         return _convert_tuple(value, typing.get_args(hint), path)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) > 10**300:
+            raise ConfigError(f"{path} takes a finite number, not {ranges.shown(value)}")
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigError(f"{path} takes {hint.__name__}, not {value!r}")
+        raise ConfigError(f"{path} takes {hint.__name__}, not {ranges.shown(value)}")
     return value
 
 
 def _convert_tuple(value: Any, items: tuple, path: str) -> tuple:
     if not isinstance(value, (tuple, list)):
-        raise ConfigError(f"{path} takes a tuple, not {value!r}")
+        raise ConfigError(f"{path} takes a tuple, not {ranges.shown(value)}")
     if items[-1] is Ellipsis:
         items = (items[0],) * len(value)
     if len(items) != len(value):

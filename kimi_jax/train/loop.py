@@ -30,7 +30,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from kimi_jax import cli, sharding
-from kimi_jax.config import PRESETS, ConfigError, TrainConfig, diff, preset
+from kimi_jax.config import PRESETS, ConfigError, TrainConfig, check, diff, preset
 from kimi_jax.data.pipeline import BatchStream, merge_states
 from kimi_jax.train import adapters, hosts, inputs, lock, xla_flags
 from kimi_jax.train import state as state_lib
@@ -388,6 +388,7 @@ def _evaluate_at_end(this: _Run, state: TrainState) -> None:
 
 def _check(config: TrainConfig) -> None:
     """Raises ConfigError now for what would otherwise fail an hour later."""
+    check(config)
     if config.eval.tasks:
         from kimi_jax.eval.tasks import resolve
 
@@ -395,10 +396,6 @@ def _check(config: TrainConfig) -> None:
             resolve(config.eval.tasks)
         except KeyError as error:
             raise ConfigError(f"config.eval.tasks: {error.args[0]}") from error
-    if config.log_interval < 1 or config.checkpoint.interval < 0 or config.checkpoint.keep < 1:
-        raise ConfigError("config.log_interval and checkpoint.keep must be at least 1, checkpoint.interval at least 0")
-    if config.recovery.max_skipped_in_row < 1:
-        raise ConfigError("config.recovery.max_skipped_in_row must be at least 1")
 
 
 def describe(config: TrainConfig) -> list[str]:
