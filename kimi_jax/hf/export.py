@@ -321,7 +321,7 @@ def read_config(step: epath.Path) -> TrainConfig:
     values = read_json(file, MAX_CONFIG, CheckpointError)
     try:
         return freeze(values)
-    except (AttributeError, TypeError) as error:  # a section that is no object
+    except ConfigError as error:  # a setting out of its range, or a section that is no object
         raise CheckpointError(f"{file} is damaged: {error}") from error
 
 
