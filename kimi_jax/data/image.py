@@ -8,6 +8,8 @@ N      h*w patches;  p = patch_size;  C = 3*p*p
 
 Never upscaled; padding is at the right and the bottom and black, so -1 after normalisation. EXIF orientation is
 ignored, alpha and palettes go through `convert("RGB")`, an animation counts as its first frame: all as released.
+Unlike the release, which lets PIL clip them to white, grey images of 16 bits keep their upper 8 bits (as PIL itself
+does for colour images of 16 bits), and images of floats or of 32-bit integers, whose range nobody states, are refused.
 The pipeline carries uint8 patches; the float form is made from them at the end, bit for bit the released arithmetic.
 """
 
@@ -26,14 +28,18 @@ import numpy as np
 import PIL.Image
 
 from kimi_jax.data import BadRecord
+from kimi_jax.data.files import bad_file_reason, read_regular
 
 PATCH_LIMIT = 16384  # in_patch_limit
 SIDE_LIMIT = 512  # patch_limit_on_one_side
 MAX_PIXELS = 2 * 89_478_485  # the size at which PIL itself speaks of a decompression bomb
+MAX_SIDE = 1 << 17  # PIL keeps a pointer for each row: 1 x 100,000,000 pixels would take a gigabyte
 # What is opened; PIL's others are rare or, as EPS, are handed to other programs.
 FORMATS = (
     "PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO", "TGA", "JPEG2000", "AVIF",
 )  # fmt: skip
+
+SCALED = ("PNG", "PPM")  # formats whose images of mode I are 16 bits deep
 
 BLOCK = 1 << 16  # pixels normalised at a time: their float32 form stays in cache between the two operations
 
@@ -128,14 +134,21 @@ def open_image(data: bytes | str | Path, key: str = "") -> PIL.Image.Image:
 
     data: the bytes of the file, or its path. Raises BadRecord(missing_file | broken_image | absurd_size).
     """
-    if not isinstance(data, bytes) and not os.path.isfile(data):  # a pipe would be waited for
-        raise BadRecord("missing_file", key, str(data))
+    if not isinstance(data, bytes):
+        try:
+            data = read_regular(data)
+        except OSError as error:
+            raise BadRecord(bad_file_reason(error), key, f"{os.fspath(data)}: {error.strerror or error}") from error
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-            return PIL.Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=_formats())
+            return PIL.Image.open(io.BytesIO(data), formats=_formats())
     except PIL.Image.DecompressionBombError as error:
         raise BadRecord("absurd_size", key, str(error)) from error
+    except PIL.UnidentifiedImageError as error:  # its own text holds a memory address
+        raise BadRecord(
+            "broken_image", key, "not an image in a format that is read, or damaged at its start"
+        ) from error
     except Exception as error:  # PIL raises anything from SyntaxError to struct.error on damaged headers
         raise BadRecord("broken_image", key, f"{type(error).__name__}: {error}") from error
 
@@ -155,9 +168,15 @@ def image_size(image: PIL.Image.Image | np.ndarray, key: str = "") -> tuple[int,
     else:
         if image.format == "EPS":
             raise BadRecord("broken_image", key, "EPS is a program, not a picture; it is not run")
+        if image.mode == "F" or (
+            image.mode.startswith("I") and image.mode[:4] != "I;16" and image.format not in SCALED
+        ):
+            detail = f"pixels of mode {image.mode} (32 bits) have no known range: convert the image to 8 or 16 bits"
+            raise BadRecord("broken_image", key, detail)
         width, height = image.size
-    if width < 1 or height < 1 or width * height > MAX_PIXELS:
-        raise BadRecord("absurd_size", key, f"{width}x{height} pixels (1 to {MAX_PIXELS} are read)")
+    if width < 1 or height < 1 or width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        limits = f"1 to {MAX_PIXELS} are read, sides up to {MAX_SIDE}"
+        raise BadRecord("absurd_size", key, f"{width}x{height} pixels ({limits})")
     return width, height
 
 
@@ -167,9 +186,11 @@ def decode(image: PIL.Image.Image | np.ndarray, key: str = "") -> PIL.Image.Imag
     if isinstance(image, np.ndarray):
         return PIL.Image.fromarray(image)
     try:
-        if getattr(image, "is_animated", False) and image.tell() != 0:
+        if image.tell() != 0:
             image.seek(0)
         image.load()
+        if image.mode.startswith("I"):
+            return PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
         return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # truncated data, broken chunks, unknown modes: each decoder has its own exceptions
         raise BadRecord("broken_image", key, f"{type(error).__name__}: {error}") from error

@@ -6,7 +6,12 @@ N      frames of the file;  n  frames kept
 h, w   grid of a frame in patches;  t = 1 .. 4 frames of a chunk
 C      3 * patch_size^2
 
-The released decoder is not public; frames are decoded by PyAV here and may differ from it by a grey level.
+The released decoder is not public; frames are decoded by PyAV here and may differ from it by a grey level. Where the
+rate is constant, frames and time stamps are those of the released rule, index / fps. Where it is not, the rule is
+applied to the times in the stream: as many frames as it keeps at N / duration a second, at times evenly spread, a frame
+at most once. Videos that a phone marks as rotated are turned upright, as the decoders that engines use for the release
+(OpenCV, torchcodec) do; mirroring and pixels that are not square are left as they are. A file that is cut short counts
+as broken (container.py).
 Files are strangers' files: only plain containers are opened (a play list would name further files and addresses), and
 there is an end to the frames that are decoded and to the memory that they take.
 """
@@ -15,8 +20,7 @@ from __future__ import annotations
 
 import io
 import itertools
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -28,13 +32,28 @@ import numpy as np
 import PIL.Image
 
 from kimi_jax.data import BadRecord
-from kimi_jax.data.image import MAX_PIXELS, SIDE_LIMIT, Plan, decode, largest, normalise, picture_patches, plan_image
+from kimi_jax.data.container import cut_short
+from kimi_jax.data.files import bad_file_reason, open_regular
+from kimi_jax.data.image import (
+    MAX_PIXELS,
+    MAX_SIDE,
+    SIDE_LIMIT,
+    Plan,
+    decode,
+    largest,
+    normalise,
+    picture_patches,
+    plan_image,
+)
 
 SAMPLE_FPS = 2.0  # sample_fps
 CHUNK_FRAMES = 4  # temporal_merge_kernel_size
 FRAME_PATCH_LIMIT = 4096  # in_patch_limit_each_frame
 MAX_FRAMES = 200_000  # decoded of one file, almost two hours at 30 a second; the release has no limit
 MAX_BYTES = 4 << 30  # of the frames kept
+MAX_FILE_BYTES = 64 << 30  # of a file that is read from its path
+TICK = 0.0015  # seconds: containers that count in milliseconds round the times of a constant rate so far
+LATE = 0.5  # seconds that a video may end before its header says
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,apng,mpegts,mpeg,mpegvideo,flv,ogg,asf,ivf"
 
 
@@ -197,9 +216,11 @@ def read_video(
     if isinstance(source, bytes):
         source = io.BytesIO(source)
     elif isinstance(source, (str, Path)):
-        if not os.path.isfile(source):  # neither an address nor a device, which ffmpeg would open too
-            raise BadRecord("missing_file", key, name)
-        with open(source, "rb") as file:
+        try:  # neither an address nor a device, which ffmpeg would open too
+            opened = open_regular(Path(source), MAX_FILE_BYTES)
+        except OSError as error:
+            raise BadRecord(bad_file_reason(error), key, f"{name}: {error.strerror or error}") from error
+        with opened as file:
             return read_video(file, key, name, max_frames, max_bytes)
     try:
         return _read(source, key, name, max_frames, max_bytes)
@@ -210,17 +231,25 @@ def read_video(
 
 
 def _read(file: io.BufferedIOBase, key: str, name: str, max_frames: int, max_bytes: int) -> Video:
+    if missing := cut_short(file):
+        raise BadRecord("broken_video", key, f"{name} is cut short: {missing}")
     with _open(file) as container:
         stream = container.streams.video[0]
         width, height, rate = stream.codec_context.width, stream.codec_context.height, _frame_rate(stream)
-        if not 0 < width * height <= MAX_PIXELS:
+        if not 0 < width * height <= MAX_PIXELS or max(width, height) > MAX_SIDE:
             raise BadRecord("absurd_size", key, f"{name}: frames of {width}x{height} pixels")
-        count = sum(1 for _ in itertools.islice(container.decode(stream), max_frames + 1))
+        times, turns, end = _times(itertools.islice(container.decode(stream), max_frames + 1), rate)
+        declared = _declared_seconds(container, stream)
+    count = len(times)
     if count == 0:
         raise BadRecord("empty", key, f"{name}: a video without frames")
     if count > max_frames:
         raise BadRecord("too_long", key, f"{name}: more than {max_frames} frames")
-    indices = sample_indices(count, rate)
+    if declared - end > LATE + 2 * end / count:
+        raise BadRecord(
+            "broken_video", key, f"{name} is cut short: {end:.2f} s of frames, its header says {declared:.2f}"
+        )
+    indices, stamps = _sample_times(times, rate, end)
     if len(indices) * width * height * 3 > max_bytes:
         raise BadRecord("too_long", key, f"{name}: {len(indices)} frames of {width}x{height} exceed {max_bytes} bytes")
     wanted = set(indices.tolist())
@@ -232,8 +261,48 @@ def _read(file: io.BufferedIOBase, key: str, name: str, max_frames: int, max_byt
                     "broken_video", key, f"{name}: frame {i} is {frame.width}x{frame.height}, not as before"
                 )
             if i in wanted:
-                frames[i] = frame.to_ndarray(format="rgb24")
-    return Video([frames[int(i)] for i in indices], tuple(float(i / rate) for i in indices))
+                frames[i] = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
+    return Video([frames[int(i)] for i in indices], stamps)
+
+
+def _times(frames: Iterable[av.VideoFrame], rate: float) -> tuple[np.ndarray, int, float]:
+    """(float64 [N] seconds since the first frame, never falling; quarter turns to the left; where the last frame ends).
+
+    A frame without a time follows the one before by 1 / rate.
+    """
+    times: list[float] = []
+    turns, last, start = 0, 1 / rate, 0.0
+    for frame in frames:
+        if not times:
+            turns = round(frame.rotation / 90) % 4
+            start = frame.time or 0.0
+        expected = times[-1] + 1 / rate if times else 0.0
+        times.append(expected if frame.time is None else max(frame.time - start, times[-1] if times else 0.0))
+        last = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 1 / rate
+    return np.array(times), turns, times[-1] + last if times else 0.0
+
+
+def _sample_times(times: np.ndarray, rate: float, end: float) -> tuple[np.ndarray, tuple[float, ...]]:
+    """(int64 indices of the frames kept, their seconds): the released rule, by time where the rate is not constant."""
+    count = len(times)
+    regular = np.arange(count) / rate
+    if np.abs(times - regular).max() <= min(TICK, 0.25 / rate):
+        indices = sample_indices(count, rate)
+        return indices, tuple(float(i / rate) for i in indices)
+    keep = len(sample_indices(count, count / end))
+    targets = np.linspace(0, times[-1], keep)
+    after = np.clip(np.searchsorted(times, targets), 1, max(count - 1, 1))
+    nearest = np.where(targets - times[after - 1] <= times[after] - targets, after - 1, after)
+    indices = np.unique(nearest).astype(np.int64)
+    return indices, tuple(float(times[i]) for i in indices)
+
+
+def _declared_seconds(container: av.container.InputContainer, stream: av.VideoStream) -> float:
+    """How long the header says that the frames are, 0 if it does not: that of the file is of its longest stream."""
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    alone = len(container.streams) == 1
+    return container.duration / av.time_base if alone and container.duration else 0.0
 
 
 def _open(file: io.BufferedIOBase) -> av.container.InputContainer:

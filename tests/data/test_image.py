@@ -185,15 +185,31 @@ def test_animation_counts_as_its_first_frame():
     assert tuple(patches[0].reshape(3, 14, 14)[:, 0, 0]) == (255, 0, 0)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "I", "F", "I;16"])
-def test_every_mode_is_converted_as_pil_does(mode):
-    """Released behaviour is `convert("RGB")` and nothing else: 16-bit and float pictures are clipped, not scaled."""
-    grey = np.arange(40 * 60).reshape(40, 60) * 27
-    image = PIL.Image.fromarray(grey.astype(np.uint16)) if mode == "I;16" else noise().convert(mode)
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr"])
+def test_every_mode_of_8_bits_is_converted_as_pil_does(mode):
+    """Released behaviour is `convert("RGB")` and nothing else."""
+    image = noise().convert(mode)
     assert image.mode == mode
     patches, _ = image_patches(image)
     wanted = np.asarray(image.convert("RGB"))[:14, :14].transpose(2, 0, 1).reshape(-1)
     assert np.array_equal(patches[0], wanted)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM", ""])
+def test_grey_image_of_16_bits_keeps_its_upper_8_bits(kind):
+    """Not clipped to white, as PIL's own conversion does; a PGM arrives in PIL's mode I instead of I;16."""
+    deep = (np.arange(40 * 60).reshape(40, 60) * 27).astype(np.uint16)
+    image = PIL.Image.fromarray(deep)
+    patches, _ = image_patches(open_image(encoded(image, kind)) if kind else image)
+    assert np.array_equal(patches[0], np.tile((deep[:14, :14] >> 8).reshape(-1), 3))
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_image_of_32_bits_is_refused_by_its_mode(mode):
+    for image in (noise().convert(mode), open_image(encoded(noise().convert(mode), "TIFF"))):
+        with pytest.raises(BadRecord, match=f"mode {mode} .*convert the image to 8 or 16 bits") as bad:
+            image_patches(image)
+        assert bad.value.reason == "broken_image"
 
 
 def test_exif_orientation_is_ignored_as_released():

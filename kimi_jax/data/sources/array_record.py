@@ -20,6 +20,7 @@ import numpy as np
 from etils import epath
 
 from kimi_jax.config import ConfigError
+from kimi_jax.data import BadRecord
 from kimi_jax.data.example import Example
 from kimi_jax.data.sources.record import Stored, decode, unpack
 
@@ -63,17 +64,30 @@ class ArrayRecordSource:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> Example:
-        """Example `index`. Raises BadRecord for media that do not decode (they did when it was built)."""
+        """Example `index`. Raises BadRecord for a damaged record and for media that do not decode (they did once)."""
         return decode(self.stored(index).record)
 
     def stored(self, index: int) -> Stored:
-        """Record `index`, media still encoded, with its token and patch lengths. Raises IndexError, ValueError."""
+        """Record `index`, media still encoded, with its token and patch lengths.
+
+        Raises IndexError, and BadRecord(damaged_file) for bytes that are not what was built.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         which = bisect.bisect_right(self._ends, index)
         at = index - (self._ends[which - 1] if which else 0)
-        with self._lock:  # the reader is one stream
-            return unpack(self._reader(which).read([at])[0])
+        key = f"{self._shards[which].name}#{at}"
+        try:
+            with self._lock:  # the reader is one stream
+                data = self._reader(which).read([at])
+        except Exception as e:  # the bindings turn a status of any kind into an exception of their own choice
+            raise BadRecord("damaged_file", key, f"{type(e).__name__}: {str(e)[:200]}") from e
+        if len(data) != 1:
+            raise BadRecord("damaged_file", key, f"the file gives {len(data)} records for one number")
+        try:
+            return unpack(data[0])
+        except ValueError as e:
+            raise BadRecord("damaged_file", key, str(e)) from e
 
     def record(self, index: int) -> Any:
         """Record `index`, media still encoded."""

@@ -10,13 +10,15 @@ given. In the second the n-th `<image>` is the n-th file of `images`, likewise `
 the loss. The first form has no placeholders: `<image>` in its text is just text.
 
 Media paths are relative to the folder of the JSONL file and stay inside it: an absolute path or one with `..` is
-refused (BadRecord unsafe_path). A symbolic link in that folder is followed: it is the user's own. Blank lines are
-skipped. What makes a BadRecord: bad_json (not JSON, not one of the forms, an unknown key), placeholder_mismatch, empty,
-unsafe_path, and while decoding missing_file, broken_image, broken_video, absurd_size.
+refused (BadRecord unsafe_path). A symbolic link in that folder is followed: it is the user's own.
+Blank lines (also of spaces and tabs) are skipped, and so is a byte order mark at the start. A line has at most MAX_LINE
+bytes. What makes a BadRecord: bad_json (not JSON, not one of the forms, an unknown key), placeholder_mismatch, empty,
+unsafe_path, absurd_size (too long a line), and while decoding missing_file, broken_image, broken_video, absurd_size.
 
 The index holds where each line starts (8 bytes a line, in memory; nothing is written beside the user's file).
 """
 
+import io
 import json
 import re
 from pathlib import PurePosixPath
@@ -28,10 +30,14 @@ from etils import epath
 from kimi_jax.config import ConfigError
 from kimi_jax.data import BadRecord
 from kimi_jax.data.example import Example, Text
+from kimi_jax.data.files import open_regular
 from kimi_jax.data.sources.record import MEDIA_KINDS, Media, Record, decode
 
 _CHUNK = 1 << 24  # bytes read at a time for the index
+MAX_LINE = 1 << 28  # bytes; media stand beside the file, so that a line is text
 MAX_LOSS = 1e6
+_BOM = b"\xef\xbb\xbf"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _PLACEHOLDER = re.compile("<(image|video)>")
 
 
@@ -41,10 +47,12 @@ class JsonlSource:
     def __init__(self, path: str) -> None:
         self.path = path
         self._file = epath.Path(path)
-        if not self._file.is_file():
-            raise ConfigError(f"no JSONL file at {path!r}")
-        # offsets[i] .. offsets[i + 1] is line numbers[i] (from 1) without blank lines
-        self._starts, self._ends, self._numbers = _index_lines(self._file)
+        # line numbers[i] (from 1) is starts[i] .. ends[i], without blank lines
+        try:
+            with open_regular(self._file) as f:
+                self._starts, self._ends, self._numbers = _index_lines(f)
+        except OSError as e:
+            raise ConfigError(f"no JSONL file at {path!r}: {e.strerror or e}") from e
         if not len(self._starts):
             raise ConfigError(f"the JSONL file {path!r} has no lines")
 
@@ -58,11 +66,17 @@ class JsonlSource:
     def record(self, index: int) -> Record:
         """Line `index` as a record; its media are not opened yet. Raises BadRecord."""
         start, end = int(self._starts[index]), int(self._ends[index])
+        where = f"{self._file.name}:{self._numbers[index]}"
+        if end - start > MAX_LINE:
+            raise BadRecord("absurd_size", where, f"a line of {end - start:,} bytes; at most {MAX_LINE:,} are read")
         # a file handle of its own for each read: threads and worker processes share nothing
-        with self._file.open("rb") as f:
-            f.seek(start)
-            line = f.read(end - start)
-        return parse_line(line, f"{self._file.name}:{self._numbers[index]}", self._file.parent)
+        try:
+            with open_regular(self._file) as f:
+                f.seek(start)
+                line = f.read(end - start)
+        except OSError as e:
+            raise BadRecord("missing_file", where, e.strerror or str(e)) from e
+        return parse_line(line, where, self._file.parent)
 
 
 def open_jsonl(path: str, split: str) -> JsonlSource:
@@ -77,7 +91,7 @@ def parse_line(line: bytes, where: str, folder: Any) -> Record:
     Raises BadRecord.
     """
     try:
-        values = json.loads(line)
+        values = json.loads(line.decode())  # of bytes, json would guess UTF-16 and UTF-32 too
     except (ValueError, RecursionError) as e:  # not UTF-8, not JSON, a number of thousands of digits
         raise BadRecord("bad_json", where, str(e)) from e
     if not isinstance(values, dict):
@@ -143,7 +157,8 @@ def _media(kind: str, name: Any, key: str, folder: Any) -> Media:
     if not isinstance(name, str) or not name:
         raise BadRecord("bad_json", key, f"{kind} is the path of a file, not {_short(name)}")
     pure = PurePosixPath(name.replace("\\", "/"))
-    if pure.is_absolute() or ".." in pure.parts or "\0" in name or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", name):
+    is_text = "\0" not in name and not _SURROGATE.search(name)
+    if pure.is_absolute() or ".." in pure.parts or not is_text or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", name):
         raise BadRecord("unsafe_path", key, f"{kind} {name!r} is not a path inside the folder of the JSONL file")
     return Media(kind, name, path=folder / name)
 
@@ -158,19 +173,27 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _index_lines(file: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _index_lines(file: io.BufferedIOBase) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where the lines that are not blank start and end (int64 bytes), and their numbers from 1."""
-    ends, returns = [], []  # of each line: where its newline stands, and whether a carriage return is before it
-    size, last = 0, 0
-    with file.open("rb") as f:
-        while chunk := f.read(_CHUNK):
-            data = np.frombuffer(chunk, np.uint8)
-            found = np.flatnonzero(data == 10)
-            ends.append(found + size)
-            returns.append(np.where(found > 0, data[found - 1], last) == 13)
-            size, last = size + len(data), int(data[-1])
+    ends, spaced = [], []  # where newlines stand; where lines start with a space, a tab or a carriage return
+    size, last = 0, 10
+    while chunk := file.read(_CHUNK):
+        data = np.frombuffer(chunk, np.uint8)
+        found = np.flatnonzero(data == 10)
+        ends.append(found + size)
+        heads = np.concatenate([np.zeros(int(last == 10), np.int64), found + 1])
+        heads = heads[heads < len(data)]
+        spaced.append(heads[np.isin(data[heads], (9, 13, 32))] + size)
+        size, last = size + len(data), int(data[-1])
     end = np.concatenate([*ends, np.array([size])]).astype(np.int64)
     start = np.concatenate([np.zeros(1, np.int64), end[:-1] + 1])
-    only_return = np.concatenate([*returns, np.array([last == 13])]) & (end - start == 1)
-    filled = (end > start) & ~only_return
+    file.seek(0)
+    if file.read(len(_BOM)) == _BOM:
+        start[0] = len(_BOM)
+        spaced.insert(0, np.zeros(1, np.int64))  # what is behind the mark may be blank
+    filled = end > start
+    for i in np.searchsorted(end, np.concatenate([np.zeros(0, np.int64), *spaced])):
+        if end[i] - start[i] <= MAX_LINE:
+            file.seek(start[i])
+            filled[i] &= bool(file.read(end[i] - start[i]).strip())
     return start[filled], end[filled], np.flatnonzero(filled) + 1

@@ -20,12 +20,11 @@ import json
 import struct
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import NamedTuple
-
-from etils import epath
+from typing import Any, NamedTuple
 
 from kimi_jax.data import BadRecord
 from kimi_jax.data.example import Example, Image, Text, Video
+from kimi_jax.data.files import bad_file_reason, read_regular
 from kimi_jax.data.image import open_image
 from kimi_jax.data.video import read_video
 
@@ -42,14 +41,14 @@ class Media:
     path: PurePath | None = None  # local or a bucket
 
     def read(self, key: str) -> bytes:
-        """The encoded bytes. Raises BadRecord missing_file."""
+        """The encoded bytes. Raises BadRecord missing_file or absurd_size."""
         if self.data is not None:
             return self.data
         assert self.path is not None, "Media needs data or a path"
         try:
-            return epath.Path(self.path).read_bytes()
+            return read_regular(self.path)
         except OSError as e:
-            raise BadRecord("missing_file", key, f"{self.kind} {self.name!r}: {e.strerror or e}") from e
+            raise BadRecord(bad_file_reason(e), key, f"{self.kind} {self.name!r}: {e.strerror or e}") from e
 
 
 @dataclass(frozen=True)
@@ -115,14 +114,24 @@ def unpack(data: bytes) -> Stored:
         at = 4 + n
         for part in header["parts"]:
             if "text" in part:
-                parts.append(Text(part["text"], part["loss"]))
+                parts.append(Text(_typed(part["text"], str), float(part["loss"])))
                 continue
             kind = next(k for k in MEDIA_KINDS if k in part)
-            parts.append(Media(kind, part[kind], data=data[at : at + part["bytes"]]))
-            at += part["bytes"]
-        stored = Stored(Record(header["key"], tuple(parts)), header["token_length"], header["patch_length"])
-    except (struct.error, KeyError, TypeError, StopIteration, UnicodeDecodeError, json.JSONDecodeError) as e:
+            size = _typed(part["bytes"], int)
+            if size < 0:
+                raise TypeError(f"a medium of {size} bytes")
+            parts.append(Media(kind, _typed(part[kind], str), data=data[at : at + size]))
+            at += size
+        lengths = [_typed(header[k], int) for k in ("token_length", "patch_length")]
+        stored = Stored(Record(_typed(header["key"], str), tuple(parts)), *lengths)
+    except (struct.error, KeyError, TypeError, StopIteration, ValueError, OverflowError, RecursionError) as e:
         raise ValueError(f"these {len(data)} bytes are not a record of kimi_jax (format version 1): {e!r}") from e
     if at != len(data):
         raise ValueError(f"a record names {at} bytes but has {len(data)}")
     return stored
+
+
+def _typed(value: Any, kind: type) -> Any:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{value!r:.60} where a {kind.__name__} is stored")
+    return value

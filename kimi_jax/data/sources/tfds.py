@@ -59,7 +59,7 @@ class TfdsSource:
             raise IndexError(f"example {index} of {len(self)}")
         try:
             row = self._data[index]
-        except (ValueError, OSError) as e:  # an image of the data set that does not decode
+        except (ValueError, OSError, RuntimeError, IndexError) as e:  # a damaged file, an image that does not decode
             raise BadRecord("broken_image", key, str(e)) from e
         values = {c: self._value(row, c, kind, key) for c, kind in self._kinds.items()}
         parts = self.template.fill(values)
