@@ -133,8 +133,10 @@ def _plan_video(source: Any, key: str) -> MediaPlan:
         video: Any = read_video(source, key)
     elif isinstance(source, bytes):
         return _plan_video_file(source, key)
-    else:
+    elif isinstance(source, (Video, np.ndarray, Sequence)):
         video = as_video(source)
+    else:
+        raise BadRecord("broken_video", key, f"a video is a file or frames, not {type(source).__name__}")
     width, height = video_size(video, key)
     return _video_plan(video, key, width, height, (len(video.frames), len(video.frames)))
 

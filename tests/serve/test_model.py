@@ -87,7 +87,9 @@ def test_a_stream_with_tools_is_the_whole_answer(ask):
     call = {"tools": [WEATHER], "seed": 3, "logprobs": True, "top_logprobs": 2, "temperature": 0.5}
     whole = ask("weather?", **call)
     pieces = list(ask("weather?", stream=True, stream_options={"include_usage": True}, **call))
-    assert pieces[-1].usage == whole.usage
+    assert pieces[-1].usage.prompt_tokens == whole.usage.prompt_tokens
+    assert pieces[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert pieces[-1].usage.prompt_tokens_details.cached_tokens > 0  # the second time the prompt is known
     ids = [i for piece in pieces[:-1] for i in getattr(piece.choices[0], "token_ids", None) or ()]
     assert [ids] == tokens(whole)
     streamed = [t for p in pieces[:-1] if p.choices[0].logprobs for t in p.choices[0].logprobs.content]
@@ -130,6 +132,15 @@ def test_a_client_that_goes_away_frees_the_slot(address, ask):
     connection.close()
     assert tokens(ask("hi", seed=5))  # waits for a slot
     assert metric(address, "kimi_admitted") <= SLOTS
+
+
+def test_usage_says_how_many_tokens_of_the_prompt_were_cached(ask):
+    """A prompt of three pages of 64 tokens, twice; with two choices it still counts once."""
+    first = ask("y" * 150, seed=1)
+    assert first.usage.prompt_tokens_details.cached_tokens < 64
+    for more in ({}, {"n": 2}):
+        usage = ask("y" * 150, seed=1, **more).usage
+        assert usage.prompt_tokens_details.cached_tokens == usage.prompt_tokens // 64 * 64 > 0
 
 
 def test_too_long_is_the_clients_fault(ask):
