@@ -67,8 +67,8 @@ messages = st.fixed_dictionaries(
 )
 bodies = st.one_of(
     values,
-    st.fixed_dictionaries({"messages": st.lists(messages, max_size=4)}, optional={key: values for key in KNOWN[2:17]}),
-    st.fixed_dictionaries({"prompt": values}, optional={key: values for key in KNOWN[3:13]}),
+    st.fixed_dictionaries({"messages": st.lists(messages, max_size=4)}, optional=dict.fromkeys(KNOWN[2:17], values)),
+    st.fixed_dictionaries({"prompt": values}, optional=dict.fromkeys(KNOWN[3:13], values)),
 )
 
 
