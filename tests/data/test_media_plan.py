@@ -53,7 +53,9 @@ def test_plan_of_a_header_alone_decodes_nothing():
         plan.decode()
 
 
-@pytest.mark.parametrize("source", [b"", b"x" * 100, clip(30, 10, "mp4", "mpeg4")[:500], 5, None], ids=repr)
+@pytest.mark.parametrize(
+    "source", [b"", b"x" * 100, clip(30, 10, "mp4", "mpeg4")[:500], 5, None, [None], [[[1]]], ["x"], []], ids=repr
+)
 def test_what_is_no_video_is_a_bad_record(source):
     with pytest.raises(BadRecord):
         plan_media(source, is_video=True)
