@@ -133,10 +133,17 @@ def _plan_video(source: Any, key: str) -> MediaPlan:
         video: Any = read_video(source, key)
     elif isinstance(source, bytes):
         return _plan_video_file(source, key)
-    else:
+    elif isinstance(source, (Video, np.ndarray)) or _are_frames(source):
         video = as_video(source)
+    else:
+        raise BadRecord("broken_video", key, f"a video is a file or frames, not {type(source).__name__}")
     width, height = video_size(video, key)
     return _video_plan(video, key, width, height, (len(video.frames), len(video.frames)))
+
+
+def _are_frames(source: Any) -> bool:
+    """A list of anything else comes from a client's JSON."""
+    return isinstance(source, Sequence) and all(isinstance(f, (np.ndarray, PIL.Image.Image)) for f in source)
 
 
 def _plan_video_file(data: bytes, key: str) -> MediaPlan:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import ipaddress
 import os
 import sys
-from pathlib import Path
 
 from absl import app, flags
 
@@ -58,13 +57,13 @@ def main(argv: list[str]) -> None:
         import uvicorn
 
         import kimi_jax.serve.app as http
-        from kimi_jax.serve.guard import uvicorn_settings
+        from kimi_jax.serve.guard import read_api_key, uvicorn_settings
     except ModuleNotFoundError as error:
         sys.exit(f'error: {error}; the server needs the extra [serve]: pip install "kimi_jax[serve]"')
     cli.enable_compilation_cache()
     try:
         networks = tuple(map(ipaddress.ip_network, _NETWORKS.value))
-        key = _api_key(_KEY.value, _KEY_FILE.value)
+        key = read_api_key(_KEY.value, _KEY_FILE.value, os.environ.get("KIMI_API_KEY", ""))
         engine, tokenizer = _load(_MODEL.value)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
@@ -84,14 +83,6 @@ def main(argv: list[str]) -> None:
     uvicorn.run(
         server.app(), host=_HOST.value, port=_PORT.value, timeout_graceful_shutdown=_GRACE.value, **uvicorn_settings()
     )
-
-
-def _api_key(flag: str, file: str) -> str:
-    """The key from the flag, the file or the environment; "" for none. Raises ValueError for one that is unusable."""
-    key = flag or (Path(file).read_text(encoding="utf-8").strip() if file else os.environ.get("KIMI_API_KEY", ""))
-    if (file and not key) or not key.isascii() or any(c.isspace() or not c.isprintable() for c in key):
-        raise ValueError("the API key must be printable ASCII without spaces, and a file of it not empty")
-    return key
 
 
 def _load(path: str) -> tuple[Engine, Tokenizer]:

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import hmac
 import json
+from pathlib import Path
 from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -57,6 +58,17 @@ class Guard:
         if scheme.lower() == b"bearer" and hmac.compare_digest(_digest(key.strip()), self._digest):
             return None
         return ApiError(401, "this server needs its key: Authorization: Bearer KEY", code="invalid_api_key")
+
+
+def read_api_key(flag: str, file: str, environment: str) -> str:
+    """The key from the first of the three that is there; file: its path. "" for none.
+
+    Raises ValueError for one that no header can carry, OSError for a file that cannot be read.
+    """
+    key = flag or (Path(file).read_text(encoding="utf-8").strip() if file else environment)
+    if (file and not key) or not key.isascii() or not key.isprintable() or " " in key:
+        raise ValueError("the API key must be printable ASCII without spaces, and a file of it not empty")
+    return key
 
 
 def _digest(key: bytes) -> bytes:

@@ -303,6 +303,19 @@ def test_api_key_is_asked_for_on_every_route_but_health():
             assert api.chat.completions.create(model="tiny", messages=HELLO).choices
 
 
+def test_api_key_comes_from_flag_file_or_environment(tmp_path):
+    file = tmp_path / "key"
+    file.write_text("of-the-file\n")
+    assert guard.read_api_key("flag", str(file), "environment") == "flag"
+    assert guard.read_api_key("", str(file), "environment") == "of-the-file"
+    assert guard.read_api_key("", "", "environment") == "environment"
+    assert guard.read_api_key("", "", "") == ""
+    file.write_text("\n")
+    for flag, path in (("a b", ""), ("ü", ""), ("a\nb", ""), ("", str(file))):
+        with pytest.raises(ValueError, match="API key"):
+            guard.read_api_key(flag, path, "")
+
+
 def test_errors_name_no_memory_address_and_no_folder(address):
     for uri in (
         "data:image/png;base64,AAAA",

@@ -132,6 +132,15 @@ def test_a_client_that_goes_away_frees_the_slot(address, ask):
     assert metric(address, "kimi_admitted") <= SLOTS
 
 
+def test_usage_says_how_many_tokens_of_the_prompt_were_cached(ask):
+    """A prompt of three pages of 64 tokens, twice; with two choices it still counts once."""
+    first = ask("y" * 150, seed=1)
+    assert first.usage.prompt_tokens_details.cached_tokens < 64
+    for more in ({}, {"n": 2}):
+        usage = ask("y" * 150, seed=1, **more).usage
+        assert usage.prompt_tokens_details.cached_tokens == usage.prompt_tokens // 64 * 64 > 0
+
+
 def test_too_long_is_the_clients_fault(ask):
     with pytest.raises(openai.BadRequestError, match=f"at most {LENGTH}"):
         ask("x" * LENGTH)
