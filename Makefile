@@ -7,14 +7,14 @@ WORKERS ?= 2
 # whole files: a fixture of a module may cost minutes, and would be made by both workers
 PARALLEL = -n $(WORKERS) --dist loadfile
 VENV := .venv
-QUICK := not slow and not tfds and not seqio and not lm_eval and not transformers and not tpu
+QUICK := not slow and not fuzz and not tfds and not seqio and not lm_eval and not transformers and not tpu
 
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 # with CI=true a missing Python is an error, elsewhere a reason to skip
 NO_PYTHON = if [ "$$CI" = true ]; then echo "FAILED: $@ needs Python $(1)" >&2; exit 1; else echo "SKIPPED: $@ needs Python $(1)"; fi
 
-.PHONY: help demo plan setup test lint quick test-slow test-long test-tfds test-lm-eval test-tpu test-py312 run-tfds run-lm-eval run-py312 clean
+.PHONY: help demo plan setup test lint quick test-slow fuzz test-long test-tfds test-lm-eval test-tpu test-py312 run-tfds run-lm-eval run-py312 clean
 .DEFAULT_GOAL := help
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make plan          what Kimi K2.5 needs of three TPU pods: memory, predicted time and traffic (no TPU needed)"
 	@echo "make test          style, types and the quick tests (some ten minutes on 2 cores)"
 	@echo "make test-slow     long proofs, TFDS and seqio sources, lm-eval, transformers, the TPU compiler, Python 3.12"
+	@echo "make fuzz          the fuzz tests at length (counts in docs/security.md)"
 	@echo "make lint          ruff and mypy only;   make quick    the quick tests only"
 	@echo "make clean         forget environments and caches (runs/ is kept)"
 
@@ -77,6 +78,9 @@ test-slow:
 	@$(MAKE) --no-print-directory test-lm-eval
 	@$(MAKE) --no-print-directory test-tpu
 	@$(MAKE) --no-print-directory test-py312
+
+fuzz: setup
+	$(VENV)/bin/python -m pytest $(PARALLEL) -m fuzz
 
 test-long: setup
 	$(VENV)/bin/python -m pytest $(PARALLEL) -m "slow and not tfds and not seqio and not lm_eval and not transformers and not tpu"
