@@ -219,6 +219,12 @@ def test_damaged_parquet_at_length(tmp_path_factory, seed, count):
     damaged_parquet(tmp_path_factory.getbasetemp(), seed, count)
 
 
+@pytest.mark.parametrize("seed", [1205, 2090, 2707, 2873, 3169])
+def test_damaged_parquet_metadata_does_not_end_the_process(seed, tmp_path):
+    """Statistics that pyarrow's own metadata calls abort on, and a negative number of rows; found by `make fuzz`."""
+    damaged_parquet(tmp_path, seed, 1 + seed % 12)
+
+
 def test_damaged_parquet_row_group_is_a_bad_record_a_row(tmp_path):
     table = pa.table({"t": [f"text {i}" * 50 for i in range(30)]})
     pq.write_table(table, tmp_path / "d.parquet", row_group_size=10, compression="gzip", use_dictionary=False)
