@@ -83,6 +83,7 @@ class Shard(NamedTuple):
     size: int  # bytes
     images: int
     videos: int
+    learned: int  # records with a loss anywhere
     lengths: list[list[int]]  # [tokens, patches] of every record
     bad: list[dict[str, str]]
 
@@ -190,6 +191,8 @@ def summary(manifest: dict[str, Any], dst: str) -> str:
     tokens = f"{manifest['tokens']:,} tokens" if manifest["tokens"] >= 0 else "tokens not counted (no --tokenizer)"
     media = f"{manifest['images']:,} images, {manifest['videos']:,} videos, {manifest['patches']:,} patches"
     lines = [f"{dst}: {manifest['records']:,} records in {len(manifest['shards'])} files; {tokens}; {media}"]
+    if manifest["records"] and manifest.get("learned") == 0:
+        lines.append("warning: no record has a loss anywhere (all weights are 0): nothing is learned from this data")
     if manifest["bad"]:
         reasons = ", ".join(f"{n} {reason}" for reason, n in manifest["bad"].items())
         lines.append(f"left out: {reasons} (named in {os.path.join(dst, BAD)})")
@@ -246,7 +249,7 @@ def write_shard(plan: Plan, folder: Path, shard: int) -> Shard:
     temporary = folder / PROGRESS / f"{target.name}.{os.getpid()}.tmp"
     writer = ArrayRecordWriter(str(temporary), "group_size:1")
     media: Counter[str] = Counter()
-    lengths, bad = [], []
+    learned, lengths, bad = 0, [], []
     for i in range(shard * plan.shard_size, min((shard + 1) * plan.shard_size, plan.records)):
         try:
             record = source.record(i)
@@ -261,11 +264,12 @@ def write_shard(plan: Plan, folder: Path, shard: int) -> Shard:
             continue
         writer.write(payload)
         lengths.append(length)
+        learned += bool(encoded.loss_weights.any())
         media.update(p.kind for p in record.parts if isinstance(p, Media))
     writer.close()
     with temporary.open("rb") as f:
         os.fsync(f.fileno())
-    result = Shard(len(lengths), temporary.stat().st_size, media["image"], media["video"], lengths, bad)
+    result = Shard(len(lengths), temporary.stat().st_size, media["image"], media["video"], learned, lengths, bad)
     temporary.replace(target)
     _write(folder / PROGRESS / f"{shard:05d}.json", json.dumps(result._asdict()).encode())
     return result
@@ -337,6 +341,7 @@ def _finish(plan: Plan, folder: Path, shards: list[Shard]) -> dict[str, Any]:
         "tokens": int(lengths[:, 0].sum(dtype=np.int64)) if plan.tokenizer else -1,
         "patches": int(lengths[:, 1].sum(dtype=np.int64)),
         "longest": {"tokens": int(lengths[:, 0].max(initial=-1)), "patches": int(lengths[:, 1].max(initial=0))},
+        "learned": sum(s.learned for s in shards),
         "images": sum(s.images for s in shards),
         "videos": sum(s.videos for s in shards),
         "plan": plan.identity(),

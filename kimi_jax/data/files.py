@@ -47,7 +47,9 @@ def open_regular(path: str | PurePath, max_bytes: int | None = None) -> io.Buffe
 def read_regular(path: str | PurePath, max_bytes: int = MAX_MEDIA_BYTES) -> bytes:
     """The bytes of a file, at most `max_bytes` even if it grows meanwhile. Raises OSError as `open_regular`."""
     with open_regular(path, max_bytes) as file:
-        data = file.read(max_bytes + 1)
+        size = file.seek(0, os.SEEK_END)  # asked to read more, Python allocates all of it
+        file.seek(0)
+        data = file.read(min(size, max_bytes) + 1)
     _check_size(os.fspath(path), len(data), max_bytes)
     return data
 

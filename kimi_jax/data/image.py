@@ -136,9 +136,11 @@ def open_image(data: bytes | str | Path, key: str = "") -> PIL.Image.Image:
     """
     if not isinstance(data, bytes):
         try:
-            data = read_regular(data)
+            content = read_regular(data)
         except OSError as error:
-            raise BadRecord(bad_file_reason(error), key, f"{os.fspath(data)}: {error.strerror or error}") from error
+            detail = f"{os.fspath(data)}: {error.strerror or error}"
+            raise BadRecord(bad_file_reason(error), key, detail) from error
+        return open_image(content, key)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)

@@ -122,6 +122,8 @@ def show(config: TrainConfig, found: Findings, console: Console) -> None:
     if config.data.vision_bins and config.model.vision:
         console.print(_vision_table(config, found))
     console.print(_source_table(config, found))
+    for name in found.report["masked"]:
+        console.print(f"warning: source {name!r} has no loss in any example: nothing is learned from it", markup=False)
     bad = found.report["bad"]
     console.print("bad records: " + ("see below" if bad else "none"), highlight=False)
     for name, reasons in bad.items():

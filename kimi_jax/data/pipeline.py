@@ -38,7 +38,7 @@ from kimi_jax.config import ConfigError, DataConfig, ModelConfig
 from kimi_jax.data import DataError
 from kimi_jax.data.example import Source
 from kimi_jax.data.packing import Batch, GroupShape, check_bins, concatenate
-from kimi_jax.data.shard import NAMED, Quarantine, Shard, check_bad
+from kimi_jax.data.shard import NAMED, Quarantine, Shard, check_bad, wholly_masked
 from kimi_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 VERSION = 2  # of the state
@@ -175,6 +175,7 @@ class BatchStream:
         self._states = _check_state(state, data, self._shards)
         self._stall_seconds = stall_seconds
         self._closed = False
+        self._warned: set[str] = set()  # wholly masked sources
         self._workers: list[multiprocessing.process.BaseProcess] = []
         workers = min(data.num_workers, len(self._shards))
         self._has_workers = workers > 0
@@ -235,6 +236,7 @@ class BatchStream:
         for element in elements:
             self._states.update(json.loads(element["states"]))
         self._check_bad()
+        self._warn_of_masked()
         return _owned(concatenate([element["batch"] for element in elements]), self._has_workers)
 
     def _element(self, number: int) -> dict:
@@ -281,6 +283,24 @@ class BatchStream:
             draws, size, bad, named = self._of_source(name, self._states.values())
             check_bad(name, draws, size, bad, named, self._data.max_bad_fraction)
 
+    def _warn_of_masked(self) -> None:
+        for name in set(self._masked(list(self._states.values()))) - self._warned:
+            self._warned.add(name)
+            log.warning(
+                "source %r: no example has a loss anywhere (all weights are 0), so nothing is learned from it; look at "
+                "{loss=...} in its template or at `loss` in its records",
+                name,
+            )
+
+    def _masked(self, states: Sequence[dict]) -> list[str]:
+        masked = []
+        for name in self._data.sources:
+            draws, size, bad, _ = self._of_source(name, states)
+            learned = sum(state["sources"][name].get("learned", 1) for state in states)
+            if states and wholly_masked(draws, size, sum(bad.values()), learned):
+                masked.append(name)
+        return masked
+
     def _of_source(self, name: str, states: Iterable[dict]) -> tuple[int, int, dict[str, int], list[str]]:
         draws, size = 0, 0
         bad: dict[str, int] = {}
@@ -307,7 +327,7 @@ class BatchStream:
 
         {"batches", "tokens", "vision_tokens", "documents": int, "ratio", "token_fill": float, "patch_fill": [K] floats,
          "bad": {source: {reason: count}}, "bad_examples": {source: [text]}, "epochs": {source: float},
-         "quarantined": {source: {index: [reason, key, detail]}}}
+         "quarantined": {source: {index: [reason, key, detail]}}, "masked": [sources without any loss]}
         """
         states = list((state["shards"] if state else self._states).values())
         used = [state["used"] for state in states]
@@ -328,6 +348,7 @@ class BatchStream:
             "bad": {name: bad for name, (_, _, bad, _) in sources.items() if bad},
             "bad_examples": {name: named for name, (_, _, _, named) in sources.items() if named},
             "quarantined": {name: met for name in self._data.sources if (met := _quarantined(name, states))},
+            "masked": self._masked(states),
             "epochs": {name: draws / max(1, size) / share for name, (draws, size, _, _) in sources.items()},
         }
 

@@ -58,6 +58,11 @@ def check_bad(name: str, draws: int, size: int, bad: Mapping[str, int], named: l
         )
 
 
+def wholly_masked(draws: int, size: int, bad: int, learned: int) -> bool:
+    """Whether none of a source's examples has a loss anywhere, judged from as many draws as `check_bad` needs."""
+    return learned == 0 and draws > bad and draws >= min(JUDGED, size)
+
+
 class Quarantine:
     """Bad records that the shards of one process have met, and what it reads just now.
 
@@ -87,6 +92,7 @@ class _Reader:
         if self.size == 0:
             raise DataError(f"source {name!r} has no records")
         self.drawn = 0  # reads so far, bad ones included
+        self.learned = 0  # examples with a loss anywhere
         self.bad: dict[str, int] = {}
         self.named: list[str] = []
         self.met: dict[str, list[str]] = {}  # index -> reason, key, detail of the bad records it met
@@ -124,7 +130,13 @@ class _Reader:
         check_bad(self.name, self.drawn, self.size, self.bad, self.named, max_fraction)
 
     def state(self) -> dict:
-        counts = {"drawn": self.drawn, "size": self.size, "bad": dict(self.bad), "named": list(self.named)}
+        counts = {
+            "drawn": self.drawn,
+            "learned": self.learned,
+            "size": self.size,
+            "bad": dict(self.bad),
+            "named": list(self.named),
+        }
         return counts | {"quarantined": dict(self.met)}
 
     def restore(self, state: dict) -> None:
@@ -134,6 +146,7 @@ class _Reader:
                 "its order is another one. Restore the old files, or start with a fresh data state"
             )
         self.drawn, self.bad, self.named = state["drawn"], dict(state["bad"]), list(state["named"])
+        self.learned = state.get("learned", 1)  # states of before it was counted say nothing
         self.met = dict(state["quarantined"])
 
 
@@ -211,6 +224,7 @@ class Shard:
             self._mixture.drew(name, 0, 0, ratio, fraction)
             reader.count_bad(bad, self._data.max_bad_fraction)
             return []
+        reader.learned += any(piece.loss_weights.any() for piece in pieces)
         tokens = sum(len(piece.tokens) for piece in pieces)
         media = sum(item.grid[1] * item.grid[2] // 4 for piece in pieces for item in piece.media)
         self._mixture.drew(name, tokens, media, ratio, fraction)

@@ -48,6 +48,7 @@ class ParquetSource:
         self._kinds: dict[Column, str] = {}
         self._dictionaries: list[list[str]] = []  # of each file: leaves that are decoded as dictionaries
         self._groups: list[tuple[int, int]] = []  # (file, row group) of every group, and the rows up to its end
+        self._unreadable: dict[int, str] = {}  # row groups whose columns the metadata does not describe, and why
         self._ends: list[int] = []
         self._file_starts: list[int] = []
         self._look_at_files()
@@ -64,7 +65,8 @@ class ParquetSource:
                 self._dictionaries.append(bytes_like)
                 self._file_starts.append(total)
                 for group in range(file.num_row_groups):
-                    _check_group(file, group, chosen, path)
+                    if damage := _check_group(file, group, chosen, self._names, path):
+                        self._unreadable[len(self._groups)] = damage
                     total += file.metadata.row_group(group).num_rows
                     self._groups.append((i, group))
                     self._ends.append(total)
@@ -93,7 +95,7 @@ class ParquetSource:
 
     def _open(self) -> None:
         self._cache: OrderedDict[int, pa.Table] = OrderedDict()
-        self._damaged: dict[int, str] = {}  # what was wrong with the row groups that did not decode
+        self._damaged = dict(self._unreadable)  # what was wrong with the row groups that did not decode
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict:
@@ -195,13 +197,28 @@ def _of_columns(leaf: str, names: list[str]) -> bool:
     return any(leaf == name or leaf.startswith(name + ".") for name in names)
 
 
-def _check_group(file: pq.ParquetFile, group: int, leaves: list[int], path: Any) -> None:
-    """Raises ConfigError for a row group too large for memory: encodings repeat a value for nothing."""
+def _check_group(file: pq.ParquetFile, group: int, chosen: list[int], names: list[str], path: Any) -> str:
+    """Raises ConfigError for a row group too large for memory: encodings repeat a value for nothing.
+
+    chosen: the leaves of the columns `names`. Returns what is wrong with metadata that describe no columns, else "".
+    """
+    whole = file.metadata.row_group(group)
+    if whole.num_rows < 0 or whole.total_byte_size < 0:
+        raise ConfigError(f"{str(path)!r} is not a readable parquet file: row group {group} has {whole.num_rows} rows")
+    leaves = [file.schema.column(j) for j in chosen]
+    size = whole.total_byte_size + sum(_width(leaf) * whole.num_rows for leaf in leaves)
+    if size <= MAX_GROUP_BYTES and not any(leaf.max_repetition_level for leaf in leaves):
+        return ""
+    # A closer look, at the columns alone. pyarrow ends the process when `column` meets damaged statistics; reading
+    # raises an exception for the same, so that comes first.
+    try:
+        next(file.iter_batches(batch_size=1, row_groups=[group], columns=names), None)
+    except (pa.ArrowException, OSError, ValueError) as e:
+        return f"row group {group} does not decode: {type(e).__name__}: {str(e)[:200]}"
     size = 0
-    for j in leaves:
-        leaf, column = file.schema.column(j), file.metadata.row_group(group).column(j)
-        each = {"BYTE_ARRAY": 4, "FIXED_LEN_BYTE_ARRAY": leaf.length}.get(leaf.physical_type, 12)
-        size += max(0, column.num_values) * each
+    for j, leaf in zip(chosen, leaves, strict=True):
+        column = whole.column(j)
+        size += _width(leaf) * max(0, column.num_values)
         size += max(0, column.total_uncompressed_size) if leaf.physical_type == "BYTE_ARRAY" else 0
     if size > MAX_GROUP_BYTES:
         raise ConfigError(
@@ -209,6 +226,12 @@ def _check_group(file: pq.ParquetFile, group: int, leaves: list[int], path: Any)
             f"most {MAX_GROUP_BYTES:,} are read: write the file again with smaller groups, for example "
             "pyarrow.parquet.write_table(table, path, row_group_size=1000)"
         )
+    return ""
+
+
+def _width(leaf: pq.ColumnSchema) -> int:
+    """Bytes that a value of a column takes in memory, beside the distinct ones of texts and bytes."""
+    return {"BYTE_ARRAY": 4, "FIXED_LEN_BYTE_ARRAY": leaf.length}.get(leaf.physical_type, 12)
 
 
 UNKNOWN = "unknown"  # the kind of a column of nulls or of a file without rows
