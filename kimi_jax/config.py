@@ -8,18 +8,17 @@ dataclasses below and refuses unknown keys. Defaults of the model are those of t
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import ml_collections
-
-
-class ConfigError(ValueError):
-    """A setting is unknown or does not make sense; the message says which and what to write instead."""
-
+from kimi_jax.config_tree import ConfigError as ConfigError
+from kimi_jax.config_tree import diff as diff
+from kimi_jax.config_tree import nearest as nearest
+from kimi_jax.config_tree import set_paths
+from kimi_jax.config_tree import thaw as thaw
 
 # ---------------------------------------------------------------------------------------------------------------- model
 
@@ -273,6 +272,26 @@ class TrainConfig:
     xla_preset: bool = True  # options of the TPU compiler by chip: train.xla_flags
 
 
+def check_schedule(config: OptimizerConfig, total_steps: int) -> None:
+    """Raises ConfigError if warm-up and decay do not fit into the run, or the rates are no peak and end of one."""
+    warmup = config.warmup_steps
+    if total_steps < 1:
+        raise ConfigError(f"a schedule needs at least one step, not {total_steps}")
+    if not 0.0 <= config.decay_fraction <= 1.0:
+        raise ConfigError(f"optimizer.decay_fraction must lie in 0..1, not {config.decay_fraction}")
+    if not 0.0 <= config.final_lr <= config.peak_lr or config.peak_lr <= 0.0:
+        raise ConfigError(
+            f"optimizer.peak_lr must be positive and final_lr between 0 and it, not peak {config.peak_lr}, "
+            f"final {config.final_lr}"
+        )
+    decay = round(config.decay_fraction * total_steps)
+    if warmup < 0 or warmup + decay > total_steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps={warmup} and a decay of {decay} steps (decay_fraction {config.decay_fraction}) do "
+            f"not fit into {total_steps} steps; set warmup_steps to {total_steps - decay} at most"
+        )
+
+
 # -------------------------------------------------------------------------------------------------------------- presets
 
 
@@ -339,25 +358,6 @@ def preset(name: str) -> ModelConfig:
 # ----------------------------------------------------------------------------------- ConfigDict <-> frozen dataclasses
 
 
-def thaw(config: Any) -> ml_collections.ConfigDict:
-    """A dataclass as a mutable ConfigDict, for `get_config()` files and command-line overrides.
-
-    Optional sections that are off (`None`) stay `None`; the dict is not type-locked for those keys.
-    """
-    out = ml_collections.ConfigDict()
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if dataclasses.is_dataclass(value):
-            out[f.name] = thaw(value)
-        elif isinstance(value, dict):
-            out[f.name] = ml_collections.ConfigDict({k: thaw(v) for k, v in value.items()})
-        elif value is None:
-            out[f.name] = ml_collections.config_dict.placeholder(object)
-        else:
-            out[f.name] = value
-    return out
-
-
 def freeze(values: Any, cls: type = TrainConfig, path: str = "config") -> Any:
     """The dataclass `cls` filled from a mapping; every key must be a field.
 
@@ -403,19 +403,13 @@ def _convert_tuple(value: Any, items: tuple, path: str) -> tuple:
     return tuple(_convert(v, h, f"{path}[{i}]") for i, (v, h) in enumerate(zip(value, items, strict=True)))
 
 
-def nearest(key: str, known: Any) -> str:
-    """` (did you mean 'x'?)` with the known name that looks most like `key`; empty when nothing is known."""
-    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.0)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+def override(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
+    """`config` with other values at the paths of `changes`: `override(config, {"optimizer.peak_lr": 1e-3})`.
 
-
-def diff(config: Any, default: Any, path: str = "config") -> list[str]:
-    """Lines `path = value (default ...)` for everything that differs; what a run prints at its start."""
-    if type(config) is not type(default):
-        return [f"{path} = {config!r} (default {default!r})"]
-    if dataclasses.is_dataclass(config):
-        lines = []
-        for f in dataclasses.fields(config):
-            lines += diff(getattr(config, f.name), getattr(default, f.name), f"{path}.{f.name}")
-        return lines
-    return [] if config == default else [f"{path} = {config!r} (default {default!r})"]
+    `{"lora.rank": 8}` turns an optional section on and `{"lora": None}` off; `{"data.sources.mine.kind": "jsonl"}`
+    adds a source and `{"data.sources.mine": None}` removes one. Raises ConfigError for a setting that does not exist
+    and for what `freeze` refuses.
+    """
+    values = dataclasses.asdict(config)
+    set_paths(values, changes.items(), TrainConfig)
+    return freeze(values)

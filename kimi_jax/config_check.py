@@ -1,0 +1,31 @@
+"""What the settings of a run have to keep to together, beyond the range of each: checked before anything long starts.
+
+Each rule stands with what it is about (`packing.GroupShape`, `mixture.Mixture`, `data.sources`,
+`config.check_schedule`); `check_run` asks them all. Nothing here needs jax or opens a file.
+"""
+
+from __future__ import annotations
+
+from kimi_jax.config import TrainConfig, check_schedule
+from kimi_jax.config_tree import ConfigError
+
+
+def check_run(config: TrainConfig) -> None:
+    """Raises ConfigError for the first rule that the settings of a run break."""
+    from kimi_jax.data import DataError, sources
+    from kimi_jax.data.mixture import Mixture
+    from kimi_jax.data.packing import GroupShape
+
+    check_schedule(config.optimizer, config.steps)
+    parts = config.memory.microbatches
+    if parts < 1 or config.data.num_groups % parts:
+        raise ConfigError(
+            f"config.memory.microbatches = {parts} does not divide config.data.num_groups = {config.data.num_groups}"
+        )
+    try:
+        GroupShape.of(config.data, config.model)
+        for name, source in config.data.sources.items():
+            sources.check_kind(source, f"config.data.sources.{name}.kind: ")
+        Mixture(config.data.sources, config.data.vision_ratio if config.model.vision else ((0.0, 0.0),))
+    except DataError as error:
+        raise ConfigError(f"config.{error}") from error
