@@ -19,9 +19,7 @@ def main(_: list[str]) -> int:
     """Settings from the command line; the exit status of the run."""
     try:
         return loop.run(cli.settings())
-    except ConfigError as error:
-        cli.refuse(error)
-    except (DataError, ShardingError, loop.Diverged) as error:
+    except (ConfigError, DataError, ShardingError, loop.Diverged) as error:
         sys.exit(f"error: {error}")
     except hosts.HostMissing as error:
         print(f"error: {error}", file=sys.stderr)
