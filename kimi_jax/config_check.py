@@ -26,6 +26,7 @@ def check_run(config: TrainConfig) -> None:
         GroupShape.of(config.data, config.model)
         for name, source in config.data.sources.items():
             sources.check_kind(source, f"config.data.sources.{name}.kind: ")
-        Mixture(config.data.sources, config.data.vision_ratio if config.model.vision else ((0.0, 0.0),))
+        if config.data.sources:  # a run whose batches come from elsewhere has none; the data stream refuses that
+            Mixture(config.data.sources, config.data.vision_ratio if config.model.vision else ((0.0, 0.0),))
     except DataError as error:
         raise ConfigError(f"config.{error}") from error

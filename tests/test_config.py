@@ -260,7 +260,6 @@ def test_override_of_what_does_not_exist_or_fit_is_refused(changes, message):
         ({"data.sources.wiki.weight": 0.0}, r"config\.data\.sources\.wiki\.weight"),
         ({"data.sources.wiki.weight_schedule": ((0.5, 0.0),)}, r"weight 0 at 50%"),
         ({"data.vision_ratio": ((0.0, 0.1),)}, r"config\.data\.vision_ratio asks for media"),
-        ({"data.sources.wiki": None}, r"config\.data\.sources is empty"),
     ],
 )
 def test_rules_of_a_whole_run_are_checked_before_it_starts(changes, message):
