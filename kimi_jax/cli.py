@@ -1,29 +1,38 @@
 """One way to give settings to a command: `--config=configs/demo.py --config.optimizer.peak_lr=1e-3`.
 
-The file's `get_config()` returns a ConfigDict; `config_flags` puts the overrides on it; `settings()` freezes it into a
-TrainConfig. Overrides are checked against the dataclasses first, so that a misspelt one names the nearest setting, and
-what is optional can be switched off: `--config.model.vision=None`.
+The file's `get_config()` returns a ConfigDict; overrides are read by the declared type of their setting, put on it, and
+`settings()` freezes it into a TrainConfig. Every setting can be given:
 
-Use: `app.run(main, flags_parser=cli.parse)`, then `cli.settings()` inside `main`.
+    --config.model.remat=true                                         or --config.model.remat, --noconfig.model.remat
+    --config.data.vision_bins='((64, 4), (256, 1))'                   tuples as in Python
+    --config.eval.tasks=wiki,digits                                   names with commas
+    --config.lora.rank=8                                              turns the section `lora` on
+    --config.model.vision=None                                        switches a section, or an optional value, off
+    --config.data.sources.mine.kind=jsonl --config.data.sources.mine.path=mine.jsonl           adds a source
+    --config.data.sources.mine=None                                   removes one
+
+Use: `app.run(main, flags_parser=cli.parse)`, then `cli.settings()` inside `main`. Settings that do not work end a
+command with one line and status 2 (`refuse`).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
+import re
 import sys
-import types
-import typing
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
-import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from kimi_jax.config import ConfigError, TrainConfig, freeze, nearest
+from kimi_jax.config import TrainConfig, freeze
+from kimi_jax.config_check import check_run
+from kimi_jax.config_tree import ConfigError, read_text, set_paths, type_at
 
-_PREFIX = "--config."
+BAD_SETTINGS = 2  # exit status
+_OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
 
 
 def parse(argv: Sequence[str]) -> list[str]:
@@ -32,14 +41,28 @@ def parse(argv: Sequence[str]) -> list[str]:
     Prints the reason and exits with status 2 for an unknown setting or a value that does not fit.
     """
     try:
-        kept, off = split_overrides(argv)
+        kept, overrides = split_overrides(argv)
         config_flags.DEFINE_config_file("config", None, "Settings: a file with get_config().", sys_argv=kept)
         rest = flags.FLAGS(kept)
-        _switch_off(flags.FLAGS["config"].value, off)
+        values = flags.FLAGS["config"].value
+        if values is not None and overrides:
+            with values.unlocked(), values.ignore_type():
+                set_paths(values, overrides, TrainConfig)
         _quiet()
     except (ConfigError, flags.Error, ValueError, TypeError, SyntaxError, OverflowError, OSError) as error:
-        sys.exit(f"error: {error}")
+        refuse(error)
     return rest
+
+
+def refuse(error: Exception) -> NoReturn:
+    """Prints one line and exits with status 2. What a settings file itself refuses is told without absl's words."""
+    cause: BaseException | None = error
+    while cause and not isinstance(cause, ConfigError):
+        cause = cause.__context__
+    while cause and isinstance(cause.__context__, ConfigError):  # config_flags raises it again, with a traceback in it
+        cause = cause.__context__
+    print("error: " + " ".join(str(cause or error).split()), file=sys.stderr)
+    sys.exit(BAD_SETTINGS)
 
 
 def parse_plain(argv: Sequence[str]) -> list[str]:
@@ -55,63 +78,47 @@ def _quiet() -> None:
         logging.set_verbosity(logging.WARNING)
 
 
-def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(argv without the overrides that say None, which config_flags does not know; the paths of those).
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, Any]]]:
+    """(argv without the overrides, those as pairs of path and value in their order).
 
-    Raises ConfigError for an override of a setting that does not exist, with the nearest name.
+    Raises ConfigError for an override of a setting that does not exist, with the nearest name, or a value that cannot
+    be read as the type of its setting.
     """
-    kept, off = [], []
-    for argument in argv:
-        if not argument.startswith(_PREFIX):
+    kept: list[str] = []
+    overrides: list[tuple[str, Any]] = []
+    rest = list(argv)
+    while rest and rest[0] != "--":  # behind which absl looks for no flags
+        argument = rest.pop(0)
+        found = _OVERRIDE.fullmatch(argument)
+        if not found:
             kept.append(argument)
             continue
-        path, _, value = argument[len(_PREFIX) :].partition("=")
-        _check_path(path)
-        if value == "None":
-            off.append(path)
-        else:
-            kept.append(argument)
-    return kept, off
-
-
-def _check_path(path: str) -> None:
-    """Walks `a.b.c` through the dataclasses."""
-    kind, here = TrainConfig, "config"
-    for key in path.split("."):
-        if typing.get_origin(kind) is dict:  # any key: the sections have names of the user's choice
-            kind = typing.get_args(kind)[1]
-        elif dataclasses.is_dataclass(kind):
-            hints = typing.get_type_hints(kind)
-            if key not in hints:
-                raise ConfigError(f"unknown setting {here}.{key}{nearest(key, hints)}")
-            kind = hints[key]
-            if isinstance(kind, types.UnionType):  # `Section | None`
-                kind = typing.get_args(kind)[0]
-        else:
-            raise ConfigError(f"{here} is a value and has no setting {key!r}")
-        here = f"{here}.{key}"
-
-
-def _switch_off(values: ml_collections.ConfigDict, paths: list[str]) -> None:
-    for path in paths:
-        *parents, last = path.split(".")
-        section = values
-        for key in parents:
-            section = section[key]
-        with section.unlocked(), section.ignore_type():
-            section[last] = None
+        no, path, text = found.groups()
+        kind = type_at(path, TrainConfig)
+        if no and (kind is not bool or text is not None):
+            raise ConfigError(f"{argument[:60]}: only a setting that is true or false has a --no, without a value")
+        if text is None and kind is bool:
+            text = "false" if no else "true"
+        elif text is None:
+            if not rest:
+                raise ConfigError(f"config.{path} needs a value: --config.{path}=VALUE")
+            text = rest.pop(0)
+        overrides.append((path, read_text(text, kind, f"config.{path}")))
+    return kept + rest, overrides
 
 
 def settings() -> TrainConfig:
     """The frozen settings of this command line. Exits with a message if there are none or they do not make sense."""
     values = flags.FLAGS["config"].value
-    if values is None:
-        known = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py")))
-        sys.exit(f"error: which settings? Give --config=FILE{f', one of {known}' if known else ''}")
     try:
-        return freeze(values)
+        if values is None:
+            known = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py")))
+            raise ConfigError(f"which settings? Give --config=FILE{f', one of {known}' if known else ''}")
+        config = freeze(values)
+        check_run(config)
     except (ConfigError, OSError) as error:  # OSError: the file could not be read, which absl finds out only now
-        sys.exit(f"error: {error}")
+        refuse(error)
+    return config
 
 
 def enable_compilation_cache(shared: str | None = None) -> str:

@@ -8,20 +8,24 @@ dataclasses below and refuses unknown keys. Defaults of the model are those of t
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-import ml_collections
-
 from kimi_jax import ranges
+from kimi_jax.config_tree import ConfigError as ConfigError
+from kimi_jax.config_tree import diff as diff
+from kimi_jax.config_tree import nearest as nearest
+from kimi_jax.config_tree import set_paths
+from kimi_jax.config_tree import thaw as thaw
 from kimi_jax.ranges import (
     LARGEST,
     Count,
     Decay,
     Dtype,
+    ModelDtype,
     Natural,
     NonNegative,
     OneOf,
@@ -30,11 +34,6 @@ from kimi_jax.ranges import (
     Seed,
     Share,
 )  # fmt: skip
-
-
-class ConfigError(ValueError):
-    """A setting is unknown or does not make sense; the message says which and what to write instead."""
-
 
 # ---------------------------------------------------------------------------------------------------------------- model
 
@@ -121,8 +120,8 @@ class ModelConfig:
     bos_token_id: Natural = 163584
     eos_token_id: Natural = 163585
     pad_token_id: Natural = 163839
-    dtype: Dtype = "bfloat16"  # activations
-    param_dtype: Dtype = "float32"  # stored weights
+    dtype: ModelDtype = "bfloat16"  # activations
+    param_dtype: ModelDtype = "float32"  # stored weights
     scan_layers: bool = True  # False unrolls the same stacked weights
     remat: bool = False  # recompute each layer in the backward pass; the vision tower as a whole always is
     remat_policy: str = "layer_inputs"  # what of a decoder layer is kept all the same: nn.decoder.REMAT_POLICIES
@@ -140,9 +139,7 @@ class ModelConfig:
             return (
                 f"moe.first_k_dense_replace = {self.num_dense_layers} of num_hidden_layers = {self.num_hidden_layers}"
             )
-        names = ("media_placeholder_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
-        outside = [name for name in names if getattr(self, name) >= self.vocab_size]
-        return f"{outside[0]} lies outside vocab_size = {self.vocab_size}" if outside else ""
+        return ""
 
     @property
     def num_dense_layers(self) -> int:
@@ -333,6 +330,26 @@ class TrainConfig:
     xla_preset: bool = True  # options of the TPU compiler by chip: train.xla_flags
 
 
+def check_schedule(config: OptimizerConfig, total_steps: int) -> None:
+    """Raises ConfigError if warm-up and decay do not fit into the run, or the rates are no peak and end of one."""
+    warmup = config.warmup_steps
+    if total_steps < 1:
+        raise ConfigError(f"a schedule needs at least one step, not {total_steps}")
+    if not 0.0 <= config.decay_fraction <= 1.0:
+        raise ConfigError(f"optimizer.decay_fraction must lie in 0..1, not {config.decay_fraction}")
+    if not 0.0 <= config.final_lr <= config.peak_lr or config.peak_lr <= 0.0:
+        raise ConfigError(
+            f"optimizer.peak_lr must be positive and final_lr between 0 and it, not peak {config.peak_lr}, "
+            f"final {config.final_lr}"
+        )
+    decay = round(config.decay_fraction * total_steps)
+    if warmup < 0 or warmup + decay > total_steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps={warmup} and a decay of {decay} steps (decay_fraction {config.decay_fraction}) do "
+            f"not fit into {total_steps} steps; set warmup_steps to {total_steps - decay} at most"
+        )
+
+
 # -------------------------------------------------------------------------------------------------------------- presets
 
 
@@ -399,25 +416,6 @@ def preset(name: str) -> ModelConfig:
 # ----------------------------------------------------------------------------------- ConfigDict <-> frozen dataclasses
 
 
-def thaw(config: Any) -> ml_collections.ConfigDict:
-    """A dataclass as a mutable ConfigDict, for `get_config()` files and command-line overrides.
-
-    Optional sections that are off (`None`) stay `None`; the dict is not type-locked for those keys.
-    """
-    out = ml_collections.ConfigDict()
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if dataclasses.is_dataclass(value):
-            out[f.name] = thaw(value)
-        elif isinstance(value, dict):
-            out[f.name] = ml_collections.ConfigDict({k: thaw(v) for k, v in value.items()})
-        elif value is None:
-            out[f.name] = ml_collections.config_dict.placeholder(object)
-        else:
-            out[f.name] = value
-    return out
-
-
 def freeze(values: Any, cls: type = TrainConfig, path: str = "config") -> Any:
     """The dataclass `cls` filled from a mapping; every key must be a field and every value in its range.
 
@@ -482,19 +480,13 @@ def _convert_tuple(value: Any, items: tuple, path: str) -> tuple:
     return tuple(_convert(v, h, f"{path}[{i}]") for i, (v, h) in enumerate(zip(value, items, strict=True)))
 
 
-def nearest(key: str, known: Any) -> str:
-    """` (did you mean 'x'?)` with the known name that looks most like `key`; empty when nothing is known."""
-    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.0)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+def override(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
+    """`config` with other values at the paths of `changes`: `override(config, {"optimizer.peak_lr": 1e-3})`.
 
-
-def diff(config: Any, default: Any, path: str = "config") -> list[str]:
-    """Lines `path = value (default ...)` for everything that differs; what a run prints at its start."""
-    if type(config) is not type(default):
-        return [f"{path} = {config!r} (default {default!r})"]
-    if dataclasses.is_dataclass(config):
-        lines = []
-        for f in dataclasses.fields(config):
-            lines += diff(getattr(config, f.name), getattr(default, f.name), f"{path}.{f.name}")
-        return lines
-    return [] if config == default else [f"{path} = {config!r} (default {default!r})"]
+    `{"lora.rank": 8}` turns an optional section on and `{"lora": None}` off; `{"data.sources.mine.kind": "jsonl"}`
+    adds a source and `{"data.sources.mine": None}` removes one. Raises ConfigError for a setting that does not exist
+    and for what `freeze` refuses.
+    """
+    values = dataclasses.asdict(config)
+    set_paths(values, changes.items(), TrainConfig)
+    return freeze(values)

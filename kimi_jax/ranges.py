@@ -50,6 +50,7 @@ NonNegative = Annotated[float, Range(0.0, 1e30)]
 Share = Annotated[float, Range(0.0, 1.0)]
 Decay = Annotated[float, Range(0.0, 0.9999999)]  # of a running mean
 Dtype = Annotated[str, OneOf(("float32", "bfloat16"))]
+ModelDtype = Annotated[str, OneOf(("float32", "bfloat16", "float16"))]  # released checkpoints come in all three
 
 
 def shown(value: Any) -> str:

@@ -138,7 +138,7 @@ def open_image(data: bytes | str | Path, key: str = "") -> PIL.Image.Image:
         try:
             content = read_regular(data)
         except OSError as error:
-            detail = f"{os.fspath(data)}: {error.strerror or error}"
+            detail = f"{os.fsdecode(data)}: {error.strerror or error}"
             raise BadRecord(bad_file_reason(error), key, detail) from error
         return open_image(content, key)
     try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import optax
 
-from kimi_jax.config import ConfigError, OptimizerConfig
+from kimi_jax.config import OptimizerConfig, check_schedule
 
 
 def wsd(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
@@ -18,23 +18,9 @@ def wsd(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     updates, the last of which has `final_lr`. It stays there after the end.
     Raises ConfigError if the parts do not fit into the run.
     """
+    check_schedule(config, total_steps)
     warmup = config.warmup_steps
-    if total_steps < 1:
-        raise ConfigError(f"a schedule needs at least one step, not {total_steps}")
-    if not 0.0 <= config.decay_fraction <= 1.0:
-        raise ConfigError(f"optimizer.decay_fraction must lie in 0..1, not {config.decay_fraction}")
-    if not 0.0 <= config.final_lr <= config.peak_lr or config.peak_lr <= 0.0:
-        raise ConfigError(
-            f"optimizer.peak_lr must be positive and final_lr between 0 and it, not peak {config.peak_lr}, "
-            f"final {config.final_lr}"
-        )
     decay = round(config.decay_fraction * total_steps)
-    if warmup < 0 or warmup + decay > total_steps:
-        raise ConfigError(
-            f"optimizer.warmup_steps={warmup} and a decay of {decay} steps (decay_fraction {config.decay_fraction}) do "
-            f"not fit into {total_steps} steps; set warmup_steps to {total_steps - decay} at most"
-        )
-
     parts, ends = [optax.constant_schedule(config.peak_lr)], []
     if warmup:
         parts, ends = [optax.linear_schedule(0.0, config.peak_lr, warmup), *parts], [warmup]

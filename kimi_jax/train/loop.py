@@ -31,6 +31,7 @@ from jax.sharding import Mesh
 
 from kimi_jax import cli, sharding
 from kimi_jax.config import PRESETS, ConfigError, TrainConfig, check, diff, preset
+from kimi_jax.config_check import check_run
 from kimi_jax.data.pipeline import BatchStream, merge_states
 from kimi_jax.train import adapters, hosts, inputs, lock, xla_flags
 from kimi_jax.train import state as state_lib
@@ -389,6 +390,7 @@ def _evaluate_at_end(this: _Run, state: TrainState) -> None:
 def _check(config: TrainConfig) -> None:
     """Raises ConfigError now for what would otherwise fail an hour later."""
     check(config)
+    check_run(config)
     if config.eval.tasks:
         from kimi_jax.eval.tasks import resolve
 

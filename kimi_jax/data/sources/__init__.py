@@ -28,7 +28,7 @@ class _Kind(NamedTuple):
     has_splits: bool  # False: `split` only fills `{split}` of the path
 
 
-__all__ = ["KINDS", "Source", "open_source"]
+__all__ = ["KINDS", "Source", "check_kind", "open_source"]
 
 KINDS = {
     "demo": _Kind("demo", "open_demo", "demo", True),
@@ -46,10 +46,7 @@ def open_source(config: SourceConfig) -> Source:
     Raises ConfigError for an unknown kind, for a kind whose extra is not installed, for a split that the path cannot
     express, and for a path that holds no such data.
     """
-    if config.kind not in KINDS:
-        raise ConfigError(
-            f"no kind of source is called {config.kind!r}{nearest(config.kind, KINDS)}; there are: {', '.join(KINDS)}"
-        )
+    check_kind(config)
     kind = KINDS[config.kind]
     path = config.path
     if not kind.has_splits:
@@ -64,6 +61,15 @@ def open_source(config: SourceConfig) -> Source:
             f"sources of kind {config.kind!r} need the package {e.name!r}: pip install 'kimi_jax[{kind.extra}]' "
             f"(in a clone: pip install -e '.[{kind.extra}]')"
         ) from e
+
+
+def check_kind(config: SourceConfig, where: str = "") -> None:
+    """Raises ConfigError with the nearest name for an unknown kind of source; the message begins with `where`."""
+    if config.kind not in KINDS:
+        raise ConfigError(
+            f"{where}no kind of source is called {config.kind!r:.60}{nearest(config.kind, KINDS)}; there are: "
+            f"{', '.join(KINDS)}"
+        )
 
 
 def _fill_split(config: SourceConfig) -> str:
