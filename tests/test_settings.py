@@ -73,7 +73,7 @@ def test_two_hostile_values_at_once(one, other, first, second):
 @pytest.mark.parametrize("change, message", [
     ({"optimizer": {"peak_lr": math.inf}}, r"config\.optimizer\.peak_lr must be a finite number .*, not inf"),
     ({"memory": {"microbatches": 0}}, r"config\.memory\.microbatches must be a finite number at least 1"),
-    ({"model": {"dtype": "float8"}}, r"config\.model\.dtype must be one of float32, bfloat16, not 'float8'"),
+    ({"model": {"dtype": "float8"}}, r"config\.model\.dtype must be one of float32, bfloat16, float16, not 'float8'"),
     ({"model": {"qk_rope_head_dim": 7}}, r"config\.model: qk_rope_head_dim must be even"),
     ({"model": {"moe": {"num_experts_per_tok": 500}}}, r"config\.model\.moe: num_experts_per_tok = 500"),
     ({"data": {"vision_ratio": [[0.5, 0.1], [0.0, 0.2]]}}, r"config\.data: the parts of vision_ratio must begin"),
