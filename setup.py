@@ -1,5 +1,7 @@
 """The package. Ranges are what is tested (constraints/ holds the exact versions of every tested stack)."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 CORE = [
@@ -53,6 +55,15 @@ setup(
     description="Kimi K2.5 in JAX for TPUs: packed multimodal data, MoonViT-3D, MLA, MoE, MuonClip",
     packages=find_packages(include=["kimi_jax", "kimi_jax.*"]),
     package_data={"kimi_jax": ["py.typed", "report.css"]},
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    author="The kimi_jax authors",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    project_urls={
+        "Kimi K2.5 report": "https://arxiv.org/abs/2602.02276",
+        "Kimi K2 report": "https://arxiv.org/abs/2507.20534",
+    },
     python_requires=">=3.11,<3.13",
     install_requires=CORE,
     extras_require={

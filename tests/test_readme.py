@@ -1,4 +1,4 @@
-"""What the README shows is there: commands, make targets, settings, links and files exist, and its code runs."""
+"""What README and its pages show is there: commands, make targets, settings, links and files exist; the code runs."""
 
 import json
 import math
@@ -13,7 +13,9 @@ from kimi_jax.hf.names import leaf_shapes
 from tests.environment import REPO, shared
 from tests.serve.server import checkpoint
 
-TEXT = (REPO / "README.md").read_text(encoding="utf-8")
+README = (REPO / "README.md").read_text(encoding="utf-8")
+PAGES = ("README.md", "docs/data.md", "docs/serving.md", "docs/tpu.md", "docs/plan.md")
+TEXT = "\n".join((REPO / page).read_text(encoding="utf-8") for page in PAGES)
 BLOCKS = [(kind, re.sub(r"(?m)^ {0,3}", "", body) if indent else body) for indent, kind, body in
           re.findall(r"(?ms)^( *)```(\w+)\n(.*?)^ *```", TEXT)]  # fmt: skip
 INLINE = re.findall(r"`([^`\n]+)`", re.sub(r"(?ms)^ *```.*?^ *```", "", TEXT))
@@ -33,8 +35,11 @@ def anchor(heading: str) -> str:
 
 
 def test_readme_shows_its_two_commands():
-    assert "make demo" in commands()
-    assert "make test" in commands()
+    assert "```sh\nmake demo\nmake test\n```" in README
+
+
+def test_readme_is_read_in_ten_minutes():
+    assert len(README.splitlines()) <= 165
 
 
 @pytest.mark.parametrize("command", sorted({c for c in commands() if c.startswith("make ")}))
@@ -59,23 +64,24 @@ def test_commands_exist_and_their_settings_too(command):
             assert last in section, f"no setting {match[1]}"
 
 
-def test_links_lead_somewhere():
-    anchors = {anchor(h) for h in re.findall(r"(?m)^#+ (.+)$", TEXT)}
-    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
-        if target.startswith("#"):
-            assert target[1:] in anchors, target
-        elif not target.startswith("http"):
-            path, _, part = target.partition("#")
-            assert (REPO / path).exists(), f"README links to {target}, which is not there"
-            headings = re.findall(r"(?m)^#+ (.+)$", (REPO / path).read_text(encoding="utf-8")) if part else []
-            assert not part or part in map(anchor, headings), f"{path} has no part {part}"
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = (REPO / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if target.startswith("http"):
+            continue
+        path, _, part = target.partition("#")
+        file = (REPO / page).parent / path if path else REPO / page
+        assert file.exists(), f"{page} links to {target}, which is not there"
+        headings = re.findall(r"(?m)^#+ (.+)$", file.read_text(encoding="utf-8")) if part else []
+        assert not part or part in map(anchor, headings), f"{target} of {page}: no part {part}"
 
 
 def test_files_that_are_named_exist():
     skip = ("configs/mine.py", "runs/", "data/mine")
     for name in INLINE:
         if re.fullmatch(r"[\w./-]+\.(py|txt|md|sh)|(kimi_jax|tests|configs|constraints)/[\w./-]*", name):
-            assert name.startswith(skip) or (REPO / name).exists(), f"README names {name}, which is not there"
+            assert name.startswith(skip) or (REPO / name).exists(), f"{name} is named, but is not there"
 
 
 def test_presets_that_are_named_exist():
@@ -101,7 +107,7 @@ def test_json_lines_are_examples(line):
 @pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.split("\n")[0])
 @pytest.mark.filterwarnings("ignore:.*is not the released K2.5 vocabulary")
 def test_code_runs(code, tmp_path):
-    """As it stands in README; where it opens a released model, a tiny one and the released vocabulary stand in."""
+    """As it stands on the page; where it opens a released model, a tiny one and the released vocabulary stand in."""
     if "DIR" in code:
         code = code.replace('load("DIR"', f'load("{checkpoint(tmp_path / "tiny")}"')
         code = code.replace('load_tokenizer("DIR"', f'load_tokenizer("{shared("kimi_tokenizer")}"')
