@@ -51,6 +51,9 @@ class Usage:
         return self.prompt_tokens + self.completion_tokens
 
 
+NOTHING = Usage()
+
+
 @dataclass(frozen=True)
 class Event:
     """One line of the record.
@@ -72,7 +75,7 @@ class Event:
     parent: str | None
     kind: Kind
     stage: int = 0
-    usage: Usage = Usage()
+    usage: Usage = NOTHING
     status: Status = "ok"
     detail: dict[str, Any] = field(default_factory=dict)
     step: int = 0
