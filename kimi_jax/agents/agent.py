@@ -17,13 +17,14 @@ from kimi_jax.agents.briefs import Briefs
 from kimi_jax.agents.budget import BudgetExceeded, Ledger
 from kimi_jax.agents.config import ASSIGN_TASK, CREATE_SUBAGENT, LAST_STEP, READ_OUTPUT
 from kimi_jax.agents.events import NOTHING, ROOT, Event, Kind, Status, Usage
-from kimi_jax.agents.model import Call, Declaration, Message, Response
-from kimi_jax.agents.runtime import FATAL, Failed, Runtime, Stopped, ask, recorded
+from kimi_jax.agents.model import Call, Message, Response
+from kimi_jax.agents.runtime import FATAL, NO_TOOLS, Declared, Failed, Runtime, Stopped, ask, recorded
 from kimi_jax.agents.scheduler import Lease
 from kimi_jax.agents.tools import Result, ToolError, check_arguments
 
 MAX_CONFIGURATIONS = 256  # of one agent
 MAX_NAME, MAX_PROMPT = 64, 100_000  # characters
+MAX_KEPT = 1 << 24  # characters of a result that can be read on
 MAX_SOURCES = 100  # that an envelope names
 PARTIAL = 1000  # characters of the last results that a stopped agent hands over
 
@@ -111,7 +112,7 @@ class Agent:
             with anyio.move_on_at(self.ledger.deadline) as waiting:
                 await self.lease.acquire()
             if waiting.cancelled_caught:
-                self.runtime.journal.remember(key, {"not_started": True, "time": self.runtime.now(), "duration": 0.0})
+                self.runtime.remember(key, {"not_started": True, "time": self.runtime.now(), "duration": 0.0})
                 return False
         else:
             await self.lease.acquire()
@@ -127,7 +128,7 @@ class Agent:
             messages = context.shown(self._messages, self.runtime.config.context)
             if last:
                 messages.append({"role": "user", "content": LAST_STEP})
-            response = await self._step(messages, () if last else self._declarations())
+            response = await self._step(messages, NO_TOOLS if last else self.runtime.declared(self._may_spawn()))
             self._append(response.message())
             if last or not response.calls:
                 self.steps += 1
@@ -144,7 +145,7 @@ class Agent:
         shared = self.ledger.critical_left if self.parent else self.ledger.left("steps")
         return min(own, self.ledger.critical_left, shared)
 
-    async def _step(self, messages: Sequence[Message], tools: Sequence[Declaration]) -> Response:
+    async def _step(self, messages: Sequence[Message], tools: Declared) -> Response:
         response, duration = await ask(self, messages, tools)
         self.usage += response.usage
         self._counted, self._uncounted = response.usage.tokens, len(self._messages) + 1
@@ -167,25 +168,21 @@ class Agent:
         summary = None
         if config.policy == "summary" and self._steps_left() > 2:
             request = [*self._messages, {"role": "user", "content": context.SUMMARISE}]
-            summary = (await self._step(request, ())).text
+            summary = (await self._step(request, NO_TOOLS)).text
             self.steps += 1
         self._messages = context.restarted(self._messages, summary)
         self._counted = self._uncounted = 0
 
-    def prompt_bound(self, messages: Sequence[Message], tools: Sequence[Declaration]) -> int:
+    def prompt_bound(self, messages: Sequence[Message], tools: Declared) -> int:
         """Most tokens that a request can have: what the last one had, and a token for each byte that is new."""
         known = self._counted > 0 and self._uncounted <= len(messages)
-        new = messages[self._uncounted :] if known else [*messages, *tools]
-        return (self._counted if known else 0) + sum(len(json.dumps(m)) + 16 for m in new)
+        new = messages[self._uncounted :] if known else messages
+        return (self._counted if known else tools.size) + sum(len(json.dumps(m)) + 16 for m in new)
 
     # ------------------------------------------------------------------------------------------------- calls of a turn
 
     def _may_spawn(self) -> bool:
         return self.depth < self.runtime.config.max_depth
-
-    def _declarations(self) -> list[Declaration]:
-        own = [CREATE_SUBAGENT, ASSIGN_TASK] if self._may_spawn() else []
-        return [*own, *self.runtime.tools.declarations, READ_OUTPUT]
 
     async def _act(self, calls: Sequence[Call]) -> None:
         """Makes the calls of one turn, all at the same time, and appends their results in order."""
@@ -213,11 +210,14 @@ class Agent:
             except (Stopped, *FATAL) as error:  # out of the task group, where it would come as a group
                 stops.append(error)
 
-        async with anyio.create_task_group() as tasks:
-            for child in children.values():
-                tasks.start_soon(child.run)
-            for i in others:
-                tasks.start_soon(run_tool, i)
+        if not children and len(others) == 1:
+            await run_tool(others[0])
+        elif children or others:
+            async with anyio.create_task_group() as tasks:
+                for child in children.values():
+                    tasks.start_soon(child.run)
+                for i in others:
+                    tasks.start_soon(run_tool, i)
         if stops:
             raise stops[0]
         if children:
@@ -248,7 +248,7 @@ class Agent:
     def _bounded(self, text: str, limit: int) -> str:
         if len(text) <= limit:
             return text
-        number = self.runtime.journal.keep(self.name, text)
+        number = self.runtime.journal.keep(self.name, text[:MAX_KEPT])
         return f"{text[:limit]}\n[cut after {limit} of {len(text)} characters; read_output(number={number}) reads on]"
 
     def _read_output(self, call: Call) -> Result:
@@ -312,7 +312,7 @@ class Agent:
         self._briefs.add(name, brief, child_name)
         ledger = group.child()
         timeout = math.inf if self.runtime.journal.mode == "replay" else self.runtime.config.child_timeout
-        lease = Lease(self.runtime.scheduler, timeout, ledger.deadline)
+        lease = Lease(self.runtime.scheduler, self.runtime.clock, timeout, ledger.deadline)
         child = Agent(self.runtime, child_name, name, self._configurations[name], brief, ledger, lease)
         child.parent, child.depth, child.stage = self, self.depth + 1, self.steps
         child.local_time, child.replayed = self.local_time, self.replayed
@@ -344,6 +344,8 @@ class Agent:
         detail = {"summary": text[:limit], "artefacts": list(sources), **({"note": note} if note else {})}
         try:
             self._emit("end", status=status, detail=detail, duration=running_for)
+            if self.parent is None:
+                self.runtime.journal.flush()
         except FATAL as error:
             self.runtime.fail(error)
 
@@ -394,8 +396,8 @@ def make_root(runtime: Runtime, question: str) -> Agent:
     config, budget = runtime.config, runtime.config.budget
     # in a replay no time passes, and what it ended is recorded; a resumed run has used some already
     left = math.inf if runtime.journal.mode == "replay" else max(budget.seconds - runtime.journal.elapsed, 0)
-    ledger = Ledger(replace(budget, seconds=left), anyio.current_time)
-    lease = Lease(None, math.inf, ledger.deadline)
+    ledger = Ledger(replace(budget, seconds=left), runtime.clock)
+    lease = Lease(None, runtime.clock, math.inf, ledger.deadline)
     root = Agent(runtime, ROOT, ROOT, config.system_prompt, question, ledger, lease)
     root.replayed = runtime.journal.mode != "new"
     return root

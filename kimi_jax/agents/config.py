@@ -3,7 +3,8 @@
 The schemas of create_subagent and assign_task are those of the Kimi K2.5 report (arXiv 2602.02276, appendix E.8).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from kimi_jax.agents.budget import Budget
 from kimi_jax.agents.context import ContextConfig
@@ -94,3 +95,18 @@ class SwarmConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.max_depth < 0 or self.backoff < 0 or not self.child_timeout > 0:
             raise ValueError("max_depth and backoff must be at least 0, child_timeout above 0")
+
+
+def to_json(config: SwarmConfig) -> dict[str, Any]:
+    """The settings as the journal keeps them."""
+    return asdict(config)
+
+
+def from_json(fields: dict[str, Any]) -> SwarmConfig:
+    """The inverse of `to_json`. Raises TypeError, KeyError or ValueError for anything else."""
+    nested = {
+        "budget": Budget(**fields["budget"]),
+        "prices": Prices(**fields["prices"]),
+        "context": ContextConfig(**fields["context"]),
+    }
+    return SwarmConfig(**{**fields, **nested})

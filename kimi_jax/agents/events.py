@@ -29,6 +29,7 @@ from typing import Any, Literal
 Kind = Literal["spawn", "start", "step", "tool", "join", "end"]
 Status = Literal["ok", "error", "timeout", "budget", "rate_limited", "refused", "aborted", "not_started"]
 ROOT = "root"
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Event:
 
 def to_json(event: Event) -> str:
     """One line of JSON."""
-    return json.dumps({**vars(event), "usage": vars(event.usage)}, ensure_ascii=False)
+    return _ENCODER.encode({**vars(event), "usage": vars(event.usage)})
 
 
 def from_json(line: str) -> Event:

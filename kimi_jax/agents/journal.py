@@ -3,7 +3,7 @@
 A call of the model or of a tool is keyed by who asked, what was asked, and the how-manieth such call it is, so that
 equal calls of several agents, or of one, never share an answer. With that, three modes are one mechanism:
 
-    new      nothing is known; every outcome is written before anybody acts on it
+    new      nothing is known; every outcome is durable at the end of the event loop's turn in which it came
     resume   what is known is not asked again; what is not known is asked, and paid for
     replay   what is known is not asked again; what is not known is `ReplayMiss`, which ends the run at once
 
@@ -26,6 +26,7 @@ from kimi_jax.agents.events import Event, from_json, to_json
 Mode = Literal["new", "resume", "replay"]
 MAX_ROW = 1 << 26  # bytes of one row
 MAX_EVENTS = 1_000_000  # of one attempt that a reader takes
+_CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS events (attempt INTEGER, id INTEGER, line TEXT NOT NULL, PRIMARY KEY (attempt, id));
@@ -89,15 +90,25 @@ class Journal:
     # ---------------------------------------------------------------------------------------------------------- events
 
     def write(self, event: Event) -> None:
-        """Appends an event; a replay writes nothing."""
+        """Appends an event, which `flush` makes durable; a replay writes nothing."""
         if self.mode != "replay":
+            self._begin()
             self._db.execute("INSERT INTO events VALUES (?, ?, ?)", (self.attempt, event.id, to_json(event)))
+
+    def _begin(self) -> None:
+        if not self._db.in_transaction:
+            self._db.execute("BEGIN")
+
+    def flush(self) -> None:
+        """Makes everything durable, against the end of this process, and visible to readers."""
+        if self._db.in_transaction:
+            self._db.execute("COMMIT")
 
     # ----------------------------------------------------------------------------------------------------------- calls
 
     def next_key(self, agent: str, request: Any) -> bytes:
         """The key of the next call of this agent that asks exactly this (JSON-able)."""
-        text = json.dumps([agent, request], sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        text = _CANONICAL.encode([agent, request])
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
         self._seen[digest] += 1
         return digest[:16] + self._seen[digest].to_bytes(4, "big")
@@ -117,8 +128,9 @@ class Journal:
         return None if text is None else json.loads(text)
 
     def remember(self, key: bytes, outcome: Outcome) -> None:
-        """Writes an outcome, durably against the end of this process."""
+        """Writes an outcome, which `flush` makes durable."""
         if self.mode != "replay":
+            self._begin()
             self._db.execute("INSERT OR REPLACE INTO calls VALUES (?, ?)", (key, json.dumps(outcome)))
 
     # --------------------------------------------------------------------------------------------------------- outputs
@@ -133,6 +145,7 @@ class Journal:
 
     def close(self) -> None:
         """Closes the file and lets others have it."""
+        self.flush()
         self._db.close()
         if self._lock:
             self._lock.close()

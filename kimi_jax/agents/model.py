@@ -155,6 +155,16 @@ class EndpointModel:
             raise Unavailable(f"no answer from {self._client.base_url}: {error}") from error
         return read_answer(bytes(data))
 
+    async def take_first_name(self) -> None:
+        """Names the first model that the endpoint lists. Raises ModelError if it lists none."""
+        try:
+            async for model in self._client.models.list():
+                self.name = str(model.id)[:200]
+                return
+        except self._errors.APIError as error:
+            raise ModelError(f"{self._client.base_url} does not list its models: {error}") from error
+        raise ModelError(f"{self._client.base_url} lists no model; name one")
+
     async def aclose(self) -> None:
         """Closes the connections."""
         await self._client.close()

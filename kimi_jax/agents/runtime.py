@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
+import hashlib
+import json
 import sqlite3
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from kimi_jax.agents.budget import BudgetExceeded
-from kimi_jax.agents.config import SwarmConfig
+from kimi_jax.agents.config import ASSIGN_TASK, CREATE_SUBAGENT, READ_OUTPUT, SwarmConfig
 from kimi_jax.agents.events import Event, Status, Usage
 from kimi_jax.agents.journal import Journal, Outcome, ReplayMiss
 from kimi_jax.agents.model import Call, Declaration, Message, Model, RateLimited, Request, Response, Unavailable
@@ -41,6 +44,18 @@ class Failed(Exception):
         self.status = status
 
 
+class Declared:
+    """The tools that a request declares. digest: stands for them in the request's identity; size: of them in bytes."""
+
+    def __init__(self, tools: Sequence[Declaration]):
+        text = json.dumps(tools, sort_keys=True)
+        self.tools, self.size = list(tools), len(text)
+        self.digest = hashlib.sha256(text.encode()).hexdigest()
+
+
+NO_TOOLS = Declared(())
+
+
 class Runtime:
     """One run. observers: called with each event, as it happens. fatal: what ended the whole run."""
 
@@ -53,16 +68,41 @@ class Runtime:
         observers: Sequence[Callable[[Event], None]] = (),
     ):
         self.model, self.tools, self.config, self.journal = model, Toolset.of(*tools), config, journal
-        self.scheduler = Scheduler(config.max_parallel)
+        self.clock = asyncio.get_running_loop().time  # many times cheaper than anyio.current_time, and the same
+        self.scheduler = Scheduler(config.max_parallel, self.clock)
         self.scope = anyio.CancelScope()
         self.fatal: BaseException | None = None
         self.num_events = 0
         self._observers = tuple(observers)
-        self._start = anyio.current_time()
+        self._start = self.clock()
+        self._declared: dict[bool, Declared] = {}
+        self._dirty = False
 
     def now(self) -> float:
         """Seconds since the run began, earlier attempts included."""
-        return self.journal.elapsed + anyio.current_time() - self._start
+        return self.journal.elapsed + self.clock() - self._start
+
+    def declared(self, may_spawn: bool) -> Declared:
+        """The tools of an agent, by whether it may have subagents."""
+        if may_spawn not in self._declared:
+            own = [CREATE_SUBAGENT, ASSIGN_TASK] if may_spawn else []
+            self._declared[may_spawn] = Declared([*own, *self.tools.declarations, READ_OUTPUT])
+        return self._declared[may_spawn]
+
+    def remember(self, key: bytes, outcome: Outcome) -> None:
+        """Writes an outcome. Those of one turn of the event loop become durable together, at its end."""
+        self.journal.remember(key, outcome)
+        if not self._dirty:
+            self._dirty = True
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._dirty = False
+        try:
+            if self.fatal is None:
+                self.journal.flush()
+        except sqlite3.Error as error:
+            self.fail(error)
 
     def fail(self, error: BaseException) -> None:
         """Ends the run."""
@@ -96,10 +136,10 @@ async def recorded(agent: Agent, what: str, request: Any, live: Callable[[], Awa
         except anyio.get_cancelled_exc_class():
             if agent.lease.expired:  # a timeout is an outcome; what the user aborts has none
                 stopped = {"stopped": agent.lease.expired, "time": runtime.now(), "duration": runtime.now() - began}
-                runtime.journal.remember(key, stopped)
+                runtime.remember(key, stopped)
             raise
         outcome["time"], outcome["duration"] = runtime.now(), runtime.now() - began
-        runtime.journal.remember(key, outcome)
+        runtime.remember(key, outcome)
     agent.local_time = max(agent.local_time, outcome["time"])
     if "stopped" in outcome:
         raise Stopped(outcome["stopped"])
@@ -108,13 +148,13 @@ async def recorded(agent: Agent, what: str, request: Any, live: Callable[[], Awa
     return outcome
 
 
-async def ask(agent: Agent, messages: Messages, tools: Sequence[Declaration]) -> tuple[Response, float]:
+async def ask(agent: Agent, messages: Messages, tools: Declared) -> tuple[Response, float]:
     """(the model's answer, seconds it took). Repeats a request while the model is unavailable, without a slot then.
 
     Raises Failed, and what `recorded` raises.
     """
     config = agent.runtime.config
-    identity = ["model", agent.runtime.model.name, messages, tools]
+    identity = ["model", agent.runtime.model.name, messages, tools.digest]
     delay = 0.0
     for attempt in range(config.max_attempts):
         live = functools.partial(_complete, agent, messages, tools, delay)
@@ -133,7 +173,7 @@ async def ask(agent: Agent, messages: Messages, tools: Sequence[Declaration]) ->
     raise Failed(status, f"{config.max_attempts} requests: {outcome['message']}")
 
 
-async def _complete(agent: Agent, messages: Messages, tools: Sequence[Declaration], delay: float) -> Outcome:
+async def _complete(agent: Agent, messages: Messages, tools: Declared, delay: float) -> Outcome:
     """One request to the model, within the budget."""
     runtime, ledger = agent.runtime, agent.ledger
     if delay:
@@ -143,9 +183,9 @@ async def _complete(agent: Agent, messages: Messages, tools: Sequence[Declaratio
     max_tokens = _room(agent, bound)
     cost = prices.cost(bound, max_tokens)
     ledger.reserve(bound + max_tokens, cost)
-    began = anyio.current_time()
+    began = runtime.clock()
     try:
-        response = await runtime.model.complete(Request(agent.name, messages, tools, max_tokens))
+        response = await runtime.model.complete(Request(agent.name, messages, tools.tools, max_tokens))
     except BaseException as error:
         ledger.release(bound + max_tokens, cost)
         if isinstance(error, RateLimited):

@@ -9,7 +9,7 @@ under way together; as many successes as there are slots add one, up to the limi
 
 import math
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import anyio
@@ -18,14 +18,18 @@ from kimi_jax.agents.events import Status
 
 
 class Scheduler:
-    """Slots. limit: how many may run now, from 1 to `max_parallel`; running: how many do; peak: the most that did."""
+    """Slots. limit: how many may run now, from 1 to `max_parallel`; running: how many do; peak: the most that did.
 
-    def __init__(self, max_parallel: int):
+    clock: gives seconds.
+    """
+
+    def __init__(self, max_parallel: int, clock: Callable[[], float]):
         if max_parallel < 1:
             raise ValueError(f"max_parallel must be at least 1, not {max_parallel}")
         self.max_parallel = self.limit = max_parallel
         self.running = self.peak = 0
         self._queue: deque[anyio.Event] = deque()
+        self._clock = clock
         self._successes = 0
         self._shrunk_at = -math.inf
 
@@ -62,7 +66,7 @@ class Scheduler:
         """A request that began at this time was answered with 429."""
         if began > self._shrunk_at:  # not one of those that the last halving already answers
             self.limit = max(1, self.limit // 2)
-            self._shrunk_at = anyio.current_time()
+            self._shrunk_at = self._clock()
         self._successes = 0
 
     def succeeded(self) -> None:
@@ -80,8 +84,8 @@ class Lease:
     scope: what the agent runs in; it is cancelled when the time with a slot, or the deadline, is over.
     """
 
-    def __init__(self, scheduler: Scheduler | None, timeout: float, deadline: float):
-        self._scheduler, self._timeout, self._deadline = scheduler, timeout, deadline
+    def __init__(self, scheduler: Scheduler | None, clock: Callable[[], float], timeout: float, deadline: float):
+        self._scheduler, self._clock, self._timeout, self._deadline = scheduler, clock, timeout, deadline
         self.scope = anyio.CancelScope()
         self.ran = 0.0  # seconds with a slot, up to `_since`
         self._since: float | None = None
@@ -89,20 +93,20 @@ class Lease:
     @property
     def running_for(self) -> float:
         """Seconds with a slot."""
-        return self.ran + (anyio.current_time() - self._since if self._since is not None else 0.0)
+        return self.ran + (self._clock() - self._since if self._since is not None else 0.0)
 
     @property
     def expired(self) -> Status | None:
         """Why the scope was cancelled: `timeout`, `budget` (the deadline) or None (not by this lease)."""
         if not self.scope.cancel_called:
             return None
-        return "budget" if anyio.current_time() >= self._deadline else "timeout"
+        return "budget" if self._clock() >= self._deadline else "timeout"
 
     async def acquire(self, first: bool = False) -> None:
         """Waits for a slot and starts the watch."""
         if self._scheduler:
             await self._scheduler.acquire(first)
-        self._since = anyio.current_time()
+        self._since = self._clock()
         self.scope.deadline = min(self._deadline, self._since + self._timeout - self.ran)
 
     def release(self) -> None:

@@ -10,14 +10,15 @@ repeats a run without a model.
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from kimi_jax.agents.agent import make_root
-from kimi_jax.agents.config import ASSIGN_TASK, CREATE_SUBAGENT, READ_OUTPUT, SwarmConfig
+from kimi_jax.agents.config import ASSIGN_TASK, CREATE_SUBAGENT, READ_OUTPUT, SwarmConfig, from_json, to_json
 from kimi_jax.agents.events import Event, Status, Usage
-from kimi_jax.agents.journal import Journal, Mode
-from kimi_jax.agents.model import Model
+from kimi_jax.agents.journal import Journal, JournalError, Mode, read_run
+from kimi_jax.agents.model import Model, Request, Response, ScriptedModel
 from kimi_jax.agents.runtime import Runtime
-from kimi_jax.agents.tools import Tool
+from kimi_jax.agents.tools import Result, Tool
 
 RESERVED = (CREATE_SUBAGENT["name"], ASSIGN_TASK["name"], READ_OUTPUT["name"])
 
@@ -68,7 +69,8 @@ class Swarm:
 
     async def run(self, question: str) -> SwarmResult:
         """Answers the question. Cancellation (Ctrl-C) ends every agent, and `outcomes` says how each one did end."""
-        notes = {"max_parallel": self.config.max_parallel}
+        tools = [{**tool.declaration, "max_chars": tool.max_chars} for tool in self.tools]
+        notes = {"max_parallel": self.config.max_parallel, "settings": to_json(self.config), "tools": tools}
         self.journal.describe({"format": 1, "question": question, "model": self.model.name}, notes)
         runtime = self.runtime = Runtime(self.model, self.tools, self.config, self.journal, self._observers)
         root = make_root(runtime, question)
@@ -91,3 +93,29 @@ class Swarm:
     def close(self) -> None:
         """Closes the journal."""
         self.journal.close()
+
+
+def replay(path: str | os.PathLike[str], observers: Sequence[Callable[[Event], None]] = ()) -> tuple[Swarm, str]:
+    """(a swarm that repeats the run of a journal, its question), with the run's settings, no model and no tools.
+
+    Raises JournalError for a file that is no journal, `run` ReplayMiss if the code does not do what it did.
+    """
+    meta = read_run(path)[0]
+    try:
+        tools = [
+            Tool(str(t["name"]), str(t["description"]), t["parameters"], _no_tool, max_chars=int(t["max_chars"]))
+            for t in meta["tools"]
+        ]
+        question, config = str(meta["question"]), from_json(meta["settings"])
+        model = ScriptedModel(_no_model, str(meta["model"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise JournalError(f"{os.fspath(path)} does not say how its run was set up: {error!r}") from error
+    return Swarm(model, tools, config, path, "replay", observers), question
+
+
+async def _no_model(request: Request) -> Response:
+    raise AssertionError("a replay asks no model")
+
+
+async def _no_tool(arguments: dict[str, Any]) -> Result:
+    raise AssertionError("a replay calls no tool")

@@ -119,6 +119,8 @@ def check_arguments(text: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
         raise ToolError(f"the arguments lack {', '.join(missing)}")
     for name, value in arguments.items():
         if name not in properties:
+            if parameters.get("additionalProperties"):  # a server says so of its own tool
+                continue
             raise ToolError(f"there is no argument {name[:100]!r}; there are {', '.join(properties) or 'none'}")
         kind = properties[name].get("type") if isinstance(properties[name], Mapping) else None
         allowed = _KINDS.get(kind, (object,)) if isinstance(kind, str) else (object,)

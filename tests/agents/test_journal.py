@@ -132,7 +132,7 @@ def test_resume_runs_only_what_was_not_finished(tmp_path):
     result = run(second)
     second.close()
     assert set(result.outcomes.values()) == {"ok"} and len(result.outcomes) == 13
-    assert asked == [("root/1.2", 0), ("root/1.9", 0), ("root/1.2", 1), ("root/1.9", 1)]
+    assert sorted(asked) == [("root/1.2", 0), ("root/1.2", 1), ("root/1.9", 0), ("root/1.9", 1)]
     assert second.model.asked == 4 + 1, "what was not finished, and the orchestrator's last turn"
     # the whole record is there again, times go on where the first attempt was, and everything is counted once
     _, events = read_run(path)
@@ -174,6 +174,7 @@ from kimi_jax.agents.swarm import Swarm
 from tests.agents.scripts import brief, orchestrator, say
 async def child(request):
     if brief(request) == "task 7":
+        await anyio.sleep(0.1)
         print("hanging", flush=True)
         await anyio.sleep(1000)
     return say("done")
@@ -250,6 +251,7 @@ def test_journal_in_use_can_be_read(tmp_path):
     counts = []
 
     async def child(request):
+        await anyio.sleep(1.0)
         counts.append(len(read_run(path)[1]))
         return say("done")
 
