@@ -9,7 +9,8 @@ C          3 * patch_size^2
 F          features of a group, sum of v_k * W_k
 
 A group is the unit of packing: an example takes a stretch of one row, and each of its items a stretch of one bin of the
-same group, so no feature ever leaves the group. Static shapes; what is not used is padding.
+same group, so no feature ever leaves the group. Static shapes; what is not used is padding. An item that several
+examples of a group hold (the same object, as the samples of one prompt do) lies there once and is encoded once.
 
 Examples wait in a pool. A group takes the oldest first, then fills row after row with the subset of the pool that fills
 it best, older ones preferred, skipping what the bins have no room for. So rows are nearly full even where they are
@@ -19,7 +20,7 @@ short, the pool stays bounded, and nobody waits for more groups than the pool ha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -95,9 +96,13 @@ def check_bins(data: DataConfig, model: ModelConfig) -> None:
 
 
 class Group:
-    """One group while it is filled. `add` takes an example or says that there is no room; `arrays` is the result."""
+    """One group while it is filled. `add` takes an example or says that there is no room; `arrays` is the result.
 
-    def __init__(self, shape: GroupShape):
+    columns: names of further float32 [R, S] arrays, which lie as `loss_weights` does: beside the target that a value is
+    about, 0 elsewhere.
+    """
+
+    def __init__(self, shape: GroupShape, columns: Sequence[str] = ()):
         self.shape = shape
         rows = (shape.rows, shape.sequence_length)
         self._tokens = np.full(rows, shape.pad_id, np.int32)
@@ -107,24 +112,32 @@ class Group:
         self._positions = np.zeros(rows, np.int32)
         self._modality = np.zeros(rows, np.int32)
         self._feature_index = np.full(rows, -1, np.int32)
+        self._columns = {name: np.zeros(rows, np.float32) for name in columns}
         self._bins = [_empty_bins(patches, count, 3 * shape.patch_size**2) for patches, count in shape.bins]
         self._row_room = [shape.sequence_length] * shape.rows
         self._row_documents = [0] * shape.rows
         self._bin_room = [[patches] * count for patches, count in shape.bins]
         self._bin_items = [[0] * count for _, count in shape.bins]
+        self._features: dict[int, tuple[MediaItem, np.ndarray]] = {}  # by id of the item, which is kept alive
         self.documents = 0
 
     def room(self, row: int) -> int:
         """Tokens left in a row."""
         return self._row_room[row]
 
-    def add(self, example: Encoded, row: int) -> bool:
+    def holds(self, item: MediaItem) -> bool:
+        """Whether this very item lies in the bins already."""
+        return id(item) in self._features
+
+    def add(self, example: Encoded, row: int, columns: Mapping[str, np.ndarray] | None = None) -> bool:
         """Packs the example into the row and returns True, or changes nothing and returns False for lack of room.
 
+        columns: float32 [n] for each name of the group's, beside the example's tokens as its loss weights are.
         Raises ValueError for an example that does not fit an empty group.
         """
         n = len(example.tokens)
-        places = place_items([len(m.patches) for m in example.media], self._bin_room)
+        new = list({id(m): m for m in example.media if not self.holds(m)}.values())
+        places = place_items([len(m.patches) for m in new], self._bin_room)
         if n > self._row_room[row] or places is None:
             if self.documents == 0:
                 raise ValueError(
@@ -132,11 +145,14 @@ class Group:
                     f"does not fit an empty group of {self.shape}; encode it with the limits of the group"
                 )
             return False
-        features = [self._add_item(item, k, b) for item, (k, b) in zip(example.media, places, strict=True)]
-        self._add_document(example, row, features)
+        for item, (k, b) in zip(new, places, strict=True):
+            self._features[id(item)] = item, self._add_item(item, k, b)
+        self._add_document(example, row, [self._features[id(m)][1] for m in example.media], columns or {})
         return True
 
-    def _add_document(self, example: Encoded, row: int, features: list[np.ndarray]) -> None:
+    def _add_document(
+        self, example: Encoded, row: int, features: list[np.ndarray], columns: Mapping[str, np.ndarray]
+    ) -> None:
         n = len(example.tokens)
         start = self.shape.sequence_length - self._row_room[row]
         here, before_last = np.s_[row, start : start + n], np.s_[row, start : start + n - 1]
@@ -144,6 +160,8 @@ class Group:
         self._targets[before_last] = example.tokens[1:]
         pads = example.tokens == self.shape.media_pad_id
         self._loss_weights[before_last] = np.where(pads[1:], 0, example.loss_weights[1:])
+        for name, column in self._columns.items():
+            column[before_last] = columns[name][1:]
         self._row_documents[row] += 1
         self._segment_ids[here] = self._row_documents[row]
         self._positions[here] = np.arange(n)
@@ -180,6 +198,7 @@ class Group:
             "positions": self._positions,
             "modality": self._modality,
             "feature_index": self._feature_index,
+            **self._columns,
             "vision": tuple(self._bins),
         }
 
@@ -277,9 +296,9 @@ def concatenate(batches: list[Batch]) -> Batch:
     return out
 
 
-def empty_batch(shape: GroupShape, num_groups: int = 1) -> Batch:
+def empty_batch(shape: GroupShape, num_groups: int = 1, columns: Sequence[str] = ()) -> Batch:
     """A batch of padding only, `num_groups` groups: what shapes and dtypes a run has."""
-    return concatenate([Group(shape).arrays() for _ in range(num_groups)])
+    return concatenate([Group(shape, columns).arrays() for _ in range(num_groups)])
 
 
 @dataclass(frozen=True)

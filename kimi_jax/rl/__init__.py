@@ -1,4 +1,4 @@
-"""Reinforcement learning: `policy_loss`, the token-level objective of K2.5."""
+"""Reinforcement learning: objectives, trajectories, reward shaping, rewards and tasks. See docs/rl.md."""
 
 from kimi_jax.rl.losses import policy_loss
 
