@@ -58,7 +58,7 @@ setup(
     version="0.1.0",
     description="Kimi K2.5 in JAX for TPUs: packed multimodal data, MoonViT-3D, MLA, MoE, MuonClip",
     packages=find_packages(include=["kimi_jax", "kimi_jax.*"]),
-    package_data={"kimi_jax": ["py.typed", "report.css"]},
+    package_data={"kimi_jax": ["py.typed", "report.css", "agents/trace.*"]},
     license="Apache-2.0",
     license_files=["LICENSE"],
     author="The kimi_jax authors",

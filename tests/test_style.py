@@ -32,6 +32,9 @@ EXTRAS = {
     "lm_eval": "eval",
     "starlette": "serve",
     "uvicorn": "serve",
+    "mcp": "agents",
+    "bm25s": "agents",
+    "Stemmer": "agents",
 }
 
 
