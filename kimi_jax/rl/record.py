@@ -72,7 +72,7 @@ def _load_trajectory(record: Any, where: str) -> Trajectory:
     fields = _fields(record, where, ("reward", "finish", "segments"))
     reward = fields["reward"]
     if reward is not None:
-        reward = float(_typed(reward, (int, float), f"{where}.reward"))
+        reward = float(_numbers([reward], np.float64, f"{where}.reward")[0])
     segments = _each(fields["segments"], f"{where}.segments", _load_segment)
     return Trajectory(segments, reward, _typed(fields["finish"], str, f"{where}.finish"))
 
@@ -130,7 +130,7 @@ def _numbers(value: Any, dtype: type[np.generic], where: str) -> np.ndarray:
     items = _typed(value, list, where)
     if len(items) > MAX_TOKENS:
         raise TrajectoryError(f"{where} has {len(items)} numbers, more than {MAX_TOKENS}")
-    allowed = (int, float) if dtype is np.float32 else (int,)
+    allowed = (int, float) if issubclass(dtype, np.floating) else (int,)
     for item in items:
         if type(item) not in allowed or not abs(item) < 1 << 31:  # True is no number
             raise TrajectoryError(f"{where} holds {describe(item)}, which is no {dtype.__name__}")
@@ -147,9 +147,7 @@ def _fields(value: Any, where: str, names: tuple[str, ...]) -> dict[str, Any]:
     return value
 
 
-def _typed(value: Any, kind: type | tuple[type, ...], where: str) -> Any:
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    if type(value) not in kinds:
-        names = " or ".join(k.__name__ for k in kinds)
-        raise TrajectoryError(f"{where} is {names}, not {describe(value)}")
+def _typed(value: Any, kind: type, where: str) -> Any:
+    if type(value) is not kind:  # True is an int to isinstance
+        raise TrajectoryError(f"{where} is {kind.__name__}, not {describe(value)}")
     return value

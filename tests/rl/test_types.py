@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -143,7 +144,7 @@ def test_features_of_a_shared_picture_get_the_sum_of_its_samples_gradients():
     features, x = rng.normal(size=(1, 16, 3)).astype(np.float32), np.zeros((2, 64, 3), np.float32)
     upstream = rng.normal(size=x.shape).astype(np.float32)
     index = batch["feature_index"]
-    out, pull = jax.vjp(lambda f: place_features(x, f, index), features)
+    out, pull = jax.vjp(lambda f: place_features(jnp.asarray(x), f, jnp.asarray(index)), jnp.asarray(features))
     np.testing.assert_array_equal(out[index >= 0], features[0, index[index >= 0]])
     want = np.zeros_like(features)
     np.add.at(want[0], index[index >= 0], upstream[index >= 0])
