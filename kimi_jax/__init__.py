@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kimi_jax import config, data, eval, hf, kernels, nn, optim, rl, sharding, train
+    from kimi_jax import agents, config, data, eval, hf, kernels, nn, optim, rl, sharding, train
     from kimi_jax.config import (
         ConfigError,
         DataConfig,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = ("config", "data", "eval", "hf", "kernels", "nn", "optim", "rl", "sharding", "train")
+_MODULES = ("agents", "config", "data", "eval", "hf", "kernels", "nn", "optim", "rl", "sharding", "train")
 _NAMES = {
     "BadRecord": "data",
     "ConfigError": "config",

@@ -4,6 +4,7 @@
   --model=DIR                            a released directory or a workdir, in this process
   --corpus=DIR                           documents to search and read: text, web pages, lines of JSON
   --mcp=NAME=COMMAND or --mcp=NAME=URL   tools of an MCP server (may be given several times)
+  --code=4                               agents may run Python, in so many sandboxes at a time
   --budget=critical_steps=40,tokens=1e6,cost=2.5,seconds=600,steps=200
 
 The answer and its sources go to standard output, what the agents do to standard error, everything into one journal:
@@ -18,6 +19,7 @@ Exit status: 0 for an answer, 1 if there is none, 2 for settings that do not wor
 from __future__ import annotations
 
 import http.server
+import json
 import os
 import shlex
 import sys
@@ -40,6 +42,7 @@ _MODEL = flags.DEFINE_string("model", "", "The URL of an endpoint (with /v1), or
 _NAME = flags.DEFINE_string("model_name", "", "What the endpoint calls the model; default: the first one it lists.")
 _KEY_FILE = flags.DEFINE_string("api_key_file", "", "A file with the endpoint's key; else KIMI_API_KEY counts.")
 _CORPUS = flags.DEFINE_string("corpus", "", "A folder of documents.")
+_CODE = flags.DEFINE_integer("code", 0, "Sandboxed Python interpreters that agents may use at a time; 0: none.", 0)
 _MCP = flags.DEFINE_multi_string("mcp", [], "NAME=COMMAND or NAME=URL of an MCP server.")
 _PARALLEL = flags.DEFINE_integer("max_parallel", 16, "Subagents that run at a time.", 1)
 _DEPTH = flags.DEFINE_integer("max_depth", 1, "2: subagents may have subagents, and so on; 0: no subagents.", 0)
@@ -58,6 +61,7 @@ _RESUME = flags.DEFINE_string("resume", "", "The journal of a run to go on with.
 _REPLAY = flags.DEFINE_string("replay", "", "The journal of a run to repeat without a model.")
 _PORT = flags.DEFINE_integer("port", 0, "view: the port of the page; 0 takes a free one.", 0, 65535)
 _OUT = flags.DEFINE_string("out", "", "view: write the page to this file instead.")
+_OTLP = flags.DEFINE_string("otlp", "", "view: write OpenTelemetry spans (OTLP, JSON) to this file instead.")
 _QUIET = flags.DEFINE_bool("quiet", False, "Do not show what the agents do.")
 
 
@@ -174,6 +178,11 @@ async def _tools(journal: str) -> AsyncIterator[list[Tool]]:
             url = target.startswith(("http://", "https://"))
             server = McpServer(name, target if url else shlex.split(target), log=log)
             tools += (await stack.enter_async_context(server)).tools
+        if _CODE.value:
+            from kimi_jax.agents.code_tool import code_tool
+            from kimi_jax.sandbox.pool import Pool
+
+            tools.append(code_tool(await stack.enter_async_context(Pool(_CODE.value))))
         yield tools
 
 
@@ -246,12 +255,15 @@ def view(words: list[str]) -> int:
     """Writes or serves the page of a journal; a page that is loaded again shows what has happened since."""
     if len(words) != 1:
         raise ValueError("view needs one journal: python -m kimi_jax.swarm view RUN.sqlite")
-    from kimi_jax.agents import trace
+    from kimi_jax.agents import otel, trace
     from kimi_jax.agents.journal import read_run
 
     def page() -> str:
         return trace.page(*read_run(words[0]))
 
+    if _OTLP.value:
+        Path(_OTLP.value).write_text(json.dumps(otel.export(*read_run(words[0]))), encoding="utf-8")
+        return 0
     if _OUT.value:
         Path(_OUT.value).write_text(page(), encoding="utf-8")
         return 0

@@ -4,17 +4,21 @@ Each answer carries what RL needs of it in `Response.tokens`: the prompt's ids a
 ids and their log-probabilities. Prompts of the agents share their beginnings in the engine's prefix cache.
 """
 
+from __future__ import annotations
+
 import contextlib
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from kimi_jax.agents.events import Usage
 from kimi_jax.agents.model import Call, ModelError, RateLimited, Request, Response
 from kimi_jax.data.reply import ReplyParser
 from kimi_jax.data.tokenizer import Tokenizer
-from kimi_jax.infer.engine import Engine
 from kimi_jax.infer.generate import Chat, ReplyStream, chat_request
 from kimi_jax.infer.request import Sampling
 from kimi_jax.serve.worker import EngineFailed, EngineWorker, Overloaded, RequestFailed
+
+if TYPE_CHECKING:
+    from kimi_jax.infer.engine import Engine
 
 
 class LocalModel:
@@ -36,6 +40,7 @@ class LocalModel:
         waiting: int = 256,
     ):
         self.name = name
+        self.version = 0  # of the weights; who changes them counts
         self._engine, self._tokenizer, self._thinking = engine, tokenizer, thinking
         self._temperature, self._top_p = temperature, top_p
         self._worker = EngineWorker(engine, limit=waiting)
@@ -57,7 +62,7 @@ class LocalModel:
         except ValueError as error:
             raise ModelError(str(error)) from error
         shown = ReplyStream(self._tokenizer, asked.sampling.stop_ids, ReplyParser(chat.reasons))
-        ids: list[int] = []
+        version, ids = self.version, list[int]()
         logprobs: list[float] = []
         try:
             with self._worker.admit(1):
@@ -74,6 +79,6 @@ class LocalModel:
             raise ModelError(str(error)) from error
         reply, prompt = shown.reply, asked.token_ids.tolist()
         calls = tuple(Call(call.id, call.name, call.arguments) for call in reply.tool_calls)
-        tokens = {"prompt": prompt, "sampled": ids, "logprobs": logprobs}
+        tokens = {"prompt": prompt, "sampled": ids, "logprobs": logprobs, "version": version}
         usage = Usage(len(prompt), len(ids))
         return Response(reply.content, calls, usage, reply.reasoning, shown.finish_reason, tokens)

@@ -8,6 +8,7 @@ repeats a run without a model.
 """
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +71,13 @@ class Swarm:
     async def run(self, question: str) -> SwarmResult:
         """Answers the question. Cancellation (Ctrl-C) ends every agent, and `outcomes` says how each one did end."""
         tools = [{**tool.declaration, "max_chars": tool.max_chars} for tool in self.tools]
-        notes = {"max_parallel": self.config.max_parallel, "settings": to_json(self.config), "tools": tools}
+        notes: dict[str, Any] = {
+            "max_parallel": self.config.max_parallel,
+            "settings": to_json(self.config),
+            "tools": tools,
+        }
+        if self.journal.mode == "new":
+            notes["began"] = time.time()
         self.journal.describe({"format": 1, "question": question, "model": self.model.name}, notes)
         runtime = self.runtime = Runtime(self.model, self.tools, self.config, self.journal, self._observers)
         root = make_root(runtime, question)

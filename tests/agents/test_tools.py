@@ -96,10 +96,10 @@ def corpus(tmp_path_factory):
     outside.write_text("the secret of the glacier")
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "geo").mkdir()
-    (folder / "geo" / "ghana.md").write_text("# Ghana\nAccra is the capital of Ghana. " + "It is a city. " * 1000)
+    (folder / "geo" / "ghana.txt").write_text("# Ghana\nAccra is the capital of Ghana. " + "It is a city. " * 1000)
     (folder / "page.html").write_text(
         "<html><head><title>Rivers &amp; lakes</title><script>alert('glacier')</script></head>"
-        "<body><h1>Rivers</h1><p>The <a href='geo/ghana.md'>Volta</a> flows.</p><table><tr><td>a<td>b</table></body>"
+        "<body><h1>Rivers</h1><p>The <a href='geo/ghana.txt'>Volta</a> flows.</p><table><tr><td>a<td>b</table></body>"
     )
     lines = [{"title": "Peru", "text": "Lima is the capital of Peru."}, {"text": "Glaciers melt."}]
     (folder / "wiki.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -109,15 +109,15 @@ def corpus(tmp_path_factory):
 
 
 def test_corpus_finds_documents_of_every_kind(corpus):
-    assert list(corpus.documents) == ["page.html", "wiki.jsonl#1", "wiki.jsonl#2", "geo/ghana.md"]
-    assert [name for name, _ in corpus.best("capital", 5)] == ["wiki.jsonl#1", "geo/ghana.md"]
+    assert list(corpus.documents) == ["page.html", "wiki.jsonl#1", "wiki.jsonl#2", "geo/ghana.txt"]
+    assert [name for name, _ in corpus.best("capital", 5)] == ["wiki.jsonl#1", "geo/ghana.txt"]
     assert corpus.best("river flowing", 5)[0][0] == "page.html", "words are stemmed"
     assert corpus.best("glacier", 5)[0][0] == "wiki.jsonl#2", "scripts and links out of the folder are not searched"
     assert corpus.best("quantum", 5) == [] and corpus.best("the of", 5) == []
 
 
 def test_corpus_text_of_a_page_keeps_its_links(corpus):
-    assert corpus.text("page.html") == "Rivers\n\nThe [Volta](geo/ghana.md) flows.\n\n| a | b"
+    assert corpus.text("page.html") == "Rivers\n\nThe [Volta](geo/ghana.txt) flows.\n\n| a | b"
     assert corpus.documents["page.html"].title == "Rivers & lakes"
 
 
@@ -132,8 +132,8 @@ def test_corpus_search_takes_several_queries_and_names_its_sources(corpus):
 
 def test_corpus_reads_on_from_an_offset(corpus):
     _, read = corpus.tools()
-    whole = corpus.text("geo/ghana.md")
-    first, second = (call(read, {"document": "geo/ghana.md", "offset": i}).text for i in (0, 8000))
+    whole = corpus.text("geo/ghana.txt")
+    first, second = (call(read, {"document": "geo/ghana.txt", "offset": i}).text for i in (0, 8000))
     assert first.rsplit("\n", 1)[0] + second.rsplit("\n", 1)[0] == whole
     assert second.endswith(f"[characters 8000 to {len(whole)} of {len(whole)}]")
 
