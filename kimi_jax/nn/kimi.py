@@ -65,12 +65,15 @@ class Head(nn.Module):
         kernel = self.kernel.astype(x.dtype)
         return jnp.matmul(x, kernel, precision=precision(x.dtype), preferred_element_type=jnp.float32)
 
-    def token_nll(self, x: Float[Array, "B S D"], targets: Int[Array, "B S"]) -> Float[Array, "B S"]:
-        """-log p(target), float32, without holding the logits."""
+    def token_nll(
+        self, x: Float[Array, "B S D"], targets: Int[Array, "B S"], temperature: float = 1.0
+    ) -> Float[Array, "B S"]:
+        """-log softmax(logits / temperature)[target], float32, without holding the logits."""
         if self.layout is not None:
             cut = self.layout.vocabulary(("embed", "vocab"), self.kernel.shape)
-            return dealt_cross_entropy(cut, x, self.kernel, targets)
-        nll = chunked_cross_entropy(x.reshape(-1, x.shape[-1]), self.kernel, targets.reshape(-1))
+            return dealt_cross_entropy(cut, x, self.kernel, targets, temperature)
+        flat = x.reshape(-1, x.shape[-1])
+        nll = chunked_cross_entropy(flat, self.kernel, targets.reshape(-1), temperature=temperature)
         return nll.reshape(targets.shape)
 
 
@@ -137,11 +140,14 @@ class KimiK25(nn.Module):
         x, aux = self.hidden(batch, num_groups)
         return self.lm_head(x), aux
 
-    def token_nll(self, batch: Batch, num_groups: int = 1) -> tuple[Float[Array, "B S"], Aux]:
-        """-log p(target) of every position, float32, without holding the logits. Also reads targets."""
+    def token_nll(self, batch: Batch, num_groups: int = 1, temperature: float = 1.0) -> tuple[Float[Array, "B S"], Aux]:
+        """-log p(target) of every position under softmax(logits / temperature), float32, without holding the logits.
+
+        Also reads targets.
+        """
         x, aux = self.hidden(batch, num_groups)
         targets = jnp.asarray(batch["targets"])
-        return self.lm_head.token_nll(x, targets), aux
+        return self.lm_head.token_nll(x, targets, temperature), aux
 
 
 # ------------------------------------------------------------------------------------------------------- initialisation
