@@ -41,7 +41,8 @@ class Embedding(nn.Module):
     def __call__(self, tokens: Int[Array, "*b"]) -> Float[Array, "*b D"]:
         """Rows of the table, in the activations' dtype."""
         c = self.config
-        init = declare(nn.initializers.normal(c.initializer_range), ("vocab", "embed"), AdamW())
+        normal, parts = nn.initializers.normal(c.initializer_range), ("language", "embedding")
+        init = declare(normal, ("vocab", "embed"), AdamW(), parts)
         table = self.param("embedding", init, (c.vocab_size, c.hidden_size), c.param_dtype)
         if self.layout is None:
             return table[tokens].astype(c.dtype)
@@ -57,7 +58,8 @@ class Head(nn.Module):
     def setup(self) -> None:
         """Parameter kernel."""
         c = self.config
-        init = declare(nn.initializers.normal(c.initializer_range), ("embed", "vocab"), AdamW())
+        normal, parts = nn.initializers.normal(c.initializer_range), ("language", "lm_head")
+        init = declare(normal, ("embed", "vocab"), AdamW(), parts)
         self.kernel = self.param("kernel", init, (c.hidden_size, c.vocab_size), c.param_dtype)
 
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
@@ -94,7 +96,7 @@ class KimiK25(nn.Module):
             self.dense_layers = layer_stack(c, routed=False, layout=self.layout)
         if c.num_moe_layers:
             self.moe_layers = layer_stack(c, routed=True, layout=self.layout)
-        self.final_norm = RMSNorm(c.rms_norm_eps, c.param_dtype)
+        self.final_norm = RMSNorm(c.rms_norm_eps, c.param_dtype, ("language", "norm"))
         self.lm_head = Head(c, self.layout)
         if c.vision:
             self.vision = MoonViT3D(c, self.layout)

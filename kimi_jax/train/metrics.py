@@ -201,7 +201,8 @@ def progress_line(row: dict[str, Any]) -> str:
 
 def parameter_table(infos: Any, shapes: Any) -> str:
     """How many parameters each part has, and how many of them each optimizer group moves."""
-    groups = ("Muon", "AdamW", "RouterBias")
+    some_frozen = any(type(info.group).__name__ == "Frozen" for info in jax.tree.leaves(infos))
+    groups = ("Muon", "AdamW", "RouterBias", *(("Frozen",) if some_frozen else ()))
     counts = {part: dict.fromkeys(groups, 0) for part in shapes}
     for part in shapes:
         for info, x in zip(jax.tree.leaves(infos[part]), jax.tree.leaves(shapes[part]), strict=True):

@@ -10,7 +10,6 @@ B rows, S tokens, L layers, Lm layers with experts, E experts, H heads
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +22,7 @@ from jax.sharding import Mesh
 
 from kimi_jax import sharding
 from kimi_jax.config import ConfigError, TrainConfig
-from kimi_jax.nn import lora
+from kimi_jax.nn import lora, param
 from kimi_jax.nn.decoder import merge_aux
 from kimi_jax.nn.kimi import KimiK25
 from kimi_jax.nn.layout import Layout
@@ -53,7 +52,11 @@ def make_optimizer(
     layout: deals Newton-Schulz to the devices. The state is the same with and without.
     """
     dtype = newton_schulz.default_dtype(platform)
-    return muonclip(config.optimizer, config.steps, state_lib.infos(config.model, config.lora), dtype, layout)
+    return muonclip(config.optimizer, config.steps, _infos(config), dtype, layout)
+
+
+def _infos(config: TrainConfig) -> Any:
+    return state_lib.infos(config.model, config.lora, config.freeze)
 
 
 def make_train_step(
@@ -148,23 +151,31 @@ def gradients(
 ) -> tuple[tuple[jax.Array, dict[str, Any]], Any]:
     """((loss, what `loss_fn` returns beside it), gradients) of a batch, in one go or summed over microbatches.
 
+    The gradients have None in place of what `config.freeze` names, for which nothing is computed.
+
     Every device takes the same number of its own groups in each microbatch; sums are kept in float32.
     """
     parts, objective = config.memory.microbatches, objective or next_token()
-    fn = jax.value_and_grad(functools.partial(loss_fn, frozen=frozen, objective=objective), has_aux=True)
+    infos = _infos(config)
+    learned, fixed = param.learned(params, infos), param.frozen(params, infos)
+
+    def of_learned(learned: Any, batch: dict[str, Any], whole: Any = None) -> tuple[jax.Array, dict[str, Any]]:
+        return loss_fn(param.join(learned, fixed), batch, config, layout, whole, frozen, objective)
+
+    fn = jax.value_and_grad(of_learned, has_aux=True)
     if parts == 1:
-        return fn(params, batch, config, layout)
+        return fn(learned, batch)
     whole = objective.totals(batch), _rows(batch)
 
     def add(total: Any, part: dict[str, Any]) -> tuple[Any, tuple[jax.Array, dict[str, Any]]]:
-        out, grads = fn(params, part, config, layout, whole)
+        out, grads = fn(learned, part, whole)
         # XLA:TPU would move the reduction of gradients out of this loop and gets it wrong (openxla/xla#49143)
         grads = lax.optimization_barrier(grads)
         return jax.tree.map(jnp.add, total, grads), out
 
-    start = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32)), params)
+    start = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32)), learned)
     grads, (loss, out) = lax.scan(add, start, microbatches(batch, parts, layout))
-    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, learned)
     merged = {
         "metrics": merge_microbatches(out["metrics"]),
         "balance_loss": out["balance_loss"].sum(axis=0),
@@ -197,15 +208,17 @@ def _train_step(
     (loss, out), grads = gradients(state.params, batch, config, layout, state.frozen, objective)
     aux = out["aux"]
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    infos = _infos(config)
+    params = optax.apply_updates(param.learned(state.params, infos), updates)
+    params = param.join(params, param.frozen(state.params, infos))
     clipped = jnp.int32(0)
-    if config.lora is None:  # both would change weights that are frozen
+    if config.lora is None and param.learns(infos, "attention"):
         params, clip = qk_clip.apply(params, aux.max_logits, options.qk_clip_tau)
         clipped = clip["clipped_heads"]
-        if config.model.moe is not None:
-            params = router_bias.apply(params, aux.expert_load, options.router_bias_rate)
+    if config.lora is None and param.learns(infos, "router"):
+        params = router_bias.apply(params, aux.expert_load, options.router_bias_rate)
 
-    optimizer = step_metrics(grads, updates, state_lib.infos(config.model, config.lora))
+    optimizer = step_metrics(grads, updates, infos)
     finite = jnp.isfinite(loss) & jnp.isfinite(optimizer["grad_norm"])
     spike = finite & spikes.is_spike(config.recovery, state, loss)
     new = _advance(state, params, opt_state, loss, finite & ~spike)

@@ -40,7 +40,7 @@ def rollouts():
         tokens = rng.integers(10, 64, n + 1)
         generated = (np.arange(n) >= 1) & (rng.uniform(size=n) < 0.8)
         sampler = np.where(generated, rng.normal(-4.0, 0.7, n), -np.inf)  # what nobody generated may hold anything
-        advantage = np.where(generated, rng.normal(), np.nan)
+        advantage = np.where(generated, rng.normal(1.0), np.nan)  # a mean of 0 would leave little but rounding
         out.append(dict(zip(FIELDS, (tokens[:-1], tokens[1:], generated, sampler, advantage), strict=True)))
     return out
 
