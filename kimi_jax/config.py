@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from kimi_jax import ranges
+from kimi_jax.config_start import InitFromConfig as InitFromConfig
 from kimi_jax.config_tree import ConfigError as ConfigError
 from kimi_jax.config_tree import diff as diff
 from kimi_jax.config_tree import nearest as nearest
@@ -325,7 +326,9 @@ class TrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
-    lora: LoRAConfig | None = None  # None: all weights learn
+    init_from: InitFromConfig = field(default_factory=InitFromConfig)
+    freeze: tuple[str, ...] = ()  # names of parts that do not learn, as parameters declare them: nn.param.freeze
+    lora: LoRAConfig | None = None  # None: all weights learn that are not frozen
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     xla_preset: bool = True  # options of the TPU compiler by chip: train.xla_flags
 
