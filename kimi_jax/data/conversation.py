@@ -88,46 +88,53 @@ def encode(
     """
     messages = list(messages)
     check_messages(messages)
-    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    partial = is_partial(messages)
-    if train_on != "none" and (partial or not answers):
-        reason = "end with a partial message, which is" if partial else "hold nothing that the assistant wrote:"
-        raise MessageError("messages", f"{reason} no data to learn from")
-    plain = [i for i in answers if not messages[i].get("tool_calls")]
-    learns_last = train_on != "none" and plain[-1:] == answers[-1:]
-    last_history = (plain[:-1] if learns_last else plain)[-1:] or [-1]  # the last answer that is history
-    spans = _Spans()
+    history, last_answer = _history(messages, train_on)
+    spans, calls = _Spans(), 0
     if tools:
         spans.add([SYSTEM, "tool_declare", MIDDLE, declare_tools(tools), END])
-    calls = 0
     for i, message in enumerate(messages):
         is_answer = message["role"] == "assistant"
-        if message["role"] in ("user", "assistant", "tool"):
-            spans.begin_turns()
-        keeps = thinking and (preserve_thinking or i > last_history[0] or (partial and i == len(messages) - 1))
-        learned = is_answer and (train_on == "all" or (train_on == "last" and i > last_history[0]))
-        where = f"messages[{i}]"
-        spans.add([{"user": USER, "assistant": ASSISTANT}.get(message["role"], SYSTEM), _speaker(message), MIDDLE])
+        continued = i == len(messages) - 1 and is_partial(messages)
+        keeps = thinking and (preserve_thinking or i > history or continued)
+        learned = is_answer and train_on != "none" and (train_on == "all" or i > history)
+        spans.begin(message)
         if is_answer:
             spans.add([THINK])
             spans.add([reasoning_of(message) if keeps else ""], learned)
-            if not (i == len(messages) - 1 and partial and opens_reasoning(messages, thinking)):
+            if not (continued and opens_reasoning(messages, thinking)):
                 spans.add([THINK_END], learned and keeps)
         elif message["role"] == "tool":
             spans.add([f"## Return of {message.get('tool_call_id') or ''}\n"])
-        spans.add(_content(message.get("content"), f"{where}.content", media), learned)
-        if is_answer and message.get("tool_calls"):
-            spans.add(_tool_calls(message["tool_calls"], calls), learned)
-            calls += len(message["tool_calls"])
-        if not (partial and i == len(messages) - 1):
-            spans.add([END], learned)
-        if is_answer and (i in plain or i == answers[-1]):
+        spans.add(_content(message.get("content"), f"messages[{i}].content", media), learned)
+        called = message.get("tool_calls") if is_answer else None
+        if called:
+            spans.add(_tool_calls(called, calls), learned)
+            calls += len(called)
+        spans.add([] if continued else [END], learned)
+        if i == last_answer or (is_answer and not called):
             spans.end_turn()
     if add_generation_prompt is None:
         add_generation_prompt = train_on == "none" and (not messages or messages[-1]["role"] != "assistant")
-    if add_generation_prompt and not partial:
+    if add_generation_prompt and not is_partial(messages):
         spans.add([ASSISTANT, "assistant", MIDDLE, THINK, *([] if thinking else [THINK_END])])
     return spans.example(key)
+
+
+def _history(messages: Sequence[Message], train_on: TrainOn) -> tuple[int, int]:
+    """The last answer that is history, whose reasoning is dropped, and the last message of the assistant; -1 for none.
+
+    Raises MessageError for messages that `train_on` cannot learn from.
+    """
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    plain = [i for i in answers if not messages[i].get("tool_calls")]
+    if train_on != "none":
+        if is_partial(messages):
+            raise MessageError("messages", "end with a partial message, which is no data to learn from")
+        if not answers:
+            raise MessageError("messages", "hold nothing that the assistant wrote")
+        if plain[-1:] == answers[-1:]:
+            plain = plain[:-1]  # the answer that is learned reads as it did when it was written
+    return max(plain, default=-1), max(answers, default=-1)
 
 
 class _Spans:
@@ -151,9 +158,12 @@ class _Spans:
             elif piece:
                 self._parts.append(Text(piece, weight))
 
-    def begin_turns(self) -> None:
-        """What stands before the first turn, system messages and tools, is over."""
-        self._ends = self._ends or [len(self._parts)]
+    def begin(self, message: Message) -> None:
+        """The header of a message. The first one that is not the system's begins the first turn."""
+        if message["role"] in ("user", "assistant", "tool"):
+            self._ends = self._ends or [len(self._parts)]
+        opens = {"user": USER, "assistant": ASSISTANT}.get(message["role"], SYSTEM)
+        self.add([opens, message.get("name") or message["role"], MIDDLE])
 
     def end_turn(self) -> None:
         """A turn is over."""
@@ -207,10 +217,6 @@ def opens_reasoning(messages: Sequence[Message], thinking: bool) -> bool:
 def reasoning_of(message: Message) -> str:
     """The reasoning of an assistant's message, under either of its names."""
     return message.get("reasoning_content") or message.get("reasoning") or ""
-
-
-def _speaker(message: Message) -> str:
-    return message.get("name") or message["role"]
 
 
 def _content(content: Any, where: str, media: Callable[[Mapping[str, Any]], Any]) -> list[Any]:
