@@ -126,7 +126,8 @@ class Ours:
         """Next-token loss alone, and the fullest expert's load over the mean."""
         (_, out), _ = self._gradients(self._params, self.batch)
         load = out["aux"].expert_load
-        return float(out["nll_sum"].sum() / out["weight_sum"].sum()), float((load.max(-1) / load.mean(-1)).max())
+        loss = out["metrics"]["loss"]
+        return float(loss.total / loss.weight), float((load.max(-1) / load.mean(-1)).max())
 
     def muonclip(self) -> None:
         """The step of `train`."""

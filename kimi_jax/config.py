@@ -17,6 +17,7 @@ from typing import Annotated, Any
 from kimi_jax import ranges
 from kimi_jax.config_sources import ChatConfig as ChatConfig
 from kimi_jax.config_sources import SourceConfig as SourceConfig
+from kimi_jax.config_start import InitFromConfig as InitFromConfig
 from kimi_jax.config_tree import ConfigError as ConfigError
 from kimi_jax.config_tree import diff as diff
 from kimi_jax.config_tree import nearest as nearest
@@ -314,7 +315,9 @@ class TrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
-    lora: LoRAConfig | None = None  # None: all weights learn
+    init_from: InitFromConfig = field(default_factory=InitFromConfig)
+    freeze: tuple[str, ...] = ()  # names of parts that do not learn, as parameters declare them: nn.param.freeze
+    lora: LoRAConfig | None = None  # None: all weights learn that are not frozen
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     xla_preset: bool = True  # options of the TPU compiler by chip: train.xla_flags
 

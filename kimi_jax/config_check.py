@@ -6,6 +6,8 @@ Each rule stands with what it is about (`packing.GroupShape`, `mixture.Mixture`,
 
 from __future__ import annotations
 
+import dataclasses
+
 from kimi_jax.config import TrainConfig, check_schedule
 from kimi_jax.config_tree import ConfigError
 
@@ -22,6 +24,8 @@ def check_run(config: TrainConfig) -> None:
         token, vocab_size = getattr(config.model, name), config.model.vocab_size
         if token >= vocab_size and (name != "media_placeholder_token_id" or config.model.vision):
             raise ConfigError(f"config.model.{name} = {token} lies outside config.model.vocab_size = {vocab_size}")
+    if config.lora is not None and any(dataclasses.astuple(config.init_from)):
+        raise ConfigError("config.init_from and config.lora exclude each other: adapters start from config.lora.base")
     parts = config.memory.microbatches
     if parts < 1 or config.data.num_groups % parts:
         raise ConfigError(

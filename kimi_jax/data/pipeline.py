@@ -28,7 +28,8 @@ import signal
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -151,6 +152,7 @@ class BatchStream:
     state:  of `state()`, or `merge_states` of those of all hosts; continues with exactly the next batch.
     sources, tokenizer: instead of opening those the settings name; must be picklable when there are workers.
     stall_seconds: a worker that delivers nothing for so long is given up.
+    gather: gives every host what all of them passed (`train.hosts.gather`); state and report are then of all hosts.
 
     `data.num_workers` processes share the shards; 0 makes batches here, in a thread `data.prefetch` groups ahead
     (`prefetch=0`: no thread). Raises ConfigError and DataError, at once for settings, from `next` for data.
@@ -167,13 +169,14 @@ class BatchStream:
         sources: Mapping[str, Source] | None = None,
         tokenizer: Tokenizer | None = None,
         stall_seconds: float = 600.0,
+        gather: Callable[[Any], list[Any]] = lambda value: [value],
     ):
         self._data, self._shape = data, GroupShape.of(data, model)
         check_bins(data, model)
         self._shards = _check_shards(data, shards)
         _check_tokenizer(tokenizer or load_tokenizer(data.tokenizer), model)
         self._states = _check_state(state, data, self._shards)
-        self._stall_seconds = stall_seconds
+        self._stall_seconds, self._gather = stall_seconds, gather
         self._closed = False
         self._warned: set[str] = set()  # wholly masked sources
         self._workers: list[multiprocessing.process.BaseProcess] = []
@@ -313,24 +316,28 @@ class BatchStream:
         return draws, size, bad, list(dict.fromkeys(named))[:NAMED]
 
     def state(self) -> dict:
-        """The state that belongs to the batch last delivered, JSON-able; of this host's shards only."""
-        return {
+        """The state that belongs to the batch last delivered, JSON-able; of the shards of all hosts with `gather`."""
+        own = {
             "version": VERSION,
             "num_groups": self._data.num_groups,
             "seed": self._data.seed,
             "shards": json.loads(json.dumps(self._states)),
         }
+        return _of_all_hosts(self._gather(own))
 
-    def report(self, state: dict | None = None) -> dict:
-        """What this host's shards, or those of `state`, have delivered since the beginning of the run (restored states
-        included).
+    def update(self, params: Any, step: int) -> None:
+        """Data does not depend on the weights."""
+
+    def report(self) -> dict:
+        """What the shards have delivered since the beginning of the run (restored states included); of all hosts with
+        `gather`.
 
         {"batches", "tokens", "vision_tokens", "documents": int, "ratio", "token_fill": float, "patch_fill": [K] floats,
          "bad": {source: {reason: count}}, "bad_examples": {source: [text]}, "epochs": {source: float},
          "quarantined": {source: {index: [reason, key, detail]}}, "masked": [sources without any loss],
          "shortened": {source: conversations that lost turns}}
         """
-        states = list((state["shards"] if state else self._states).values())
+        states = list(self.state()["shards"].values())
         used = [state["used"] for state in states]
         tokens = sum(u["tokens"] for u in used)
         vision = sum(u["vision_tokens"] for u in used)
@@ -384,6 +391,15 @@ def merge_states(states: Sequence[dict]) -> dict:
     if len(steps) > 1:
         raise DataError(f"data states of different batches ({sorted(steps)}); save all hosts after the same batch")
     return merged
+
+
+def _of_all_hosts(states: list[dict]) -> dict:
+    """One state out of those of all hosts; a shard that several hosts make counts once."""
+    seen: set[str] = set()
+    for state in states:
+        state["shards"] = {k: v for k, v in state["shards"].items() if k not in seen}
+        seen |= set(state["shards"])
+    return merge_states([state for state in states if state["shards"]] or states[:1])
 
 
 def _quarantined(name: str, states: Sequence[dict]) -> dict[str, list[str]]:

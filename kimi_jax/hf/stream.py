@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,13 +206,19 @@ def parallel(work: Callable[[Any], Any], items: Iterable[Any], workers: int | No
 
 
 def load(
-    path: str | os.PathLike[str], dtype: str | None = None, *, keep_int4: bool = False, mesh: Mesh | None = None
+    path: str | os.PathLike[str],
+    dtype: str | None = None,
+    *,
+    keep_int4: bool = False,
+    mesh: Mesh | None = None,
+    parts: Collection[str] | None = None,
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """(config, parameters) of a released directory; every weight in `dtype` (default: as config.json says).
 
     The router bias is float32 always. keep_int4: the routed experts stay the words and scales that the files hold, and
     the configuration says so. mesh: every array is cut by the rules of `kimi_jax.sharding`; this process reads what its
     devices hold, and each of them gets its own part only. On the host stand the parts of one leaf at a time.
+    parts: names at the top of the tree (`vision`, `lm_head`), of which alone anything is read; default all.
     Raises what `Released` raises, ConfigError for `keep_int4` without INT4 experts.
     """
     checkpoint = Released(path)
@@ -220,7 +226,8 @@ def load(
     config = dataclasses.replace(checkpoint.config, dtype=dtype, param_dtype=dtype)
     by_leaf: dict[str, list[Tensor]] = {}
     for tensor in checkpoint.tensors:
-        by_leaf.setdefault(tensor.leaf, []).append(tensor)
+        if parts is None or tensor.leaf.split(".")[0] in parts:
+            by_leaf.setdefault(tensor.leaf, []).append(tensor)
     params: dict[str, Any] = {}
     try:
         if keep_int4:
@@ -231,9 +238,9 @@ def load(
                 set_leaf(params, leaf, _load_int4(checkpoint, members, cuts))
             else:
                 kind = np.dtype(np.float32) if leaf == BIAS else jnp.dtype(dtype)
-                parts = Parts(_stacked(members, members[-1].inner), kind, cuts.get(leaf))
-                _fill(members, [parts], lambda piece: (checkpoint.read(piece),))
-                set_leaf(params, leaf, parts.array())
+                array = Parts(_stacked(members, members[-1].inner), kind, cuts.get(leaf))
+                _fill(members, [array], lambda piece: (checkpoint.read(piece),))
+                set_leaf(params, leaf, array.array())
     finally:
         checkpoint.close()
     return config, params

@@ -108,7 +108,11 @@ def _column_parts(rows: int, columns: int) -> int:
 
 
 def dealt_cross_entropy(
-    cut: VocabularyCut, hidden: Float[Array, "B S D"], kernel: Float[Array, "D V"], targets: Int[Array, "B S"]
+    cut: VocabularyCut,
+    hidden: Float[Array, "B S D"],
+    kernel: Float[Array, "D V"],
+    targets: Int[Array, "B S"],
+    temperature: float = 1.0,
 ) -> Float[Array, "B S"]:
     """`chunked_cross_entropy` of every device's own tokens; the kernel's gradient has the kernel's dtype."""
     # backward goes on only when the matrix' gradient is scattered: 4.4 GiB of K2.5's would wait beside all layers'.
@@ -116,7 +120,7 @@ def dealt_cross_entropy(
     hidden, kernel = lax.platform_dependent(
         hidden, kernel, tpu=lambda *both: lax.optimization_barrier(both), default=lambda *both: both
     )
-    return _nll(cut, hidden, kernel, targets)
+    return _nll(cut, temperature, hidden, kernel, targets)
 
 
 def _loss_specs(cut: VocabularyCut) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
@@ -125,15 +129,18 @@ def _loss_specs(cut: VocabularyCut) -> tuple[PartitionSpec, PartitionSpec, Parti
     return PartitionSpec(*where, None), cut.matrix, where
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _nll(cut: VocabularyCut, hidden: Array, kernel: Array, targets: Array) -> Array:
-    return _nll_fwd(cut, hidden, kernel, targets)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _nll(cut: VocabularyCut, temperature: float, hidden: Array, kernel: Array, targets: Array) -> Array:
+    return _nll_fwd(cut, temperature, hidden, kernel, targets)[0]
 
 
-def _nll_fwd(cut: VocabularyCut, hidden: Array, kernel: Array, targets: Array) -> tuple[Array, tuple]:
+def _nll_fwd(
+    cut: VocabularyCut, temperature: float, hidden: Array, kernel: Array, targets: Array
+) -> tuple[Array, tuple]:
     def here(hidden: Array, kernel: Array, targets: Array) -> tuple[Array, Array]:
         kernel = whole(kernel.astype(hidden.dtype), cut.matrix)
-        both = cross_entropy_and_lse(hidden.reshape(-1, hidden.shape[-1]), kernel, targets.reshape(-1))
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        both = cross_entropy_and_lse(flat, kernel, targets.reshape(-1), temperature=temperature)
         return both[0].reshape(targets.shape), both[1].reshape(targets.shape)
 
     specs = _loss_specs(cut)
@@ -143,11 +150,12 @@ def _nll_fwd(cut: VocabularyCut, hidden: Array, kernel: Array, targets: Array) -
     return nll, (hidden, kernel, targets, lse)
 
 
-def _nll_bwd(cut: VocabularyCut, residuals: tuple, grad: Array) -> tuple[Array, Array, None]:
+def _nll_bwd(cut: VocabularyCut, temperature: float, residuals: tuple, grad: Array) -> tuple[Array, Array, None]:
     def here(hidden: Array, kernel: Array, targets: Array, lse: Array, grad: Array) -> tuple[Array, Array]:
         gathered = whole(kernel.astype(hidden.dtype), cut.matrix)
         flat = hidden.reshape(-1, hidden.shape[-1])
-        dhidden, total = cross_entropy_grads(flat, gathered, *(a.reshape(-1) for a in (targets, lse, grad)))
+        targets, lse, grad = (a.reshape(-1) for a in (targets, lse, grad))
+        dhidden, total = cross_entropy_grads(flat, gathered, targets, lse, grad, temperature=temperature)
         summed = *cut.rows, *cut.loss_context
         dkernel = part_of_sum(total, cut.matrix, (), summed, cut.reduce_dtype)
         return dhidden.reshape(hidden.shape), dkernel.astype(kernel.dtype)

@@ -80,10 +80,10 @@ class DecoderLayer(nn.Module):
 
     def setup(self) -> None:
         """Parameters input_norm, attention, post_attention_norm, mlp."""
-        c = self.config
-        self.input_norm = RMSNorm(c.rms_norm_eps, c.param_dtype)
+        c, parts = self.config, ("language", "norm")
+        self.input_norm = RMSNorm(c.rms_norm_eps, c.param_dtype, parts)
         self.attention = MLA(c, self.layout)
-        self.post_attention_norm = RMSNorm(c.rms_norm_eps, c.param_dtype)
+        self.post_attention_norm = RMSNorm(c.rms_norm_eps, c.param_dtype, parts)
         self.mlp = MoE(c, self.layout) if self.routed else SwiGLU(c, c.intermediate_size, self.layout)
 
     def __call__(

@@ -41,7 +41,8 @@ class Embedding(nn.Module):
     def __call__(self, tokens: Int[Array, "*b"]) -> Float[Array, "*b D"]:
         """Rows of the table, in the activations' dtype."""
         c = self.config
-        init = declare(nn.initializers.normal(c.initializer_range), ("vocab", "embed"), AdamW())
+        normal, parts = nn.initializers.normal(c.initializer_range), ("language", "embedding")
+        init = declare(normal, ("vocab", "embed"), AdamW(), parts)
         table = self.param("embedding", init, (c.vocab_size, c.hidden_size), c.param_dtype)
         if self.layout is None:
             return table[tokens].astype(c.dtype)
@@ -57,7 +58,8 @@ class Head(nn.Module):
     def setup(self) -> None:
         """Parameter kernel."""
         c = self.config
-        init = declare(nn.initializers.normal(c.initializer_range), ("embed", "vocab"), AdamW())
+        normal, parts = nn.initializers.normal(c.initializer_range), ("language", "lm_head")
+        init = declare(normal, ("embed", "vocab"), AdamW(), parts)
         self.kernel = self.param("kernel", init, (c.hidden_size, c.vocab_size), c.param_dtype)
 
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
@@ -65,12 +67,15 @@ class Head(nn.Module):
         kernel = self.kernel.astype(x.dtype)
         return jnp.matmul(x, kernel, precision=precision(x.dtype), preferred_element_type=jnp.float32)
 
-    def token_nll(self, x: Float[Array, "B S D"], targets: Int[Array, "B S"]) -> Float[Array, "B S"]:
-        """-log p(target), float32, without holding the logits."""
+    def token_nll(
+        self, x: Float[Array, "B S D"], targets: Int[Array, "B S"], temperature: float = 1.0
+    ) -> Float[Array, "B S"]:
+        """-log softmax(logits / temperature)[target], float32, without holding the logits."""
         if self.layout is not None:
             cut = self.layout.vocabulary(("embed", "vocab"), self.kernel.shape)
-            return dealt_cross_entropy(cut, x, self.kernel, targets)
-        nll = chunked_cross_entropy(x.reshape(-1, x.shape[-1]), self.kernel, targets.reshape(-1))
+            return dealt_cross_entropy(cut, x, self.kernel, targets, temperature)
+        flat = x.reshape(-1, x.shape[-1])
+        nll = chunked_cross_entropy(flat, self.kernel, targets.reshape(-1), temperature=temperature)
         return nll.reshape(targets.shape)
 
 
@@ -91,7 +96,7 @@ class KimiK25(nn.Module):
             self.dense_layers = layer_stack(c, routed=False, layout=self.layout)
         if c.num_moe_layers:
             self.moe_layers = layer_stack(c, routed=True, layout=self.layout)
-        self.final_norm = RMSNorm(c.rms_norm_eps, c.param_dtype)
+        self.final_norm = RMSNorm(c.rms_norm_eps, c.param_dtype, ("language", "norm"))
         self.lm_head = Head(c, self.layout)
         if c.vision:
             self.vision = MoonViT3D(c, self.layout)
@@ -137,11 +142,14 @@ class KimiK25(nn.Module):
         x, aux = self.hidden(batch, num_groups)
         return self.lm_head(x), aux
 
-    def token_nll(self, batch: Batch, num_groups: int = 1) -> tuple[Float[Array, "B S"], Aux]:
-        """-log p(target) of every position, float32, without holding the logits. Also reads targets."""
+    def token_nll(self, batch: Batch, num_groups: int = 1, temperature: float = 1.0) -> tuple[Float[Array, "B S"], Aux]:
+        """-log p(target) of every position under softmax(logits / temperature), float32, without holding the logits.
+
+        Also reads targets.
+        """
         x, aux = self.hidden(batch, num_groups)
         targets = jnp.asarray(batch["targets"])
-        return self.lm_head.token_nll(x, targets), aux
+        return self.lm_head.token_nll(x, targets, temperature), aux
 
 
 # ------------------------------------------------------------------------------------------------------- initialisation

@@ -92,30 +92,36 @@ def layer_norm(
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` with its scale."""
+    """`rms_norm` with its scale. parts: names of parts of the model, as in `nn.param.declare`."""
 
     eps: float
     param_dtype: str = "float32"
+    parts: tuple[str, ...] = ()
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
         """Normalise the last axis; same shape and dtype."""
-        scale = self.param("scale", declare(nn.initializers.ones, ("norm",), AdamW()), x.shape[-1:], self.param_dtype)
+        init = declare(nn.initializers.ones, ("norm",), AdamW(), self.parts)
+        scale = self.param("scale", init, x.shape[-1:], self.param_dtype)
         return rms_norm(x, scale, self.eps)
 
 
 class LayerNorm(nn.Module):
-    """`layer_norm` with its scale and bias."""
+    """`layer_norm` with its scale and bias. parts: names of parts of the model, as in `nn.param.declare`."""
 
     eps: float
     param_dtype: str = "float32"
+    parts: tuple[str, ...] = ()
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
         """Normalise the last axis; same shape and dtype."""
         shape = x.shape[-1:]
-        scale = self.param("scale", declare(nn.initializers.ones, ("norm",), AdamW()), shape, self.param_dtype)
-        bias = self.param("bias", declare(nn.initializers.zeros, ("norm",), AdamW()), shape, self.param_dtype)
+        ones, zeros = (
+            declare(init, ("norm",), AdamW(), self.parts) for init in (nn.initializers.ones, nn.initializers.zeros)
+        )
+        scale = self.param("scale", ones, shape, self.param_dtype)
+        bias = self.param("bias", zeros, shape, self.param_dtype)
         return layer_norm(x, scale, bias, self.eps)
 
 
@@ -123,8 +129,9 @@ class Linear(nn.Module):
     """x[..., *inputs] -> y[..., *outputs]: one matrix, seen as an array with several input and output axes.
 
     inputs, outputs: sizes; input_axes, output_axes: their logical names; layout: of x [B, S, *inputs] and the matrix
-    over a mesh, None to leave that to the compiler. The matrix is one Muon matrix. If the
-    collection of adapters has a `kernel` {a [*inputs, r], b [r, *outputs]}, x a b is added before the bias.
+    over a mesh, None to leave that to the compiler; parts: names of parts of the model, as in `nn.param.declare`.
+    The matrix is one Muon matrix. If the collection of adapters has a `kernel` {a [*inputs, r], b [r, *outputs]}, x a b
+    is added before the bias.
     """
 
     inputs: tuple[int, ...]
@@ -136,14 +143,15 @@ class Linear(nn.Module):
     param_dtype: str = "float32"
     use_bias: bool = False
     layout: Layout | None = None
+    parts: tuple[str, ...] = ()
 
     def setup(self) -> None:
         """Create `kernel` [*inputs, *outputs] and, if asked for, `bias` [*outputs]."""
         normal = nn.initializers.normal(self.init_std)
-        init = declare(normal, (*self.input_axes, *self.output_axes), Muon(rows=len(self.inputs)))
+        init = declare(normal, (*self.input_axes, *self.output_axes), Muon(rows=len(self.inputs)), self.parts)
         self.kernel = self.param("kernel", init, (*self.inputs, *self.outputs), self.param_dtype)
         if self.use_bias:
-            init = declare(nn.initializers.zeros, self.output_axes, AdamW())
+            init = declare(nn.initializers.zeros, self.output_axes, AdamW(), self.parts)
             self.bias = self.param("bias", init, self.outputs, self.param_dtype)
 
     def matrix(self) -> Float[Array, "..."]:
@@ -176,12 +184,12 @@ class Linear(nn.Module):
 
 
 def text_linear(
-    config: ModelConfig, inputs: dict[str, int], outputs: dict[str, int], layout: Layout | None = None
+    config: ModelConfig, part: str, inputs: dict[str, int], outputs: dict[str, int], layout: Layout | None = None
 ) -> Linear:
-    """A `Linear` of the language model from {axis name: size}, without bias."""
+    """A `Linear` of this part of the language model from {axis name: size}, without bias."""
     return Linear(
         tuple(inputs.values()), tuple(outputs.values()), tuple(inputs), tuple(outputs),
-        config.initializer_range, config.dtype, config.param_dtype, layout=layout,
+        config.initializer_range, config.dtype, config.param_dtype, layout=layout, parts=("language", part),
     )  # fmt: skip
 
 
@@ -191,13 +199,15 @@ class SwiGLU(nn.Module):
     config: ModelConfig
     inner: int
     layout: Layout | None = None
+    part: str = "mlp"
 
     def setup(self) -> None:
         """Three matrices."""
+        linear = functools.partial(text_linear, self.config, self.part, layout=self.layout)
         width = {"embed": self.config.hidden_size}
-        self.gate = text_linear(self.config, width, {"mlp": self.inner}, self.layout)
-        self.up = text_linear(self.config, width, {"mlp": self.inner}, self.layout)
-        self.down = text_linear(self.config, {"mlp": self.inner}, width, self.layout)
+        self.gate = linear(width, {"mlp": self.inner})
+        self.up = linear(width, {"mlp": self.inner})
+        self.down = linear({"mlp": self.inner}, width)
 
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
         """Same shape, in the activations' dtype."""

@@ -91,8 +91,8 @@ def _pair(key: jax.Array, box: Param, rank: int) -> dict[str, Param] | None:
     a = nn.initializers.normal(std)(key, (*shape[:middle], rank), jnp.float32)
     b = jnp.zeros((*shape[:stack], rank, *shape[middle:]), jnp.float32)
     return {
-        "a": Param(a, ParamInfo((*axes[:middle], "lora"), AdamW())),
-        "b": Param(b, ParamInfo((*axes[:stack], "lora", *axes[middle:]), AdamW())),
+        "a": Param(a, ParamInfo((*axes[:middle], "lora"), AdamW(), box.info.parts)),
+        "b": Param(b, ParamInfo((*axes[:stack], "lora", *axes[middle:]), AdamW(), box.info.parts)),
     }
 
 

@@ -33,19 +33,20 @@ class MLA(nn.Module):
     def setup(self) -> None:
         """Parameters q_a, q_a_norm, q_b (or q), kv_a, kv_a_norm, kv_b, o."""
         c = self.config
-        linear = functools.partial(text_linear, layout=self.layout)
+        linear = functools.partial(text_linear, c, "attention", layout=self.layout)
+        norm = functools.partial(RMSNorm, c.lora_norm_eps, c.param_dtype, ("language", "attention", "norm"))
         width, heads = {"embed": c.hidden_size}, {"heads": c.num_attention_heads}
         query = {**heads, "head_dim": c.qk_head_dim}
         if c.q_lora_rank is None:
-            self.q = linear(c, width, query)
+            self.q = linear(width, query)
         else:
-            self.q_a = linear(c, width, {"q_lora": c.q_lora_rank})
-            self.q_a_norm = RMSNorm(c.lora_norm_eps, c.param_dtype)
-            self.q_b = linear(c, {"q_lora": c.q_lora_rank}, query)
-        self.kv_a = linear(c, width, {"kv_lora": c.kv_lora_rank + c.qk_rope_head_dim})
-        self.kv_a_norm = RMSNorm(c.lora_norm_eps, c.param_dtype)
-        self.kv_b = linear(c, {"kv_lora": c.kv_lora_rank}, {**heads, "head_dim": c.qk_nope_head_dim + c.v_head_dim})
-        self.o = linear(c, {**heads, "head_dim": c.v_head_dim}, width)
+            self.q_a = linear(width, {"q_lora": c.q_lora_rank})
+            self.q_a_norm = norm()
+            self.q_b = linear({"q_lora": c.q_lora_rank}, query)
+        self.kv_a = linear(width, {"kv_lora": c.kv_lora_rank + c.qk_rope_head_dim})
+        self.kv_a_norm = norm()
+        self.kv_b = linear({"kv_lora": c.kv_lora_rank}, {**heads, "head_dim": c.qk_nope_head_dim + c.v_head_dim})
+        self.o = linear({**heads, "head_dim": c.v_head_dim}, width)
 
     def inputs(
         self, x: Float[Array, "B S D"], positions: Int[Array, "B S"]

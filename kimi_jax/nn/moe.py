@@ -101,10 +101,11 @@ class Router(nn.Module):
         if moe is None:
             raise ValueError("a router needs config.moe; this model is dense")
         experts = moe.n_routed_experts
-        normal = nn.initializers.normal(c.initializer_range)
-        kernel_init = declare(normal, ("embed", "router"), Muon())
+        normal, parts = nn.initializers.normal(c.initializer_range), ("language", "router")
+        kernel_init = declare(normal, ("embed", "router"), Muon(), parts)
+        bias_init = declare(nn.initializers.zeros, ("router",), RouterBias(), parts)
         kernel = self.param("kernel", kernel_init, (c.hidden_size, experts), c.param_dtype)
-        bias = self.param("bias", declare(nn.initializers.zeros, ("router",), RouterBias()), (experts,), "float32")
+        bias = self.param("bias", bias_init, (experts,), "float32")
         return route(x, kernel, bias, moe, picks)
 
 
@@ -125,8 +126,9 @@ class Int4Bank(nn.Module):
         num, inputs, outputs = self.shape
         if self.group % CODES or inputs % self.group:
             raise ValueError(f"{inputs} inputs of {self.name} cannot be INT4 in groups of {self.group}")
-        words = declare(_random_words, self.axes, Frozen())
-        scales = declare(nn.initializers.constant(self.init_std / STD_OF_CODES), self.axes, Frozen())
+        constant = nn.initializers.constant(self.init_std / STD_OF_CODES)
+        words = declare(_random_words, self.axes, Frozen(), EXPERT_PARTS)
+        scales = declare(constant, self.axes, Frozen(), EXPERT_PARTS)
         return Int4(
             self.param("words", words, (num, inputs // CODES, outputs), "int32"),
             self.param("scales", scales, (num, inputs // self.group, outputs), "bfloat16"),
@@ -137,6 +139,7 @@ def _random_words(key: jax.Array, shape: tuple[int, ...], dtype: str) -> Array:
     return jax.random.bits(key, shape, "uint32").view(dtype)
 
 
+EXPERT_PARTS = ("language", "experts")
 STD_OF_CODES = (255 / 12) ** 0.5  # of 16 equally likely neighbours
 
 
@@ -227,7 +230,7 @@ class Experts(nn.Module):
         if c.moe.int4_group_size:
             bank = Int4Bank(shape, axes, c.moe.int4_group_size, c.initializer_range, name=name)()
         else:
-            init = declare(nn.initializers.normal(c.initializer_range), axes, Muon(batch=1))
+            init = declare(nn.initializers.normal(c.initializer_range), axes, Muon(batch=1), EXPERT_PARTS)
             bank = self.param(name, init, shape, c.param_dtype)
             bank = bank if stored and not self.has_variable(ADAPTERS, name) else bank.astype(c.dtype)
         if self.has_variable(ADAPTERS, name):
@@ -275,7 +278,8 @@ class MoE(nn.Module):
         self.router = Router(self.config)
         self.experts = Experts(self.config, self.layout)
         if moe.n_shared_experts:
-            self.shared = SwiGLU(self.config, moe.moe_intermediate_size * moe.n_shared_experts, self.layout)
+            inner = moe.moe_intermediate_size * moe.n_shared_experts
+            self.shared = SwiGLU(self.config, inner, self.layout, "shared_experts")
 
     def __call__(
         self,

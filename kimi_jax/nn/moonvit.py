@@ -28,6 +28,7 @@ from kimi_jax.nn.layout import Layout
 from kimi_jax.nn.param import AdamW, declare
 from kimi_jax.nn.rope import rotate_interleaved, vision_rotary
 
+PARTS = ("vision",)
 CUBIC = -0.75  # torch's bicubic; jax.image.resize has -0.5
 
 
@@ -123,7 +124,8 @@ class PositionTable(nn.Module):
     def __call__(self, coords: Int[Array, "V P 3"], grids: Int[Array, "V P 3"]) -> Float[Array, "V P D"]:
         """See `position_embedding`."""
         c, v = self.config, self.config.vision
-        init = declare(nn.initializers.normal(c.initializer_range), ("grid", "grid", "vision_position"), AdamW())
+        normal = nn.initializers.normal(c.initializer_range)
+        init = declare(normal, ("grid", "grid", "vision_position"), AdamW(), PARTS)
         shape = (v.init_pos_emb_height, v.init_pos_emb_width, v.hidden_size)
         table = self.param("table", init, shape, c.param_dtype)
         embed = functools.partial(position_embedding, frames=v.init_pos_emb_time)
@@ -139,14 +141,14 @@ class VisionBlock(nn.Module):
     def setup(self) -> None:
         """Parameters norm0, qkv, o, norm1, fc0, fc1."""
         c, v = self.config, self.config.vision
-        settings = (c.initializer_range, c.dtype, c.param_dtype, True)
+        settings = (c.initializer_range, c.dtype, c.param_dtype, True, None, PARTS)
         heads, width = v.num_attention_heads, v.hidden_size
         head_axes = ("vision_heads", "vision_head_dim")
         each = (heads, width // heads)
-        self.norm0 = LayerNorm(v.layer_norm_eps, c.param_dtype)
+        self.norm0 = LayerNorm(v.layer_norm_eps, c.param_dtype, PARTS)
         self.qkv = Linear((width,), (3, *each), ("vision_embed",), ("qkv", *head_axes), *settings)
         self.o = Linear(each, (width,), head_axes, ("vision_embed",), *settings)
-        self.norm1 = LayerNorm(v.layer_norm_eps, c.param_dtype)
+        self.norm1 = LayerNorm(v.layer_norm_eps, c.param_dtype, PARTS)
         self.fc0 = Linear((width,), (v.intermediate_size,), ("vision_embed",), ("vision_mlp",), *settings)
         self.fc1 = Linear((v.intermediate_size,), (width,), ("vision_mlp",), ("vision_embed",), *settings)
 
@@ -177,12 +179,12 @@ class MoonViT3D(nn.Module):
         c, v = self.config, self.config.vision
         self.patch_embed = Linear(
             (3 * v.patch_size**2,), (v.hidden_size,), ("pixels",), ("vision_embed",),
-            c.initializer_range, c.dtype, c.param_dtype, True,
+            c.initializer_range, c.dtype, c.param_dtype, True, None, PARTS,
         )  # fmt: skip
         self.pos_emb = PositionTable(c, self.layout)
         remat = jax.checkpoint_policies.nothing_saveable if c.remat else None
         self.blocks = stacked(VisionBlock, v.num_hidden_layers, 3, scan=c.scan_layers, remat=remat)(c, self.layout)
-        self.final_norm = LayerNorm(v.layer_norm_eps, c.param_dtype)
+        self.final_norm = LayerNorm(v.layer_norm_eps, c.param_dtype, PARTS)
 
     def __call__(
         self,

@@ -26,8 +26,9 @@ class Projector(nn.Module):
         """Parameters pre_norm, fc0, fc1."""
         c, v = self.config, self.config.vision
         merged = v.hidden_size * math.prod(v.merge_kernel_size)
-        settings = (c.initializer_range, c.dtype, c.param_dtype, True)
-        self.pre_norm = LayerNorm(v.projector_ln_eps, c.param_dtype)
+        parts = ("projector",)
+        settings = (c.initializer_range, c.dtype, c.param_dtype, True, None, parts)
+        self.pre_norm = LayerNorm(v.projector_ln_eps, c.param_dtype, parts)
         self.fc0 = Linear((merged,), (merged,), ("merged",), ("vision_mlp",), *settings)
         self.fc1 = Linear((merged,), (c.hidden_size,), ("vision_mlp",), ("embed",), *settings)
 

@@ -8,6 +8,7 @@ weights after the update: `qk_clip.apply`. Which parameter is treated how is dec
     AdamW       O = Adam(G), betas and epsilon of the config, no Nesterov
     both        W = W - lr (O + weight_decay W)     norms, biases and embeddings decay as well
     RouterBias  no update and no state here: `router_bias.apply`
+    Frozen      no update, no decay, no state, no part in the gradient norm
 
 Shape letters: N matrices in a stack, R rows (input), C columns (output).
 """
@@ -25,7 +26,7 @@ from jaxtyping import Array, Float, PyTree
 
 from kimi_jax.config import OptimizerConfig
 from kimi_jax.nn.layout import Layout
-from kimi_jax.nn.param import AdamW, Muon, ParamInfo, RouterBias
+from kimi_jax.nn.param import AdamW, Frozen, Muon, ParamInfo, RouterBias, frozen, join, learned
 from kimi_jax.optim import newton_schulz, schedules
 
 LABELS = {Muon: "muon", AdamW: "adamw", RouterBias: "router_bias"}
@@ -52,13 +53,15 @@ def muonclip(
     `infos` is `nn.param.metadata(boxed)`; parameters and gradients must be the same tree of arrays. `ns_dtype` is the
     dtype of Newton-Schulz (default: `newton_schulz.default_dtype()`). `layout` says how the parameters lie over a mesh;
     whole matrices are then dealt to its devices (`newton_schulz.orthogonalize_dealt`). The state is a pytree of arrays:
-    momentum for Muon leaves, two moments for AdamW leaves, counters. `update` needs `params` (weight decay).
+    momentum for Muon leaves, two moments for AdamW leaves, counters. `update` needs `params` (weight decay). The
+    gradient of a Frozen leaf may be None, and so is its update then; else it is zero.
     Raises TypeError for a leaf without a known group, ValueError when `infos` and the parameters do not match, and
     ConfigError for a schedule that does not fit into `total_steps`. Source: docs/paper_notes.md section 2.4.
     """
     _check_groups(infos)
-    labels = jax.tree.map(lambda info: LABELS[type(info.group)], infos)
-    matrices = [(info.group, info.axes) for info in jax.tree.leaves(infos) if isinstance(info.group, Muon)]
+    learning = learned(infos, infos)
+    labels = jax.tree.map(lambda info: LABELS[type(info.group)], learning)
+    matrices = [(info.group, info.axes) for info in jax.tree.leaves(learning) if isinstance(info.group, Muon)]
     transform = optax.chain(
         optax.clip_by_global_norm(config.grad_clip_norm) if config.grad_clip_norm > 0 else optax.identity(),
         optax.partition(
@@ -77,13 +80,14 @@ def muonclip(
 
     def init(params: PyTree) -> optax.OptState:
         _check_match(infos, params)
-        return transform.init(params)
+        return transform.init(learned(params, infos))
 
     def update(updates: PyTree, state: optax.OptState, params: PyTree | None = None) -> tuple[PyTree, optax.OptState]:
         if params is None:
             raise ValueError("muonclip decays weights: call update(grads, state, params)")
         _check_match(infos, updates)
-        return transform.update(updates, state, params)
+        out, state = transform.update(learned(updates, infos), state, learned(params, infos))
+        return join(out, jax.tree.map(jnp.zeros_like, frozen(updates, infos))), state
 
     return optax.GradientTransformation(init, update)
 
@@ -164,7 +168,7 @@ def group_rms(tree: PyTree[Float[Array, "..."]], infos: PyTree[ParamInfo]) -> di
     """
     squares: dict[str, list] = {"muon": [], "adamw": []}
     sizes = {"muon": 0, "adamw": 0}
-    for leaf, info in zip(jax.tree.leaves(tree), jax.tree.leaves(infos), strict=True):
+    for leaf, info in zip(*(jax.tree.leaves(learned(each, infos)) for each in (tree, infos)), strict=True):
         label = LABELS[type(info.group)]
         if label in squares:
             squares[label].append(jnp.sum(jnp.square(leaf.astype(jnp.float32))))
@@ -174,9 +178,11 @@ def group_rms(tree: PyTree[Float[Array, "..."]], infos: PyTree[ParamInfo]) -> di
 
 
 def step_metrics(grads: PyTree, updates: PyTree, infos: PyTree[ParamInfo]) -> dict[str, Float[Array, ""]]:
-    """What a training step logs: `grad_norm` (global, before clipping) and `update_rms_muon`, `update_rms_adamw`."""
+    """What a training step logs: `grad_norm` (global, before clipping) and `update_rms_muon`, `update_rms_adamw`; of
+    what is not Frozen."""
     rms = {f"update_rms_{label}": value for label, value in group_rms(updates, infos).items()}
-    wide = jax.tree.map(lambda g: g.astype(jnp.float32), grads)  # a norm in bfloat16 would have three digits
+    # a norm in bfloat16 would have three digits
+    wide = jax.tree.map(lambda g: g.astype(jnp.float32), learned(grads, infos))
     return {"grad_norm": optax.global_norm(wide), **rms}
 
 
@@ -185,18 +191,19 @@ def step_metrics(grads: PyTree, updates: PyTree, infos: PyTree[ParamInfo]) -> di
 
 def _check_groups(infos: PyTree) -> None:
     for path, info in jax.tree_util.tree_leaves_with_path(infos):
-        if not isinstance(info, ParamInfo) or type(info.group) not in LABELS:
+        if not isinstance(info, ParamInfo) or type(info.group) not in (*LABELS, Frozen):
             what = info.group if isinstance(info, ParamInfo) else info
             raise TypeError(
                 f"parameter {_name(path)} has no optimizer group that muonclip knows ({what!r}); declare it with "
-                f"kimi_jax.nn.param.declare(..., group=Muon(...) | AdamW() | RouterBias())"
+                f"kimi_jax.nn.param.declare(..., group=Muon(...) | AdamW() | RouterBias() | Frozen())"
             )
 
 
 def _check_match(infos: PyTree[ParamInfo], tree: PyTree) -> None:
-    declared = {_name(path): info for path, info in jax.tree_util.tree_leaves_with_path(infos)}
+    known = {_name(path): info for path, info in jax.tree_util.tree_leaves_with_path(infos)}
+    declared = {name: info for name, info in known.items() if not isinstance(info.group, Frozen)}
     arrays = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-    undeclared, missing = sorted(arrays.keys() - declared.keys()), sorted(declared.keys() - arrays.keys())
+    undeclared, missing = sorted(arrays.keys() - known.keys()), sorted(declared.keys() - arrays.keys())
     if undeclared or missing:
         raise ValueError(
             f"the parameters do not match the infos muonclip was built with: {len(undeclared)} without info "

@@ -3,7 +3,8 @@
 One Orbax step `WORKDIR/checkpoints/N` holds the run after N steps:
   params     the plain nested dict of weights: all that evaluation and conversion need; of `config.lora` its adapters
   optimizer  optimizer moments and counters, flat: path in the state -> array
-  host       JSON: state of the data stream, running sums of the log
+  host       JSON: state of the source of batches, running values of the log
+  host_arrays  the arrays in that state, if there are any: path in the JSON -> array
   config     JSON: the settings of the run
   checksums.json  of all these files (kimi_jax.checksums), written before the step is committed
 Restoring goes into an abstract state with the shardings of *this* run, so another mesh is normal. A step that is proved
@@ -21,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -33,11 +34,12 @@ from kimi_jax import checksums, sharding
 from kimi_jax.config import CheckpointConfig, ConfigError, MeshConfig, TrainConfig, diff, freeze
 from kimi_jax.hf.files import CheckpointError
 from kimi_jax.train import hosts, inputs
+from kimi_jax.train.batches import described, join_arrays, split_arrays
 from kimi_jax.train.state import TrainState, abstract_params
 
 # signs of trouble that may pass, in the text of errors that tensorstore raises as ValueError
 PASSING = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "PERMISSION_DENIED", "DEADLINE_EXCEEDED", "OS error", "ABORTED")
-ITEMS = ("params", "optimizer", "host", "config")
+ITEMS = ("params", "optimizer", "host", "host_arrays", "config")
 
 
 class CheckpointMismatch(ConfigError):
@@ -83,16 +85,21 @@ class Checkpoints:
             checksums.write(half[0] if half else steps / str(self._asked))  # in a bucket it has its name from the start
 
     def save(self, state: TrainState, host: dict[str, Any], config: TrainConfig) -> int:
-        """Starts saving the state under its own step number, which it returns; a step that is there stays as it is."""
+        """Starts saving the state under its own step number, which it returns; a step that is there stays as it is.
+
+        host: JSON, and NumPy arrays anywhere in it (`batches.HostState`), which are copied; TypeError for other values.
+        """
         step = int(state.step)
+        json, arrays = split_arrays(host)
         self.settle()
         self._asked = step
         if step not in self._manager.all_steps():
             items = ocp.args.Composite(
                 params=ocp.args.StandardSave(state.params),
                 optimizer=ocp.args.StandardSave(_flat(state)),
-                host=ocp.args.JsonSave(host),
+                host=ocp.args.JsonSave(json),
                 config=ocp.args.JsonSave(dataclasses.asdict(config)),
+                **({"host_arrays": ocp.args.StandardSave(arrays)} if arrays else {}),
             )
             self._try(lambda: self._manager.save(step, args=items, force=True))
         return step
@@ -240,7 +247,14 @@ class Checkpoints:
             ),
         )
         state = _unflat(abstract, arrays.params, arrays.optimizer)
-        return Restored(step, state, json.host, saved_config)
+        return Restored(step, state, self._with_arrays(step, json.host), saved_config)
+
+    def _with_arrays(self, step: int, host: dict[str, Any]) -> dict[str, Any]:
+        like = described(host)
+        if not like:
+            return host
+        found = self._manager.restore(step, args=ocp.args.Composite(host_arrays=ocp.args.StandardRestore(like)))
+        return join_arrays(host, found.host_arrays)
 
     def _quarantine(self, step: int, problem: str) -> None:
         directory = self._folder(step)
@@ -265,7 +279,12 @@ class Checkpoints:
 
 
 def load(
-    workdir: str, step: int | None = None, mesh: Mesh | None = None, dtype: str | None = None, verify: bool = True
+    workdir: str,
+    step: int | None = None,
+    mesh: Mesh | None = None,
+    dtype: str | None = None,
+    verify: bool = True,
+    parts: Collection[str] | None = None,
 ) -> tuple[TrainConfig, Any]:
     """The settings and the weights of a run, for evaluation; the newest checkpoint unless `step` names another.
 
@@ -273,6 +292,7 @@ def load(
     Of a run with `config.lora` it is the adapters (`kimi.load` merges them into their base). The weights are cut over
     the mesh, all devices by default, as in training; each device reads its own part. dtype: of all weights but the
     router bias and adapters; default: as they were trained. verify: compare the files with their checksums first.
+    parts: names at the top of the tree (`vision`, `lm_head`), of which alone anything is read; default all.
     Raises FileNotFoundError if there is no such checkpoint, CheckpointError if it is damaged.
     """
     manager = _manager(workdir, CheckpointConfig(), read_only=True)
@@ -288,11 +308,34 @@ def load(
         config = freeze(manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config)
         model = dataclasses.replace(config.model, param_dtype=dtype) if dtype else config.model
         abstract = abstract_params(model, mesh or sharding.make_mesh(MeshConfig()), config.lora)
-        params = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract))).params
+        params = _restore_parts(epath.Path(manager.directory) / str(step) / "params", abstract, parts)
     finally:
         manager.close()
     tokenizer = inputs.kept_tokenizer(workdir, config.data.tokenizer)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer)), params
+
+
+def load_settings(workdir: str) -> TrainConfig:
+    """The settings of the newest checkpoint of a workdir; reads no weights. Raises FileNotFoundError without one."""
+    manager = _manager(workdir, CheckpointConfig(), read_only=True)
+    try:
+        step = manager.latest_step()
+        if step is None:
+            raise FileNotFoundError(f"no checkpoint in {manager.directory}")
+        return freeze(manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config)
+    finally:
+        manager.close()
+
+
+def _restore_parts(item: epath.Path, abstract: Any, parts: Collection[str] | None) -> Any:
+    wanted = {name: tree for name, tree in abstract.items() if parts is None or name in parts}
+    args = ocp.args.PyTreeRestore(
+        item=wanted,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+        partial_restore=parts is not None,
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(item, args=args)
 
 
 def _damage_on_load(folder: epath.Path) -> list[str]:
@@ -333,6 +376,7 @@ def _manager(
             "params": ocp.StandardCheckpointHandler(),
             "optimizer": ocp.StandardCheckpointHandler(),
             "host": ocp.JsonCheckpointHandler(),
+            "host_arrays": ocp.StandardCheckpointHandler(),
             "config": ocp.JsonCheckpointHandler(),
         },
     )

@@ -11,6 +11,9 @@ had never stopped.
   xprof/                    a trace of some steps, if `config.profile` asks for one
   xla/                      compiled programs, with several hosts
 
+What is minimised and where batches come from are values handed to it (kimi_jax.train.objective, .batches): SFT and
+reinforcement learning are this same loop.
+
 With several hosts (kimi_jax.train.hosts) all of them run this same file on their part of the batch; host 0 alone speaks
 and writes the log, and whatever could differ between them (a signal, a file just written) is agreed on first.
 """
@@ -22,7 +25,7 @@ import dataclasses
 import json
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -32,15 +35,16 @@ from jax.sharding import Mesh
 from kimi_jax import cli, sharding
 from kimi_jax.config import PRESETS, ConfigError, TrainConfig, check, diff, preset
 from kimi_jax.config_check import check_run
-from kimi_jax.data.pipeline import BatchStream, merge_states
-from kimi_jax.train import adapters, hosts, inputs, lock, xla_flags
+from kimi_jax.train import adapters, hosts, init_from, inputs, lock, xla_flags
 from kimi_jax.train import state as state_lib
+from kimi_jax.train.batches import BatchSource, OpenBatches, open_stream
 from kimi_jax.train.checkpoint import Checkpoints
 from kimi_jax.train.console import Interrupted, Reporter, Stop, exit_status
 from kimi_jax.train.fill import FillWatch
 from kimi_jax.train.goodput import Goodput, Idle
 from kimi_jax.train.log import Log, write_atomic
 from kimi_jax.train.metrics import Meter, measure_matmul_rate, parameter_table
+from kimi_jax.train.objective import Objective
 from kimi_jax.train.state import TrainState
 from kimi_jax.train.step import make_optimizer, make_train_step
 from kimi_jax.train.xprof import Trace
@@ -57,8 +61,27 @@ class StorageError(RuntimeError):
     """The workdir cannot be written when the run starts."""
 
 
-def run(config: TrainConfig) -> int:
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """What a run is made of beside its settings; None: as in pre-training."""
+
+    objective: Objective | None
+    batches: OpenBatches
+    evaluate: Callable[..., list[Any]] | None
+
+
+def run(
+    config: TrainConfig,
+    *,
+    objective: Objective | None = None,
+    batches: OpenBatches | None = None,
+    evaluate: Callable[..., list[Any]] | None = None,
+) -> int:
     """Trains, evaluates and saves. Returns the exit status.
+
+    objective: what is minimised, default `objective.next_token()`. batches: opens the source of batches, default the
+    data stream of `config.data`; also called when a run goes on, with the source's state in the checkpoint. evaluate:
+    called as `eval.runner.evaluate` and in its place, for `config.eval.tasks` of its own.
 
     0 complete; 75 stopped by SIGTERM, saved, to be started again; 130 stopped by Ctrl-C, saved; 74 complete but the
     end is not saved. Raises CheckpointMismatch (the workdir holds another model), NoCheckpoint, CheckpointUnavailable,
@@ -66,12 +89,12 @@ def run(config: TrainConfig) -> int:
     """
     with Stop() as stop:
         try:
-            return _run(config, stop)
+            return _run(config, _Given(objective, batches or open_stream, evaluate), stop)
         except Interrupted:  # before the first step, or in an evaluation, which the next start makes again
             return exit_status(stop.signal)
 
 
-def _run(config: TrainConfig, stop: Stop) -> int:
+def _run(config: TrainConfig, given: _Given, stop: Stop) -> int:
     clock = Goodput()
     with stop.raising(0.0):
         hosts.start()
@@ -82,16 +105,16 @@ def _run(config: TrainConfig, stop: Stop) -> int:
         # until there is something to save a signal ends the run at once; several hosts agree on it after a step
         starting = stack.enter_context(contextlib.ExitStack())
         starting.enter_context(stop.raising(0.0 if jax.process_count() == 1 else None))
-        _check(config)
+        _check(config, own_tasks=given.evaluate is not None)
         _lock(config, stack, say)
         mesh = sharding.make_mesh(config.mesh)
         config, base = adapters.load_base(config, mesh)
         say(*describe(config), f"compiled programs are kept in {cache}")
 
         # --------------------------------------------------------------------------------------- model, optimizer
-        init_state, train_step = make_train_step(config, mesh)
+        init_state, train_step = make_train_step(config, mesh, given.objective)
         abstract = state_lib.abstract(config.model, make_optimizer(config), mesh, config.lora)
-        say(parameter_table(state_lib.infos(config.model, config.lora), abstract.params))
+        say(parameter_table(state_lib.infos(config.model, config.lora, config.freeze), abstract.params))
 
         # -------------------------------------------------------------------------------- where the run stands
         with _storage(config):
@@ -100,6 +123,9 @@ def _run(config: TrainConfig, stop: Stop) -> int:
             restored = checkpoints.restore(abstract, config)
         step = restored.step if restored else 0
         state = dataclasses.replace(restored.state if restored else init_state(), frozen=base)
+        if not restored:
+            with clock.spend("restore"):
+                state = dataclasses.replace(state, params=init_from.start(config, state.params, mesh, say))
         host = restored.host if restored else {"data": None, "meter": None}
         fed = inputs.fingerprint(config.data)
         if restored:
@@ -119,9 +145,8 @@ def _run(config: TrainConfig, stop: Stop) -> int:
         meter = Meter(config.model, config.log_interval, config.steps, host["meter"])
         idle = stack.enter_context(contextlib.closing(Idle()))
         trace = stack.enter_context(Trace(config.profile, config.workdir, say))
-        this = _Run(
-            config, mesh, checkpoints, log, meter, clock, idle, trace, stop, say, FillWatch(host.get("fill")), fed
-        )
+        fill = FillWatch(host.get("fill"))
+        this = _Run(config, given, mesh, checkpoints, log, meter, clock, idle, trace, stop, say, fill, fed)
 
         # ------------------------------------------------------------------------------------------- train, end
         starting.close()
@@ -158,6 +183,7 @@ class _Run:
     """What every part of the loop uses."""
 
     config: TrainConfig
+    given: _Given
     mesh: Mesh
     checkpoints: Checkpoints
     log: Log
@@ -175,8 +201,9 @@ class _Run:
 
         Raises Interrupted when a signal comes meanwhile: an evaluation may be long and can be made again.
         """
-        from kimi_jax.eval.runner import evaluate
+        from kimi_jax.eval.runner import evaluate as evaluate_registered
 
+        evaluate = self.given.evaluate or evaluate_registered
         step, before = int(state.step), time.perf_counter()
         self.say(f"step {step}: evaluating {', '.join(self.config.eval.tasks)}, up to {limit} questions each")
         with self.clock.spend("evaluation"), self.stop.raising(0.0 if jax.process_count() == 1 else None):
@@ -194,12 +221,12 @@ class _Run:
         """Steps whose evaluation is in the log of host 0."""
         return set(hosts.gather(sorted(self.log.evaluated()) if hosts.is_first() else [])[0])
 
-    def save(self, state: TrainState, stream: BatchStream) -> None:
+    def save(self, state: TrainState, source: BatchSource) -> None:
         """Starts a checkpoint; the meter must be flushed."""
         self.log.flush()
         with self.clock.spend("checkpoint"):
             host = {
-                "data": _whole(stream),
+                "data": source.state(),
                 "meter": self.meter.state(),
                 "goodput": self.clock.state(),
                 "fill": self.fill.state(),
@@ -220,10 +247,10 @@ def _work(this: _Run, train_step: Any, abstract: TrainState, state: TrainState, 
         rate = measure_matmul_rate(this.mesh, config.model.dtype)  # while no data worker competes
         devices = f"{this.mesh.size} x {jax.devices()[0].device_kind}"
         say(f"{devices}: plain {config.model.dtype} matmuls reach {rate / 1e9:,.0f} GFLOP/s (MFU 100 %)")
-        groups = sharding.local_groups(config.data.num_groups, this.mesh)
-        with BatchStream(config.data, config.model, config.steps, shards=groups, state=data) as stream:
+        packs = sharding.local_groups(config.data.num_groups, this.mesh)
+        with contextlib.closing(this.given.batches(config, packs, data)) as source:
             with this.clock.spend("steps"):
-                state, step, signal = _train(this, train_step, abstract, stream, state, step, rate)
+                state, step, signal = _train(this, train_step, abstract, source, state, step, rate)
     with this.clock.spend("checkpoint"):
         saved = this.checkpoints.settle()
     say(this.clock.line())
@@ -240,18 +267,19 @@ def _work(this: _Run, train_step: Any, abstract: TrainState, state: TrainState, 
 
 
 def _train(
-    this: _Run, train_step: Any, abstract: TrainState, stream: BatchStream, state: TrainState, step: int, rate: float
+    this: _Run, train_step: Any, abstract: TrainState, source: BatchSource, state: TrainState, step: int, rate: float
 ) -> tuple[TrainState, int, int]:
     """Steps until the end or a signal; returns the state and its step, being saved, and the signal if there was one."""
     config, meter = this.config, this.meter
     compiled, vote, stop = None, hosts.Vote(), 0
     while step < config.steps and not stop:
-        batch = _next_batch(this, stream)
+        source.update(state.params, step)
+        batch = _next_batch(this, source)
         if batch is None:
             stop = this.stop.signal
-            if stream.report()["batches"] == step:  # else the batch that came with the signal would be lost to the run
+            if source.report()["batches"] == step:  # else the batch that came with the signal would be lost to the run
                 _record(this, meter.flush(), rate)
-                this.save(state, stream)
+                this.save(state, source)
             break
         batch = sharding.put_batch(batch, this.mesh)
         if compiled is None:
@@ -265,7 +293,7 @@ def _train(
         this.idle.watch(metrics)
         this.trace.end(step, metrics)
         vote.ask(this.stop.signal)
-        _record(this, meter.push(step, metrics, _about_data(this, stream) if meter.due(step) else {}), rate)
+        _record(this, meter.push(step, metrics, _about_data(this, source) if meter.due(step) else {}), rate)
         if meter.skipped_in_row >= config.recovery.max_skipped_in_row:
             state = _roll_back(this, abstract, state, step, rate)
         this.say.advance(step)
@@ -274,24 +302,24 @@ def _train(
         interval = config.checkpoint.interval
         if (interval and step % interval == 0) or step == config.steps or stop:
             _record(this, meter.flush(), rate)
-            this.save(state, stream)
+            this.save(state, source)
         if _evaluation_due(config, step) and not stop:
             _record(this, meter.flush(), rate)
             try:
                 this.evaluate(state, config.eval.limit)
             except Interrupted:
                 stop = this.stop.signal
-                this.save(state, stream)
+                this.save(state, source)
             meter.restart_clock()
     return state, step, stop
 
 
-def _next_batch(this: _Run, stream: BatchStream) -> Any:
+def _next_batch(this: _Run, source: BatchSource) -> Any:
     """The next batch, or None if none came in time after a signal."""
     before = time.monotonic()
     try:
         with this.stop.raising(DATA_PATIENCE if jax.process_count() == 1 else None):
-            return next(stream)
+            return next(source)
     except Interrupted:
         return None
     finally:
@@ -309,21 +337,11 @@ def _compile(this: _Run, train_step: Any, state: TrainState, batch: Any) -> Any:
     return compiled
 
 
-def _whole(stream: BatchStream) -> dict[str, Any]:
-    """The state of the stream with the shards of all hosts, the same on each of them."""
-    states = hosts.gather(stream.state())
-    seen: set[str] = set()
-    for state in states[1:] and states:
-        state["shards"] = {k: v for k, v in state["shards"].items() if k not in seen}
-        seen |= set(state["shards"])
-    return merge_states([s for s in states if s["shards"]]) if seen else states[0]
-
-
-def _about_data(this: _Run, stream: BatchStream) -> dict[str, Any]:
-    report = stream.report(_whole(stream)) if jax.process_count() > 1 else stream.report()
+def _about_data(this: _Run, source: BatchSource) -> dict[str, Any]:
+    report = source.report()
     this.log.quarantine(report.pop("quarantined", {}))
     this.fill(report, this.config.data, this.config.steps, this.say)
-    return {"token_fill": report["token_fill"], "vision_ratio": report["ratio"], "data": report}
+    return {"token_fill": report.get("token_fill"), "vision_ratio": report.get("ratio"), "data": report}
 
 
 def _record(this: _Run, row: dict[str, Any] | None, rate: float) -> None:
@@ -387,11 +405,11 @@ def _evaluate_at_end(this: _Run, state: TrainState) -> None:
             write_rows(rows, results)
 
 
-def _check(config: TrainConfig) -> None:
-    """Raises ConfigError now for what would otherwise fail an hour later."""
+def _check(config: TrainConfig, own_tasks: bool = False) -> None:
+    """Raises ConfigError now for what would otherwise fail an hour later. own_tasks: names that are not registered."""
     check(config)
     check_run(config)
-    if config.eval.tasks:
+    if config.eval.tasks and not own_tasks:
         from kimi_jax.eval.tasks import resolve
 
         try:

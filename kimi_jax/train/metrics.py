@@ -1,9 +1,11 @@
 """What a run tells about itself: rows over a log interval, the progress line, and the yardsticks.
 
-A row is the mean over the steps since the row before. It is the same, bit for bit, whether or not the run was killed in
-between: the running sums travel with the checkpoint. Only the keys in `TIMED` depend on the machine.
+A row is over the steps since the row before; each metric says where it is made how it is reduced
+(`kimi_jax.train.objective`). It is the same, bit for bit, whether or not the run was killed in between: the running
+values travel with the checkpoint. Only the keys in `TIMED` depend on the machine.
 
-Row (one JSON line of `WORKDIR/metrics.jsonl`, see kimi_jax.train.log; `ROW` has every key):
+Row (one JSON line of `WORKDIR/metrics.jsonl`, see kimi_jax.train.log; `ROW` has every key of pre-training, another
+objective has its own metrics instead of `loss_text` and so on):
   step; loss, loss_text, loss_image, loss_video (nats a target token; null if there was none); balance_loss
   tokens, features, patches (real ones in the interval); tokens_seen (since the start of the run)
   lr, update_rms_muon, update_rms_adamw (of the last step); grad_norm (mean, before clipping)
@@ -12,7 +14,7 @@ Row (one JSON line of `WORKDIR/metrics.jsonl`, see kimi_jax.train.log; `ROW` has
   worst step; skipped (steps without update), spikes (those of them with a finite loss), rollbacks (since the start)
   tokens_per_s, patches_per_s, flops_per_s (the model's own), mfu, step_s, wait_s (for data, of a step), time_s (since
   the start of the run); goodput (of this start), goodput_run, seconds (of the run): see kimi_jax.train.goodput
-and from the data stream: token_fill, vision_ratio, data (all that `BatchStream.report()` says, and interval_token_fill,
+and from the source of batches: token_fill, vision_ratio, data (all that its `report()` says, and interval_token_fill,
   interval_ratio: of the last interval)
 
 L layers, Lm layers with experts, E experts, 3 modalities
@@ -31,11 +33,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kimi_jax.config import ModelConfig
 from kimi_jax.train import flops
-from kimi_jax.train.step import MODALITIES
+from kimi_jax.train.objective import MODALITIES, Last, Max, Mean, Metric, Sum
 
-_SUMS = ("nll_sum", "weight_sum", "balance_loss", "grad_norm")  # over steps with an update
-_TOTALS = (*flops.COUNTS, "expert_load", "dropped", "clipped_heads")  # over all steps
-_WORST = ("max_logits", "rounds", "imbalance")  # the largest of all steps
+REDUCTIONS: dict[str, type[Mean | Sum | Max | Last]] = {kind.__name__: kind for kind in (Mean, Sum, Max, Last)}
+WORK = ("token_pairs", "patch_pairs")  # counted for flops_per_s, and no columns of a row
 ROW = (
     "step", "loss", "loss_text", "loss_image", "loss_video", "balance_loss", "tokens", "features", "patches",
     "tokens_seen", "lr", "update_rms_muon", "update_rms_adamw", "grad_norm", "max_logit", "clipped_heads",
@@ -45,17 +46,17 @@ ROW = (
 )  # fmt: skip
 TIMED = ("tokens_per_s", "patches_per_s", "flops_per_s", "mfu", "step_s", "wait_s", "time_s", "goodput", "goodput_run",
          "seconds")  # fmt: skip
-_COUNTED = ("tokens", "features", "patches", "clipped_heads", "dropped", "skipped", "spikes")
-_LAST = ("lr", "update_rms_muon", "update_rms_adamw")
 
 
 class Meter:
-    """Running sums since the last row. Holds the metrics of one step back, so that the devices are never waited for."""
+    """Running values since the last row. Holds one step's metrics back, so that the devices are never waited for."""
 
     def __init__(self, model: ModelConfig, log_interval: int, last_step: int, state: dict[str, Any] | None = None):
         self._model, self._interval, self._last_step = model, log_interval, last_step
-        state = state or {"sums": {}, "tokens_seen": 0, "time_s": 0.0, "skipped_in_row": 0, "rollbacks": 0}
-        self._sums = {k: np.asarray(v, np.float64) for k, v in state["sums"].items()}
+        state = state or {"running": {}, "tokens_seen": 0, "time_s": 0.0, "skipped_in_row": 0, "rollbacks": 0}
+        self._running: dict[str, Metric] = {
+            name: _wide(REDUCTIONS[kind](*values)) for name, (kind, *values) in state["running"].items()
+        }
         self._tokens_seen, self._time_s = state["tokens_seen"], state["time_s"]
         self._pending: tuple[int, Any, dict[str, Any]] | None = None
         self.fetched_step = 0
@@ -65,12 +66,11 @@ class Meter:
         self.restart_clock()
 
     def state(self) -> dict[str, Any]:
-        """JSON of the sums; call `flush` first."""
+        """JSON of the running values; call `flush` first."""
         if self._pending is not None:
             raise RuntimeError("flush the meter before its state is saved")
-        sums = {k: v.tolist() for k, v in self._sums.items()}
         return {
-            "sums": sums,
+            "running": {k: [type(m).__name__, *(v.tolist() for v in m)] for k, m in self._running.items()},
             "tokens_seen": self._tokens_seen,
             "time_s": self._time_s,
             "skipped_in_row": self.skipped_in_row,
@@ -117,41 +117,30 @@ class Meter:
             self.skipped_now = "loss or gradient is not finite"
         elif spike:
             self.skipped_now = f"the loss leaps up to {float(m['loss_total']):.4g}"
-        add = {k: m[k] for k in _TOTALS} | {"steps": 1, "skipped": not finite or spike, "spikes": spike}
-        if finite and not spike:
-            add |= {k: m[k] for k in _SUMS}
-        for k, v in add.items():
-            self._sums[k] = self._sums.get(k, 0.0) + np.asarray(v, np.float64)
-        for k in _LAST:
-            if k in m:
-                self._sums[k] = np.asarray(m[k], np.float64)
-        for k in _WORST:
-            self._sums[k] = np.maximum(self._sums.get(k, -np.inf), np.float64(m[k]))
-        self._tokens_seen += int(m["tokens"])
+        found = {name: _wide(metric) for name, metric in m.items() if isinstance(metric, Mean | Sum | Max | Last)}
+        if not finite or spike:
+            found |= {k: Mean(*map(np.zeros_like, each)) for k, each in found.items() if isinstance(each, Mean)}
+        counted = {"steps": 1, "skipped": not finite or spike, "spikes": spike}
+        for name, metric in (found | {k: _wide(Sum(v)) for k, v in counted.items()}).items():
+            before: Any = self._running.get(name)
+            self._running[name] = metric if before is None else before.add(metric)
+        self._tokens_seen += int(m["tokens"].value)
         self._timed_steps += 1
         for k in flops.COUNTS:
-            self._timed[k] += float(m[k])
+            self._timed[k] += float(m[k].value)
 
     def _row(self, step: int) -> dict[str, Any]:
-        s, self._sums = self._sums, {}
-        updates = s["steps"] - s["skipped"]
-        nll, weight = s.get("nll_sum", np.zeros(3)), s.get("weight_sum", np.zeros(3))
-        load = s["expert_load"]
-        row: dict[str, Any] = {"step": step, "loss": _ratio(nll.sum(), weight.sum())}
-        row |= {f"loss_{name}": _ratio(n, w) for name, n, w in zip(MODALITIES, nll, weight, strict=True)}
-        row |= {k: _ratio(s.get(k, 0.0), updates) for k in ("balance_loss", "grad_norm")}
-        row |= {k: float(s[k]) for k in _LAST if k in s}
-        row |= {k: int(s[k]) for k in _COUNTED}
-        row |= {
+        running, self._running = self._running, {}
+        load = np.asarray(running["expert_load"][0])
+        values = {
+            "step": step,
+            **{name: _value(metric) for name, metric in running.items() if name not in (*WORK, "steps")},
             "tokens_seen": self._tokens_seen,
             "rollbacks": self.rollbacks,
-            "max_logit": _json(s["max_logits"]),
-            "expert_load": _json(load),
             "load_imbalance": _json(load.max(-1) / np.maximum(load.mean(-1), 1e-9)) if load.size else [],
-            "rounds": int(s["rounds"]),
-            "imbalance": _json(s["imbalance"]),
+            **self._speed(),
         }
-        return row | self._speed()
+        return {k: values[k] for k in ROW if k in values} | values  # in the order of ROW
 
     def _speed(self) -> dict[str, float]:
         seconds = max(time.perf_counter() - self._start, 1e-9)
@@ -167,8 +156,18 @@ class Meter:
         return speed | {"time_s": self._time_s}
 
 
-def _ratio(a: Any, b: Any) -> float | None:
-    return float(a / b) if b > 0 else None
+def _wide(metric: Any) -> Any:
+    """The same metric in float64, which sums of many steps need."""
+    return type(metric)(*(np.asarray(value, np.float64) for value in metric))
+
+
+def _value(metric: Metric) -> Any:
+    """What stands in a row: null for a mean of nothing, and an integer where the value is one."""
+    if isinstance(metric, Mean):
+        return float(metric.total / metric.weight) if metric.weight > 0 else None
+    if isinstance(metric, Last) or metric.value.ndim or not float(metric.value).is_integer():
+        return _json(metric.value)
+    return int(metric.value)
 
 
 def _json(x: Any) -> Any:
@@ -184,7 +183,7 @@ def _json(x: Any) -> Any:
 
 def progress_line(row: dict[str, Any]) -> str:
     """The row as one line: loss by modality, speed, and the things that must not go wrong."""
-    by_modality = [f"{m} {row[f'loss_{m}']:.3f}" for m in MODALITIES if row[f"loss_{m}"] is not None]
+    by_modality = [f"{m} {row[f'loss_{m}']:.3f}" for m in MODALITIES if row.get(f"loss_{m}") is not None]
     parts = [f"loss {row['loss']:.3f}" if row["loss"] is not None else "loss -"]
     parts += [f"({', '.join(by_modality)})"] if by_modality else []
     parts += [f"{row['tokens_per_s']:,.0f} tok/s", f"{row['patches_per_s']:,.0f} patch/s"]
@@ -202,7 +201,8 @@ def progress_line(row: dict[str, Any]) -> str:
 
 def parameter_table(infos: Any, shapes: Any) -> str:
     """How many parameters each part has, and how many of them each optimizer group moves."""
-    groups = ("Muon", "AdamW", "RouterBias")
+    some_frozen = any(type(info.group).__name__ == "Frozen" for info in jax.tree.leaves(infos))
+    groups = ("Muon", "AdamW", "RouterBias", *(("Frozen",) if some_frozen else ()))
     counts = {part: dict.fromkeys(groups, 0) for part in shapes}
     for part in shapes:
         for info, x in zip(jax.tree.leaves(infos[part]), jax.tree.leaves(shapes[part]), strict=True):

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from kimi_jax import sharding
 from kimi_jax.config import LoRAConfig, ModelConfig
 from kimi_jax.nn import kimi, lora
-from kimi_jax.nn.param import metadata, unbox
+from kimi_jax.nn.param import freeze, metadata, unbox
 
 
 @struct.dataclass
@@ -29,8 +29,8 @@ class TrainState:
     skipped_in_row: Any  # int32 []: how many of them just now, without a good one between
     loss_mean: Any  # float32 []: running mean of the loss over the updates made
     loss_square: Any  # float32 []: and of its square
-    params: Any  # what learns: plain nested dict, the checkpoint's layout; of `config.lora` the adapters
-    opt_state: Any
+    params: Any  # plain nested dict, the checkpoint's layout: the weights, or of `config.lora` the adapters that learn
+    opt_state: Any  # nothing in it for what `config.freeze` names
     frozen: Any = None  # with `config.lora` the weights of its base, which no checkpoint of the run holds
 
 
@@ -62,9 +62,12 @@ def _boxed(model: ModelConfig, options: LoRAConfig | None) -> Any:
     return jax.eval_shape(lambda: _init(model, jax.random.key(0), options))
 
 
-def infos(model: ModelConfig, options: LoRAConfig | None = None) -> Any:
-    """Tree of ParamInfo, in the shape of what learns: the weights, or with `options` adapters. No array is made."""
-    return metadata(_boxed(model, options))
+def infos(model: ModelConfig, options: LoRAConfig | None = None, frozen: tuple[str, ...] = ()) -> Any:
+    """Tree of ParamInfo like `TrainState.params`: of the weights, or with `options` of adapters. No array is made.
+
+    frozen: names of parts whose parameters get the group `Frozen`. Raises ConfigError as `nn.param.freeze`.
+    """
+    return freeze(metadata(_boxed(model, options)), frozen)
 
 
 def shardings(

@@ -1,15 +1,15 @@
 """One training step: loss -> gradients -> MuonClip -> QK-clip -> router bias, a single jitted function.
 
 Source: docs/paper_notes.md sections 2.4 and 2.5 (MuonClip), docs/released_model.md section 1.4 (router bias). Whatever
-the step needs to know about the forward pass (max logits, expert load) comes back from it in `Aux`.
+the step needs to know about the forward pass (max logits, expert load) comes back from it in `Aux`; what is minimised
+is an `Objective` (`kimi_jax.train.objective`).
 
-B rows, S tokens, L layers, Lm layers with experts, E experts, H heads, 3 modalities (text, image, video)
+B rows, S tokens, L layers, Lm layers with experts, E experts, H heads
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from kimi_jax import sharding
 from kimi_jax.config import ConfigError, TrainConfig
-from kimi_jax.nn import lora
+from kimi_jax.nn import lora, param
 from kimi_jax.nn.decoder import merge_aux
 from kimi_jax.nn.kimi import KimiK25
 from kimi_jax.nn.layout import Layout
@@ -30,10 +30,18 @@ from kimi_jax.optim import newton_schulz, qk_clip, router_bias, schedules
 from kimi_jax.optim.muonclip import muonclip, step_metrics
 from kimi_jax.train import flops, spikes
 from kimi_jax.train import state as state_lib
+from kimi_jax.train.objective import (
+    Last,
+    Max,
+    Mean,
+    Objective,
+    Sum,
+    Totals,
+    check_columns,
+    merge_microbatches,
+    next_token,
+)
 from kimi_jax.train.state import TrainState
-
-MODALITIES = ("text", "image", "video")
-Metrics = dict[str, Any]
 
 
 def make_optimizer(
@@ -44,20 +52,29 @@ def make_optimizer(
     layout: deals Newton-Schulz to the devices. The state is the same with and without.
     """
     dtype = newton_schulz.default_dtype(platform)
-    return muonclip(config.optimizer, config.steps, state_lib.infos(config.model, config.lora), dtype, layout)
+    return muonclip(config.optimizer, config.steps, _infos(config), dtype, layout)
+
+
+def _infos(config: TrainConfig) -> Any:
+    return state_lib.infos(config.model, config.lora, config.freeze)
 
 
 def make_train_step(
-    config: TrainConfig, mesh: Mesh | None = None
-) -> tuple[Callable[[], TrainState], Callable[[TrainState, Any], tuple[TrainState, Metrics]]]:
+    config: TrainConfig, mesh: Mesh | None = None, objective: Objective | None = None
+) -> tuple[Callable[[], TrainState], Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]]:
     """Returns (init_state, train_step).
+
+    objective: what is minimised; `next_token()` unless another is given.
 
     init_state() makes the state of `config.seed` directly in its shardings; of `config.lora` without `frozen`, which
     the caller has (`train.adapters`). train_step(state, batch) returns (state, metrics) and gives up (donates) the
-    state it is passed; `batch` is a packed batch, on the host or from `sharding.put_batch`.
+    state it is passed; `batch` is a packed batch, on the host or from `sharding.put_batch`. `metrics` are reductions
+    by name (`objective.Metric`), and the plain arrays loss_total, finite, spike, skipped_in_row: what the loop acts on.
     Both are jitted; `train_step.lower` also takes a mesh of devices that are not there (kimi_jax.plan).
-    Raises ShardingError if the groups of a batch cannot be cut evenly over the mesh.
+    Raises ShardingError if the groups of a batch cannot be cut evenly over the mesh, ValueError (when `train_step` is
+    traced) for a batch without the columns of the objective.
     """
+    objective = objective or next_token()
     mesh = mesh or sharding.make_mesh(config.mesh)
     sharding.check_groups(config.data.num_groups, mesh, config.memory.microbatches)
     layout = make_layout(config, mesh)
@@ -67,7 +84,7 @@ def make_train_step(
     whole = sharding.replicated(mesh)
     init = jax.jit(lambda key: state_lib.create(config.model, tx, key, config.lora), out_shardings=fresh)
     step = jax.jit(
-        lambda state, batch: _train_step(config, tx, layout, state, batch),
+        lambda state, batch: _train_step(config, tx, layout, objective, state, batch),
         donate_argnums=0,
         in_shardings=(shardings, sharding.batch_sharding(mesh)),
         out_shardings=(shardings, whole),
@@ -95,29 +112,28 @@ def loss_fn(
     batch: dict[str, Any],
     config: TrainConfig,
     layout: Layout | None = None,
-    whole: tuple[jax.Array, jax.Array] | None = None,
+    whole: tuple[Totals, jax.Array] | None = None,
     frozen: Any = None,
-) -> tuple[jax.Array, Metrics]:
-    """Next-token loss of a batch, normalised by its global weight, plus the weighted balance loss.
+    objective: Objective | None = None,
+) -> tuple[jax.Array, dict[str, Any]]:
+    """The objective's loss of a batch plus the weighted balance loss.
 
-    whole: (loss weights, rows with tokens) of the batch that this one is a part of; the result is then its summand.
+    whole: (totals, rows with tokens) of the batch that this one is a part of; the result is then its summand.
     frozen: with `config.lora` the weights; `params` are then its adapters.
-    Returns (float32 [], {"nll_sum" [3], "weight_sum" [3]: by modality, "balance_loss" [], "aux": the model's Aux}).
+    Returns (float32 [], {"metrics": the objective's, "balance_loss": float32 [], "aux": the model's Aux}).
     """
+    objective = objective or next_token()
+    check_columns(objective, batch)
     model = KimiK25(config.model, layout)
     groups = config.data.num_groups // (config.memory.microbatches if whole is not None else 1)
     variables = lora.variables(params, frozen, config.lora)
-    nll, aux = model.apply(variables, batch, num_groups=groups, method=model.token_nll)
-    weights = batch["loss_weights"]
-    of_modality = batch["modality"][None] == jnp.arange(len(MODALITIES))[:, None, None]  # [3, B, S]
-    nll_sum = jnp.sum(jnp.where(of_modality, weights * nll, 0.0), axis=(1, 2))
-    weight_sum = jnp.sum(jnp.where(of_modality, weights, 0.0), axis=(1, 2))
-    total, balance = jnp.sum(weight_sum), aux.balance_loss
+    nll, aux = model.apply(variables, batch, groups, objective.temperature, method=model.token_nll)
+    totals, balance = objective.totals(batch), aux.balance_loss
     if whole is not None:
-        total, balance = whole[0], balance * _rows(batch) / whole[1]
-    # a batch without any target has loss 0, not 0/0
-    loss = jnp.sum(nll_sum) / jnp.maximum(total, 1e-6) + config.optimizer.balance_loss_weight * balance
-    return loss, {"nll_sum": nll_sum, "weight_sum": weight_sum, "balance_loss": balance, "aux": aux}
+        totals, balance = whole[0], balance * _rows(batch) / whole[1]
+    loss, metrics = objective.loss(-nll, batch, totals)
+    loss = loss + config.optimizer.balance_loss_weight * balance
+    return loss, {"metrics": metrics, "balance_loss": balance, "aux": aux}
 
 
 def _rows(batch: dict[str, Any]) -> jax.Array:
@@ -126,29 +142,46 @@ def _rows(batch: dict[str, Any]) -> jax.Array:
 
 
 def gradients(
-    params: Any, batch: dict[str, Any], config: TrainConfig, layout: Layout | None = None, frozen: Any = None
-) -> tuple[tuple[jax.Array, Metrics], Any]:
+    params: Any,
+    batch: dict[str, Any],
+    config: TrainConfig,
+    layout: Layout | None = None,
+    frozen: Any = None,
+    objective: Objective | None = None,
+) -> tuple[tuple[jax.Array, dict[str, Any]], Any]:
     """((loss, what `loss_fn` returns beside it), gradients) of a batch, in one go or summed over microbatches.
+
+    The gradients have None in place of what `config.freeze` names, for which nothing is computed.
 
     Every device takes the same number of its own groups in each microbatch; sums are kept in float32.
     """
-    parts = config.memory.microbatches
-    fn = jax.value_and_grad(functools.partial(loss_fn, frozen=frozen), has_aux=True)
-    if parts == 1:
-        return fn(params, batch, config, layout)
-    whole = jnp.sum(batch["loss_weights"]), _rows(batch)
+    parts, objective = config.memory.microbatches, objective or next_token()
+    infos = _infos(config)
+    learned, fixed = param.learned(params, infos), param.frozen(params, infos)
 
-    def add(total: Any, part: dict[str, Any]) -> tuple[Any, tuple[jax.Array, Metrics]]:
-        out, grads = fn(params, part, config, layout, whole)
+    def of_learned(learned: Any, batch: dict[str, Any], whole: Any = None) -> tuple[jax.Array, dict[str, Any]]:
+        return loss_fn(param.join(learned, fixed), batch, config, layout, whole, frozen, objective)
+
+    fn = jax.value_and_grad(of_learned, has_aux=True)
+    if parts == 1:
+        return fn(learned, batch)
+    whole = objective.totals(batch), _rows(batch)
+
+    def add(total: Any, part: dict[str, Any]) -> tuple[Any, tuple[jax.Array, dict[str, Any]]]:
+        out, grads = fn(learned, part, whole)
         # XLA:TPU would move the reduction of gradients out of this loop and gets it wrong (openxla/xla#49143)
         grads = lax.optimization_barrier(grads)
         return jax.tree.map(jnp.add, total, grads), out
 
-    start = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32)), params)
+    start = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32)), learned)
     grads, (loss, out) = lax.scan(add, start, microbatches(batch, parts, layout))
-    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
-    aux = merge_aux(out.pop("aux"))
-    return (loss.sum(), {**jax.tree.map(lambda x: x.sum(axis=0), out), "aux": aux}), grads
+    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, learned)
+    merged = {
+        "metrics": merge_microbatches(out["metrics"]),
+        "balance_loss": out["balance_loss"].sum(axis=0),
+        "aux": merge_aux(out["aux"]),
+    }
+    return (loss.sum(), merged), grads
 
 
 def microbatches(batch: dict[str, Any], parts: int, layout: Layout | None = None) -> dict[str, Any]:
@@ -167,41 +200,46 @@ def _train_step(
     config: TrainConfig,
     tx: optax.GradientTransformation,
     layout: Layout | None,
+    objective: Objective,
     state: TrainState,
     batch: dict[str, Any],
-) -> tuple[TrainState, Metrics]:
+) -> tuple[TrainState, dict[str, Any]]:
     options = config.optimizer
-    (loss, out), grads = gradients(state.params, batch, config, layout, state.frozen)
-    aux = out.pop("aux")
+    (loss, out), grads = gradients(state.params, batch, config, layout, state.frozen, objective)
+    aux = out["aux"]
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    infos = _infos(config)
+    params = optax.apply_updates(param.learned(state.params, infos), updates)
+    params = param.join(params, param.frozen(state.params, infos))
     clipped = jnp.int32(0)
-    if config.lora is None:  # both would change weights that are frozen
+    if config.lora is None and param.learns(infos, "attention"):
         params, clip = qk_clip.apply(params, aux.max_logits, options.qk_clip_tau)
         clipped = clip["clipped_heads"]
-        if config.model.moe is not None:
-            params = router_bias.apply(params, aux.expert_load, options.router_bias_rate)
+    if config.lora is None and param.learns(infos, "router"):
+        params = router_bias.apply(params, aux.expert_load, options.router_bias_rate)
 
-    optimizer = step_metrics(grads, updates, state_lib.infos(config.model, config.lora))
+    optimizer = step_metrics(grads, updates, infos)
     finite = jnp.isfinite(loss) & jnp.isfinite(optimizer["grad_norm"])
     spike = finite & spikes.is_spike(config.recovery, state, loss)
     new = _advance(state, params, opt_state, loss, finite & ~spike)
     metrics = {
-        **out,
-        **flops.batch_counts(batch),
-        **optimizer,
+        **out["metrics"],
+        **{name: Sum(count) for name, count in flops.batch_counts(batch).items()},
+        "balance_loss": Mean(out["balance_loss"], jnp.float32(1)),
+        "grad_norm": Mean(optimizer.pop("grad_norm"), jnp.float32(1)),
+        **{name: Last(value) for name, value in optimizer.items()},
+        # the optimizer counts the updates it made, not the batches it saw
+        "lr": Last(schedules.wsd(options, config.steps)(state.step - state.skipped)),
+        "max_logit": Max(jnp.max(aux.max_logits, axis=-1)),
+        "clipped_heads": Sum(clipped),
+        "expert_load": Sum(aux.expert_load),
+        "dropped": Sum(aux.dropped),
+        "rounds": Max(aux.rounds),
+        "imbalance": Max(aux.imbalance),
         "loss_total": loss,
         "finite": finite,
         "spike": spike,
         "skipped_in_row": new.skipped_in_row,
-        "max_logits": jnp.max(aux.max_logits, axis=-1),
-        "clipped_heads": clipped,
-        "expert_load": aux.expert_load,
-        "dropped": aux.dropped,
-        "rounds": aux.rounds,
-        "imbalance": aux.imbalance,
-        # the optimizer counts the updates it made, not the batches it saw
-        "lr": schedules.wsd(options, config.steps)(state.step - state.skipped),
     }
     return new, metrics
 

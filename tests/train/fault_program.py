@@ -26,7 +26,6 @@ import jax
 import numpy as np
 
 from kimi_jax.config import CheckpointConfig, RecoveryConfig, TrainConfig
-from kimi_jax.data.pipeline import BatchStream
 from kimi_jax.train import loop
 from kimi_jax.train.log import read_rows
 from kimi_jax.train.metrics import TIMED
@@ -79,13 +78,21 @@ class Disk:
             self._filler.unlink(missing_ok=True)
 
 
-def make_stream(fault: dict, disk: Disk) -> type:
-    class Stream(BatchStream):
-        def __init__(self, data, model, total_steps, shards=None, state=None):
-            self.at = state["at"] if state else 0
+def make_source(fault: dict, disk: Disk) -> type:
+    class Source:
+        """Batches whose numbers come out of an array of the state alone, beside arrays of other kinds."""
+
+        def __init__(self, config, packs, state):
+            state = state or {"left": np.arange(2**40, 2**40 + 1000), "kinds": [{"none": np.zeros((0, 3), bool)}]}
+            self.left, self.kinds = state["left"], state["kinds"]
+            assert self.left.dtype == np.int64 and self.kinds[0]["none"].shape == (0, 3)
+
+        @property
+        def at(self):
+            return 1000 - len(self.left)
 
         def __next__(self):
-            at, batch = self.at, make_batch(self.at)
+            at, batch = self.at, make_batch(int(self.left[0] - 2**40))
             if at in fault.get("nan", ()):
                 batch["loss_weights"][0, 0] = np.nan
             if at in fault.get("leap", ()):
@@ -97,22 +104,22 @@ def make_stream(fault: dict, disk: Disk) -> type:
                 disk.free()
             if at == fault.get("stop", -1):
                 os.kill(os.getpid(), signal.SIGTERM)
-            self.at += 1
+            self.left = self.left[1:]
             return batch
 
         def state(self):
-            return {"at": self.at, "shards": {}}
+            return {"left": self.left, "kinds": self.kinds}
 
-        def report(self, state=None):
+        def report(self):
             return {"token_fill": 0.9, "ratio": 0.1, "batches": self.at}
 
-        def __enter__(self):
-            return self
+        def update(self, params, step):
+            assert step == self.at
 
-        def __exit__(self, *error):
+        def close(self):
             disk.free()
 
-    return Stream
+    return Source
 
 
 def digest(workdir: Path) -> str:
@@ -124,7 +131,7 @@ def digest(workdir: Path) -> str:
     host["meter"].pop("time_s")
     host.pop("goodput")
     total = hashlib.sha256(json.dumps(host, sort_keys=True).encode())
-    for item in ("params", "optimizer"):
+    for item in ("params", "optimizer", "host_arrays"):
         for leaf in jax.tree.leaves(ocp.StandardCheckpointer().restore(newest / item)):
             total.update(np.asarray(leaf).tobytes())
     return total.hexdigest()
@@ -137,12 +144,11 @@ def run(fault: dict, watch: Watch) -> dict:
         TrainConfig(), workdir=str(workdir), steps=10, log_interval=1, model=SMALL, data=CONFIG.data,
         optimizer=OPTIMIZER, recovery=RECOVERY, checkpoint=CheckpointConfig(interval=2, keep=5),
     )  # fmt: skip
-    loop.BatchStream = make_stream(fault, Disk(workdir))
     watch.folder, watch.count, watch.kill = str(workdir), 0, fault.get("kill", 0)
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         try:
-            status = loop.run(config)
+            status = loop.run(config, batches=make_source(fault, Disk(workdir)))
         except loop.Diverged as error:
             status = str(error)
     watch.folder = "\0"

@@ -27,7 +27,7 @@ from kimi_jax.nn.kimi import init_params
 from kimi_jax.nn.param import unbox
 from kimi_jax.train import adapters, checkpoint, loop
 from tests.hf.tiny import flat
-from tests.train.test_loop import Stream
+from tests.train.test_loop import Source
 from tests.train.tiny import CONFIG, MODEL, make_batch
 
 MOE = dataclasses.replace(MODEL.moe, moe_intermediate_size=32)  # groups of 32 inputs share an INT4 scale
@@ -35,7 +35,7 @@ BASE = dataclasses.replace(MODEL, vocab_size=320, initializer_range=0.2, num_hid
 IDS = make_batch(3)["tokens"][:1, 16:28]
 
 
-class Same(Stream):
+class Same(Source):
     """The text of the first batch again and again."""
 
     def __next__(self):
@@ -70,9 +70,7 @@ def trained(base, tmp_path_factory):
     train_tokenizer(["0 1 2 3 4 5 6 7 8 9"], BASE.vocab_size, workdir / "tokenizer.json")
     data = dataclasses.replace(CONFIG.data, tokenizer=str(workdir / "tokenizer.json"))
     tasks = EvalConfig(tasks=("arithmetic",), final_limit=8)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "BatchStream", Same)
-        assert loop.run(settings(workdir, base, data=data, eval=tasks)) == 0
+    assert loop.run(settings(workdir, base, data=data, eval=tasks), batches=Same) == 0
     return workdir
 
 
@@ -108,14 +106,13 @@ def test_what_is_evaluated_is_the_adapted_model(trained):
     assert abs(nll(frozen, served) - adapted) > 0.1
 
 
-def test_a_run_that_was_cut_off_ends_with_the_same_adapters(trained, base, tmp_path, monkeypatch):
+def test_a_run_that_was_cut_off_ends_with_the_same_adapters(trained, base, tmp_path):
     """From the checkpoint of step 6, which does not hold the base: it is read again. Bit for bit."""
-    monkeypatch.setattr(loop, "BatchStream", Same)
     for name in ("checkpoints/6", "metrics.jsonl"):
         copy = shutil.copytree if "/" in name else shutil.copyfile
         (tmp_path / "checkpoints").mkdir(exist_ok=True)
         copy(trained / name, tmp_path / name)
-    assert loop.run(settings(tmp_path, base)) == 0  # without an evaluation, which changes nothing
+    assert loop.run(settings(tmp_path, base), batches=Same) == 0  # without an evaluation, which changes nothing
     one, other = (flat(jax.device_get(checkpoint.load(str(path))[1])) for path in (trained, tmp_path))
     assert {leaf: array.tobytes() for leaf, array in one.items()} == {k: v.tobytes() for k, v in other.items()}
 

@@ -9,7 +9,6 @@ import pytest
 
 from kimi_jax import cli, report, report_charts
 from kimi_jax.config import CheckpointConfig, ConfigError, EvalConfig, MeshConfig, ProfileConfig, preset
-from kimi_jax.data.pipeline import BatchStream
 from kimi_jax.eval import runner
 from kimi_jax.train import checkpoint, loop
 from kimi_jax.train.log import read_rows
@@ -19,12 +18,12 @@ from tests.synthetic_run import write_run
 from tests.train.tiny import CONFIG, make_batch
 
 
-class Stream(BatchStream):
-    """Stands in for BatchStream; batches from `bad_from` on have a weight that is not a number."""
+class Source:
+    """Made-up batches in place of a data stream; those from `bad_from` on have a weight that is not a number."""
 
     bad_from = 10**9
 
-    def __init__(self, data, model, total_steps, shards=None, state=None):
+    def __init__(self, config, packs, state):
         self.step = state["step"] if state else 0
 
     def __next__(self):
@@ -38,18 +37,17 @@ class Stream(BatchStream):
         return {"step": self.step}
 
     def report(self):
-        return {"token_fill": 0.9, "ratio": 0.1}
+        return {"batches": self.step, "token_fill": 0.9, "ratio": 0.1}
 
-    def __enter__(self):
-        return self
+    def update(self, params, step):
+        assert step == self.step
 
-    def __exit__(self, *error):
+    def close(self):
         pass
 
 
-@pytest.fixture(autouse=True)
-def stream(monkeypatch):
-    monkeypatch.setattr(loop, "BatchStream", Stream)
+def train(config, source=Source, **values):
+    return loop.run(config, batches=source, **values)
 
 
 def config(workdir, **changes):
@@ -62,29 +60,28 @@ def row(task):
 
 
 def test_run_that_stays_not_finite_is_given_up_with_advice(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Stream, "bad_from", 5)
+    monkeypatch.setattr(Source, "bad_from", 5)
     with pytest.raises(loop.Diverged, match=r"10 steps in a row, the last one step 15,"):
-        loop.run(dataclasses.replace(config(tmp_path), steps=100, checkpoint=CheckpointConfig(interval=0)))
+        train(dataclasses.replace(config(tmp_path), steps=100, checkpoint=CheckpointConfig(interval=0)))
     assert "step 6: loss or gradient is not finite; its update is left out" in capsys.readouterr().out
 
 
-def test_evaluation_on_the_way_and_at_the_end_and_not_again(tmp_path, monkeypatch):
+def test_evaluation_on_the_way_and_at_the_end_and_not_again(tmp_path):
+    """With an evaluation of one's own, whose tasks nobody has registered."""
     calls = []
 
     def evaluate(params, config, tasks, limit, samples=None, frozen=None):
         calls.append((tuple(tasks), limit))
         return [row(task) for task in tasks]
 
-    monkeypatch.setattr(runner, "evaluate", evaluate)
     settings = config(tmp_path, eval=EvalConfig(tasks=("shape",), interval=3, limit=5, final_limit=50))
-    monkeypatch.setattr(loop, "_check", lambda config: None)
-    assert loop.run(settings) == 0
+    assert train(settings, evaluate=evaluate) == 0
     assert calls == [(("shape",), 5), (("shape",), 5), (("shape",), 50)]
     results = json.loads((tmp_path / "results.json").read_text())
     assert results[0]["task"] == "shape" and {"modality", "score", "stderr", "control", "chance"} <= set(results[0])
     steps = [json.loads(line)["step"] for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
     assert steps == [3, 6, 8]
-    assert loop.run(settings) == 0 and len(calls) == 3  # complete: nothing is done again
+    assert train(settings, evaluate=evaluate) == 0 and len(calls) == 3  # complete: nothing is done again
 
     found, params = checkpoint.load(str(tmp_path))
     assert found == settings and params["embed"]["embedding"].shape == (64, 32)
@@ -94,7 +91,7 @@ def test_evaluation_on_the_way_and_at_the_end_and_not_again(tmp_path, monkeypatc
 
 
 def test_report_draws_every_chart_from_the_log_of_a_real_run(tmp_path):
-    assert loop.run(config(tmp_path)) == 0
+    assert train(config(tmp_path)) == 0
     for row in read_rows(tmp_path / "metrics.jsonl"):
         assert sorted(row) == sorted(ROW)
     found = report.load(tmp_path)
@@ -109,11 +106,11 @@ def test_report_draws_every_chart_from_the_log_of_a_real_run(tmp_path):
 def test_a_trace_of_some_steps_and_where_the_time_went(tmp_path, capsys):
     """A run of six steps, traced in two of them, and two more in a second start: sums go on over both."""
     settings = config(tmp_path, profile=ProfileConfig(start_step=3, steps=2))
-    assert loop.run(dataclasses.replace(settings, steps=6, log_interval=2)) == 0
+    assert train(dataclasses.replace(settings, steps=6, log_interval=2)) == 0
     assert f"trace of steps 3 to 4 in {tmp_path / 'xprof'}" in capsys.readouterr().out
     traces = list((tmp_path / "xprof").rglob("*.xplane.pb"))
     assert len(traces) == 1 and traces[0].stat().st_size > 0
-    assert loop.run(dataclasses.replace(settings, log_interval=2)) == 0
+    assert train(dataclasses.replace(settings, log_interval=2)) == 0
     assert list((tmp_path / "xprof").rglob("*.xplane.pb")) == traces  # those steps are over
     said = capsys.readouterr().out
     assert "goodput " in said and "restarts included: " in said and "compiled programs are kept in" in said
@@ -164,7 +161,7 @@ def test_compiled_programs_are_kept_unless_told_otherwise(monkeypatch, tmp_path)
 
 def test_unknown_task_is_found_before_training(tmp_path):
     with pytest.raises(ConfigError, match=r"config\.eval\.tasks: no task is called 'nonsense'"):
-        loop.run(config(tmp_path, eval=EvalConfig(tasks=("nonsense",))))
+        train(config(tmp_path, eval=EvalConfig(tasks=("nonsense",))))
 
 
 def test_describe_compares_with_the_nearest_preset():

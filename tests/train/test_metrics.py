@@ -9,21 +9,24 @@ import pytest
 
 from kimi_jax.train import flops, log
 from kimi_jax.train.log import Log, read_rows
-from kimi_jax.train.metrics import TIMED, Meter, progress_line
+from kimi_jax.train.metrics import ROW, TIMED, Meter, progress_line
+from kimi_jax.train.objective import MODALITIES, Last, Max, Mean, Sum
 from tests.train.tiny import MODEL
 
 
 def step_metrics(step, finite=True):
     rng = np.random.default_rng(step)
     f32 = lambda *shape: rng.uniform(1, 2, shape).astype(np.float32)  # noqa: E731
+    nll, weight = f32(3) * [1, 1, 0] if finite else np.full(3, np.nan), f32(3) * [1, 1, 0]
     return {
-        "nll_sum": f32(3) * [1, 1, 0] if finite else np.full(3, np.nan), "weight_sum": f32(3) * [1, 1, 0],
-        "spike": np.asarray(False),
-        "balance_loss": f32(), "grad_norm": f32(), "finite": np.asarray(finite), "skipped_in_row": np.int32(not finite),
-        "max_logits": f32(3), "clipped_heads": np.int32(1), "expert_load": f32(2, 4), "dropped": np.int32(0),
-        "rounds": np.int32(1 + step % 3), "imbalance": f32(),
-        "lr": np.float32(step), "update_rms_muon": f32(), "update_rms_adamw": f32(),
-        **{k: np.float32(10) for k in flops.COUNTS},
+        **{f"loss_{name}": Mean(nll[i], weight[i]) for i, name in enumerate(MODALITIES)},
+        "loss": Mean(nll.sum(), weight.sum()),
+        "spike": np.asarray(False), "finite": np.asarray(finite), "skipped_in_row": np.int32(not finite),
+        "balance_loss": Mean(f32(), np.float32(1)), "grad_norm": Mean(f32(), np.float32(1)),
+        "max_logit": Max(f32(3)), "clipped_heads": Sum(np.int32(1)), "expert_load": Sum(f32(2, 4)),
+        "dropped": Sum(np.int32(0)), "rounds": Max(np.int32(1 + step % 3)), "imbalance": Max(f32()),
+        "lr": Last(np.float32(step)), "update_rms_muon": Last(f32()), "update_rms_adamw": Last(f32()),
+        **{k: Sum(np.float32(10)) for k in flops.COUNTS},
     }  # fmt: skip
 
 
@@ -40,15 +43,15 @@ def test_row_is_the_mean_over_its_interval():
     first, second = rows_of(Meter(MODEL, 4, 7), range(1, 8))
     assert (first["step"], second["step"]) == (4, 7)  # a row at the end whatever the interval
     metrics = [step_metrics(step) for step in range(1, 5)]
-    nll, weight = (sum(m[k].astype(np.float64) for m in metrics) for k in ("nll_sum", "weight_sum"))
-    np.testing.assert_allclose(first["loss"], nll.sum() / weight.sum(), rtol=1e-12)
-    np.testing.assert_allclose(first["loss_text"], nll[0] / weight[0], rtol=1e-12)
+    for name in ("loss", "loss_text"):
+        nll, weight = (sum(float(m[name][i]) for m in metrics) for i in (0, 1))
+        np.testing.assert_allclose(first[name], nll / weight, rtol=1e-12)
     assert first["loss_video"] is None  # no target of that kind
     assert first["lr"] == 4 and first["tokens"] == 40 and second["tokens"] == 30 and second["tokens_seen"] == 70
     assert first["clipped_heads"] == 4 and first["beside"] == 4
-    np.testing.assert_allclose(first["max_logit"], np.max([m["max_logits"] for m in metrics], axis=0), rtol=1e-7)
-    assert first["rounds"] == 3 and first["imbalance"] == pytest.approx(max(m["imbalance"] for m in metrics))
-    load = sum(m["expert_load"].astype(np.float64) for m in metrics)
+    np.testing.assert_allclose(first["max_logit"], np.max([m["max_logit"].value for m in metrics], axis=0), rtol=1e-7)
+    assert first["rounds"] == 3 and first["imbalance"] == pytest.approx(max(m["imbalance"].value for m in metrics))
+    load = sum(m["expert_load"].value.astype(np.float64) for m in metrics)
     np.testing.assert_allclose(first["load_imbalance"], load.max(-1) / load.mean(-1), rtol=1e-7)
 
 
@@ -60,6 +63,21 @@ def test_rows_do_not_depend_on_where_a_run_was_cut(cut):
     state = json.loads(json.dumps(before.state()))  # as it comes back from a checkpoint
     rows += rows_of(Meter(MODEL, 4, 9, state), range(cut + 1, 10))
     assert untimed(rows) == untimed(whole)
+
+
+def test_meter_reduces_whatever_an_objective_measures_as_it_says():
+    """Names that nobody has heard of: each kind of reduction, and a mean without any weight."""
+
+    def measured(step):
+        kinds = {"mean": Mean(2.0 * step, 1.0 * step), "of_nothing": Mean(0.0, 0.0), "sum": Sum(0.5 * step)}
+        kinds |= {"largest": Max(5 - step), "latest": Last(step)}
+        return step_metrics(step) | {k: type(v)(*map(np.float32, v)) for k, v in kinds.items()}
+
+    meter = Meter(MODEL, 3, 3)
+    (row,) = [row for row in [*(meter.push(step, measured(step), {}) for step in (1, 2, 3)), meter.flush()] if row]
+    assert {k: row[k] for k in row if k not in ROW} == {
+        "mean": 2.0, "of_nothing": None, "sum": 3, "largest": 4, "latest": 3.0,
+    }  # fmt: skip
 
 
 def test_state_with_a_step_still_on_the_device_is_refused():
