@@ -14,11 +14,12 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 # with CI=true a missing Python is an error, elsewhere a reason to skip
 NO_PYTHON = if [ "$$CI" = true ]; then echo "FAILED: $@ needs Python $(1)" >&2; exit 1; else echo "SKIPPED: $@ needs Python $(1)"; fi
 
-.PHONY: help demo plan setup test lint quick test-slow test-long test-tfds test-lm-eval test-tpu test-py312 fuzz run-tfds run-lm-eval run-py312 clean
+.PHONY: help demo sft-demo plan setup test lint quick test-slow test-long test-tfds test-lm-eval test-tpu test-py312 fuzz run-tfds run-lm-eval run-py312 clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo          train the whole model on text, images and video, evaluate it, write $(WORKDIR)/report.html"
+	@echo "make sft-demo      fine-tune the demo on conversations; held-out image questions before and after"
 	@echo "make plan          what Kimi K2.5 needs of three TPU pods: memory, predicted time and traffic (no TPU needed)"
 	@echo "make test          style, types and the quick tests (some ten minutes on 2 cores)"
 	@echo "make test-slow     long proofs, TFDS and seqio sources, lm-eval, transformers, the TPU compiler, Python 3.12"
@@ -50,6 +51,12 @@ demo: setup
 	@$(VENV)/bin/python -m kimi_jax.data tokenizer --config=$(CONFIG)
 	@$(VENV)/bin/python -m kimi_jax.train --config=$(CONFIG)
 	@$(VENV)/bin/python -m kimi_jax.report --workdir=$(WORKDIR)
+
+# the demo model before and after SFT on conversations; `make demo` comes first, where it has not been run
+sft-demo: setup
+	@test -d $(WORKDIR)/checkpoints || $(MAKE) --no-print-directory demo
+	@$(VENV)/bin/python -m kimi_jax.train --config=configs/sft/demo.py --config.init_from.path=$(WORKDIR)
+	@$(VENV)/bin/python -m kimi_jax.eval.conversations --before=$(WORKDIR) --after=runs/sft_demo
 
 # -------------------------------------------------------------------------------------------------------------- plan
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from kimi_jax import ranges
+from kimi_jax.config_sources import ChatConfig as ChatConfig
+from kimi_jax.config_sources import SourceConfig as SourceConfig
 from kimi_jax.config_start import InitFromConfig as InitFromConfig
 from kimi_jax.config_tree import ConfigError as ConfigError
 from kimi_jax.config_tree import diff as diff
@@ -154,19 +156,6 @@ class ModelConfig:
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
-
-
-@dataclass(frozen=True)
-class SourceConfig:
-    """One source of examples. `kind` names a reader of `kimi_jax.data.sources`; `path` is what that reader opens."""
-
-    kind: str = "demo"
-    path: str = ""
-    split: str = "train"
-    weight: NonNegative = 1.0  # share of the drawn examples within its modality (text-only or with media)
-    weight_schedule: tuple[tuple[Share, NonNegative], ...] = ()  # (from this share of training, weight instead)
-    min_per_group: Natural = 0  # every group holds so many of its examples or more, as far as they fit
-    vision: bool = False  # True: its examples carry images or video
 
 
 @dataclass(frozen=True)

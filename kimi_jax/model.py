@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from kimi_jax import sharding
 from kimi_jax.config import ConfigError, MeshConfig, ModelConfig
-from kimi_jax.data.chat import Message
+from kimi_jax.data.conversation import Message
 from kimi_jax.data.patches import Grid, item_layout, num_features
 from kimi_jax.data.reply import Reply
 from kimi_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -115,7 +115,7 @@ class Model:
     ) -> Reply:  # fmt: skip
         """The answer to a conversation, taken apart (`.content`, `.reasoning`, `.tool_calls`, `.message()`).
 
-        messages: as in `data.chat`; pictures and videos stand in their parts (`data.processor.prepare`). temperature 0
+        messages: as in `data.conversation`, with pictures and videos in their parts (`data.media_part`). temperature 0
         is greedy; the defaults are the release's for thinking (0.6 without). seed: the same one gives the same answer.
         stop: strings that end the answer and are not part of it. open_address: opens addresses that are not data URIs.
         Raises ValueError, BadRecord for what cannot be answered, FileNotFoundError without a tokenizer.

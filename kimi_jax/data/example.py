@@ -10,15 +10,16 @@ P   patches a bin holds;  v  bins of that size in a group
 Media stand in the text as released:
   image        <|media_begin|>image<|media_content|><|media_pad|>...<|media_end|>
   video chunk  HH:MM:SS.mmm<|media_begin|>video<|media_content|><|media_pad|>...<|media_end|>
-All of it has loss weight 0: it is given, never learned. A document ends with [EOS], whose weight is that of the last
-text span. Nothing stands at the beginning of a document.
+All of it has loss weight 0: it is given, never learned. A plain document ends with [EOS], whose weight is that of the
+last text span; a conversation ends as its last turn does, with <|im_end|>. Nothing stands at the beginning of either.
+Text never becomes a special token, whatever it spells: a special token is a `Text` of its own, marked as `special`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
@@ -28,25 +29,48 @@ from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.data.video import Video, chunk_patches, chunks, fit_frame, timestamp, video_size
 
 __all__ = [
-    "BadRecord", "DataError", "Encoded", "Example", "Image", "Limits", "MediaItem", "Source", "Text", "Video",
-    "encode", "place_items", "split",
+    "BadRecord", "DataError", "Encoded", "Example", "Image", "Limits", "MediaItem", "Source", "Span", "Text", "Turns",
+    "Video", "encode", "fill_pads", "place_items", "split", "text_of", "token_spans",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Text:
-    """A span of text. `loss_weight` is the weight of predicting each of its tokens (0: given, not learned)."""
+    """A span of text. `loss_weight` is the weight of predicting each of its tokens (0: given, not learned).
+
+    special: the text is the name of one special token ("<|im_end|>"). Only code that writes the structure of a
+             conversation or of media sets it (`conversation.encode`), never a reader of files.
+    """
 
     text: str
     loss_weight: float | int = 1.0
+    special: bool = False
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Where a conversation may be shortened when it is longer than a row.
+
+    ends: the number of parts up to the first turn (system messages and tools), then up to the end of each turn.
+    keep: "first" leaves out the last turns, "last" the first ones (system messages and tools stay); "all": it is
+          refused (BadRecord too_long).
+    """
+
+    ends: tuple[int, ...]
+    keep: Literal["first", "last", "all"] = "all"
 
 
 @dataclass(frozen=True)
 class Example:
-    """One document: text, images and videos in reading order. `key` names it in error messages and reports."""
+    """One document: text, images and videos in reading order. `key` names it in error messages and reports.
 
-    parts: tuple[Text | Image | Video, ...]
+    parts: `Text`, `Image`, `Video`; before media are opened, whatever stands for one (`conversation.encode`).
+    turns: of a conversation. None: a plain document, which ends with [EOS] and may be split anywhere.
+    """
+
+    parts: tuple[Any, ...]
     key: str = ""
+    turns: Turns | None = None
 
 
 @runtime_checkable
@@ -82,6 +106,7 @@ class Encoded:
     media:        items in reading order.
     modality:     0 text only, 1 with image(s), 2 with video.
     key:          the example's.
+    shortened:    turns of a conversation were left out.
     """
 
     tokens: np.ndarray
@@ -89,6 +114,7 @@ class Encoded:
     media: tuple[MediaItem, ...]
     modality: int
     key: str
+    shortened: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,35 +180,132 @@ class _Picture:
         return [MediaItem(*chunk_patches(self.part, chunk, plan, patch_size)) for chunk in chunks(self.part)]
 
 
+# ---------------------------------------------------------------------------------------------------- parts to tokens
+
+
+class Span(NamedTuple):
+    """Tokens that have one loss weight. part: which part of the example they come from.
+
+    is_pads: the span is the place of the next media item: one pad in `ids`, which `fill_pads` repeats.
+    """
+
+    ids: list[int]
+    loss_weight: float | int
+    part: int
+    is_pads: bool = False
+
+
+Stamps: TypeAlias = Sequence[Sequence[str] | None]  # of each media part: None for an image, of a video its chunks'
+PAD = "<|media_pad|>"
+
+
+def _with_media(parts: Sequence[Any], stamps: Stamps) -> Iterator[tuple[Text, int]]:
+    """The parts with the released text around each media item in place of the media, and the number of the part."""
+    each = iter(stamps)
+    for number, part in enumerate(parts):
+        if isinstance(part, Text):
+            yield part, number
+            continue
+        chunk_stamps = next(each)
+        kind = "image" if chunk_stamps is None else "video"
+        for stamp in [""] if chunk_stamps is None else chunk_stamps:
+            yield Text(stamp, 0.0), number
+            for text, special in (
+                ("<|media_begin|>", True), (kind, False), ("<|media_content|>", True), (PAD, True),
+                ("<|media_end|>", True),
+            ):  # fmt: skip
+                yield Text(text, 0.0, special), number
+
+
+def token_spans(parts: Sequence[Any], stamps: Stamps, tokenizer: Tokenizer) -> Iterator[Span]:
+    """The tokens of parts in reading order. Whatever is no `Text` is a media part, with its `stamps`.
+
+    A time stamp is one text with the text before it, unless that is learned. Raises ValueError for a special token that
+    the tokenizer lacks: spelled in ordinary tokens, anybody could forge it.
+    """
+    waiting = Text("", 0.0)  # a text that is not learned, to which a stamp may belong
+    of_part = 0
+    for text, number in _with_media(parts, stamps):
+        is_stamp = not isinstance(parts[number], Text) and not text.special
+        if is_stamp and waiting.text:
+            waiting = replace(waiting, text=waiting.text + text.text)
+            continue
+        if waiting.text:
+            yield Span(tokenizer.encode(waiting.text), 0.0, of_part)
+        waiting = Text("", 0.0)
+        if text.special:
+            yield Span([_special_id(tokenizer, text.text)], text.loss_weight, number, text.text == PAD)
+        elif text.loss_weight == 0 and text.text:
+            waiting, of_part = text, number
+        elif text.text:
+            yield Span(tokenizer.encode(text.text), text.loss_weight, number)
+    if waiting.text:
+        yield Span(tokenizer.encode(waiting.text), 0.0, of_part)
+
+
+def fill_pads(
+    spans: Sequence[Span], grids: Sequence[tuple[int, int, int]], media_pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(int32 [n] tokens, float32 [n] loss weights): each pad repeated for the features of its item, (h/2)(w/2),
+    whatever t. grids: (t, h, w) of the items, in order."""
+    each = iter(grids)
+    tokens: list[int] = []
+    weights: list[float] = []
+    for span in spans:
+        ids = span.ids
+        if span.is_pads:
+            _, h, w = next(each)
+            ids = [media_pad_id] * (h * w // 4)
+        tokens += ids
+        weights += [span.loss_weight] * len(ids)
+    return np.array(tokens, np.int32), np.array(weights, np.float32)
+
+
+def text_of(parts: Sequence[Any], stamps: Stamps) -> str:
+    """The text of parts, special tokens by name and one pad an item: for people."""
+    return "".join(text.text for text, _ in _with_media(parts, stamps))
+
+
+def _special_id(tokenizer: Tokenizer, name: str) -> int:
+    media = {  # by place, not by name: Kimi-VL calls <|media_begin|> otherwise
+        "<|media_begin|>": tokenizer.media_begin_id, "<|media_content|>": tokenizer.media_content_id,
+        PAD: tokenizer.media_pad_id, "<|media_end|>": tokenizer.media_end_id,
+    }  # fmt: skip
+    return media[name] if name in media else tokenizer.special_id(name)
+
+
+# ------------------------------------------------------------------------------------------------------------ encoding
+
+
 def encode(example: Example, tokenizer: Tokenizer, limits: Limits | None = None, patch_size: int = 14) -> Encoded:
     """Tokens, loss weights and patches of an example.
 
-    Pictures that do not fit the limits are planned smaller, all of the example alike, never cut off. A text-only
-    example may be longer than `limits.sequence_length` (see `split`).
-    Raises BadRecord: empty; too_long (the text leaves no room even for the smallest pictures); those of decoding.
+    Pictures that do not fit the limits are planned smaller, all of the example alike, never cut off. A plain text-only
+    document may be longer than `limits.sequence_length` (see `split`). A conversation that does not fit loses turns, as
+    few as possible, where its `turns` allow it.
+    Raises BadRecord: empty; too_long (the text leaves no room even for the smallest pictures, or a conversation has no
+    shorter form); those of decoding. Raises ValueError if the tokenizer lacks a special token of the example.
     """
     limits = limits or Limits()
     pictures = [_picture(part, example.key) for part in example.parts if not isinstance(part, Text)]
-    spans = _spans(example, tokenizer, pictures)
-    fixed = sum(len(ids) for ids, _ in spans if isinstance(ids, list))
-    if fixed == 1 and not pictures:
+    stamps = [_stamps(picture.part) for picture in pictures]
+    for part in example.parts:
+        if isinstance(part, Text) and not 0 <= part.loss_weight < float("inf"):
+            raise BadRecord("bad_json", example.key, f"a loss weight is {part.loss_weight}")
+    spans = list(token_spans(example.parts, stamps, tokenizer))
+    if example.turns is None:
+        spans.append(Span([tokenizer.eos_id], _last_weight(example.parts), len(example.parts)))
+    if sum(len(span.ids) for span in spans) <= (example.turns is None) and not pictures:
         raise BadRecord("empty", example.key, "neither text nor media")
-    plans = _plan_together(pictures, fixed, limits, patch_size, example.key)
+    choice = _longest_that_fits(example, spans, pictures, limits, patch_size)
     media = tuple(
         item
-        for picture, plan in zip(pictures, plans, strict=True)
+        for picture, plan in zip(choice.pictures, choice.plans, strict=True)
         for item in picture.items(plan, patch_size, example.key)
     )
-    tokens: list[int] = []
-    weights: list[float] = []
-    for ids, weight in spans:
-        if isinstance(ids, int):  # the pads of media item number `ids`
-            _, h, w = media[ids].grid
-            ids = [tokenizer.media_pad_id] * (h * w // 4)
-        tokens += ids
-        weights += [weight] * len(ids)
-    modality = 2 if any(isinstance(p.part, Video) for p in pictures) else int(bool(pictures))
-    encoded = Encoded(np.array(tokens, np.int32), np.array(weights, np.float32), media, modality, example.key)
+    tokens, weights = fill_pads(choice.spans, [item.grid for item in media], tokenizer.media_pad_id)
+    modality = 2 if any(isinstance(p.part, Video) for p in choice.pictures) else int(bool(choice.pictures))
+    encoded = Encoded(tokens, weights, media, modality, example.key, choice.dropped > 0)
     _check_pads(encoded, tokenizer.media_pad_id)
     return encoded
 
@@ -213,34 +336,74 @@ def _picture(part: Image | Video, key: str) -> _Picture:
     raise TypeError(f"example {key}: a part is {type(part).__name__}; parts are Text, Image or Video")
 
 
-def _spans(
-    example: Example, tokenizer: Tokenizer, pictures: list[_Picture]
-) -> list[tuple[list[int] | int, float | int]]:
-    """(ids, weight) in reading order; instead of ids, the number of the media item whose pads go there."""
-    spans: list[tuple[list[int] | int, float | int]] = []
-    item = 0
-    weight: float | int = 1.0
-    for part in example.parts:
-        if isinstance(part, Text):
-            weight = part.loss_weight
-            if not 0 <= weight < float("inf"):
-                raise BadRecord("bad_json", example.key, f"a loss weight is {weight}")
-            spans.append((tokenizer.encode(part.text, allow_special_tokens=False), weight))
-            continue
-        if isinstance(part, Image):
-            stamps, kind = [""], "image"
-        else:
-            stamps, kind = [timestamp(float(part.timestamps[start])) for start, _ in chunks(part)], "video"
-        for stamp in stamps:
-            head = [tokenizer.media_begin_id, *tokenizer.encode(kind), tokenizer.media_content_id]
-            spans += [(tokenizer.encode(stamp) + head, 0.0), (item, 0.0), ([tokenizer.media_end_id], 0.0)]
-            item += 1
-    spans.append(([tokenizer.eos_id], weight))
-    return spans
+def _stamps(part: Image | Video) -> list[str] | None:
+    """The time stamps of a video's chunks; None for an image."""
+    return None if isinstance(part, Image) else [timestamp(float(part.timestamps[start])) for start, _ in chunks(part)]
 
 
-def _plan_together(pictures: list[_Picture], fixed: int, limits: Limits, patch_size: int, key: str) -> list[Plan]:
-    """Plans of all pictures of an example, shrunk by one common factor of area if they do not fit together."""
+def _last_weight(parts: Sequence[Any]) -> float | int:
+    """The loss weight of the last text, 1 without any: that of the end of the document."""
+    return next((part.loss_weight for part in reversed(parts) if isinstance(part, Text)), 1.0)
+
+
+class _Choice(NamedTuple):
+    """What of a conversation is kept: all of it, or all but `dropped` turns."""
+
+    dropped: int
+    spans: Sequence[Span]
+    pictures: Sequence[_Picture]
+    plans: Sequence[Plan]
+
+
+def _longest_that_fits(
+    example: Example, spans: Sequence[Span], pictures: Sequence[_Picture], limits: Limits, patch_size: int
+) -> _Choice:
+    """As many turns as fit, found by bisection: what is left of a conversation only gets smaller. Raises BadRecord."""
+    places = [i for i, part in enumerate(example.parts) if not isinstance(part, Text)]
+
+    def without(dropped: int) -> _Choice:
+        kept = _kept_parts(example, dropped)
+        some = [span for span in spans if span.part in kept] if dropped else spans
+        shown = [picture for i, picture in zip(places, pictures, strict=True) if i in kept] if dropped else pictures
+        return _Choice(dropped, some, shown, _plan_together(shown, some, limits, patch_size, example))
+
+    most = len(example.turns.ends) - 2 if example.turns and example.turns.keep != "all" else 0
+    try:
+        return without(0)
+    except BadRecord as bad:
+        if bad.reason != "too_long" or most < 1:
+            raise
+    low, found = 0, without(most)
+    while found.dropped - low > 1:
+        middle = (low + found.dropped) // 2
+        try:
+            found = without(middle)
+        except BadRecord:
+            low = middle
+    return found
+
+
+def _kept_parts(example: Example, dropped: int) -> frozenset[int]:
+    """The parts that stay when some turns are left out: the last ones, or the first ones behind the system's."""
+    if example.turns is None or not dropped:
+        return frozenset(range(len(example.parts)))
+    ends = example.turns.ends
+    if example.turns.keep == "first":
+        return frozenset(range(ends[-1 - dropped]))
+    return frozenset((*range(ends[0]), *range(ends[dropped], ends[-1])))
+
+
+def _plan_together(
+    pictures: Sequence[_Picture], spans: Sequence[Span], limits: Limits, patch_size: int, example: Example
+) -> list[Plan]:
+    """Plans of all pictures of an example, shrunk by one common factor of area if they do not fit together.
+
+    Raises BadRecord(too_long).
+    """
+    fixed, key = sum(len(span.ids) for span in spans if not span.is_pads), example.key
+    longest = limits.sequence_length
+    if not pictures and example.turns and longest is not None and fixed > longest:
+        raise BadRecord("too_long", key, f"a conversation of {fixed} tokens; a row has {longest}")
 
     def fits(plans: list[Plan]) -> bool:
         sizes = [plan.patches * t for picture, plan in zip(pictures, plans, strict=True) for t in picture.frames]

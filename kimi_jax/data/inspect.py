@@ -3,7 +3,8 @@
 Runs the real data stream of the config (same seed, so the very batches of the run) and prints token and patch counts,
 fill rates, the vision share asked for and reached, distinct grids, how many steps an epoch of each source takes, and
 bad records by reason. With --out it also draws the first packs of the first batch: rows as bars of segments with their
-text, and the vision bins beside them with the pictures that lie in them.
+text, and the vision bins beside them with the pictures that lie in them. With --text_out it draws the text of the first
+documents with the loss mask over it.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from kimi_jax import cli
 from kimi_jax.config import ConfigError, TrainConfig
 from kimi_jax.data import DataError
 from kimi_jax.data.inspect_picture import draw, items_of
+from kimi_jax.data.inspect_text import draw_text
 from kimi_jax.data.mixture import ratio_at
 from kimi_jax.data.pipeline import BatchStream
 from kimi_jax.data.tokenizer import load_tokenizer
@@ -33,6 +35,8 @@ def define_flags() -> None:
     """The command's flags beside --config."""
     flags.DEFINE_integer("batches", 8, "Batches to look at.", lower_bound=1)
     flags.DEFINE_string("out", "", "Draws sample packs into this file (.png, .pdf, .svg).")
+    flags.DEFINE_string("text_out", "", "Draws the loss mask over the text of documents into this file.")
+    flags.DEFINE_integer("documents", 8, "Documents of the first batch that --text_out draws.", lower_bound=1)
     flags.DEFINE_integer("groups", 4, "Groups of the first batch that are drawn.", lower_bound=1)
 
 
@@ -48,6 +52,9 @@ def main(argv: list[str]) -> None:
         if f.out:
             draw(config, first, tokenizer, f.groups, f.out)
             print(f"{f.out}: the first {min(f.groups, config.data.num_groups)} groups of the first batch")
+        if f.text_out:
+            count = draw_text(config, first, tokenizer, f.documents, f.text_out)
+            print(f"{f.text_out}: the loss mask of the first {count} documents of the first batch")
     except (ConfigError, DataError, ValueError, OSError) as e:
         raise SystemExit(f"error: {e}") from e
 
@@ -124,6 +131,8 @@ def show(config: TrainConfig, found: Findings, console: Console) -> None:
     console.print(_source_table(config, found))
     for name in found.report["masked"]:
         console.print(f"warning: source {name!r} has no loss in any example: nothing is learned from it", markup=False)
+    for name, count in found.report["shortened"].items():
+        console.print(f"source {name!r}: {count} conversations were longer than a row and lost turns", markup=False)
     bad = found.report["bad"]
     console.print("bad records: " + ("see below" if bad else "none"), highlight=False)
     for name, reasons in bad.items():

@@ -338,7 +338,8 @@ class BatchStream:
 
         {"batches", "tokens", "vision_tokens", "documents": int, "ratio", "token_fill": float, "patch_fill": [K] floats,
          "bad": {source: {reason: count}}, "bad_examples": {source: [text]}, "epochs": {source: float},
-         "quarantined": {source: {index: [reason, key, detail]}}, "masked": [sources without any loss]}
+         "quarantined": {source: {index: [reason, key, detail]}}, "masked": [sources without any loss],
+         "shortened": {source: conversations that lost turns}}
         """
         states = list(self.state()["shards"].values())
         used = [state["used"] for state in states]
@@ -360,6 +361,7 @@ class BatchStream:
             "bad_examples": {name: named for name, (_, _, _, named) in sources.items() if named},
             "quarantined": {name: met for name in self._data.sources if (met := _quarantined(name, states))},
             "masked": self._masked(states),
+            "shortened": {name: n for name in self._data.sources if (n := _shortened(name, states))},
             "epochs": {name: draws / max(1, size) / share for name, (draws, size, _, _) in sources.items()},
         }
 
@@ -409,6 +411,10 @@ def _quarantined(name: str, states: Sequence[dict]) -> dict[str, list[str]]:
     for state in states:
         met |= state["sources"][name]["quarantined"]
     return dict(sorted(met.items(), key=lambda item: int(item[0])))
+
+
+def _shortened(name: str, states: Sequence[dict]) -> int:
+    return sum(state["sources"][name].get("shortened", 0) for state in states)
 
 
 def _close_all(iterators: list) -> None:

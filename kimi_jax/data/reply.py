@@ -7,7 +7,7 @@ Source: docs/released_model.md sections 6 and 8, items 5 and 6.
   a call     <|tool_call_begin|> functions.NAME:IDX <|tool_call_argument_begin|> JSON <|tool_call_end|>
 
 What is a marker is decided by the token's id, never by its spelling: the parser takes pieces, and only a piece that is
-a `chat.Mark` is a special token. Text that spells `<|im_end|>` or a whole tool call with ordinary tokens is text.
+a `conversation.Mark` is a special token. Text that spells `<|im_end|>` or a whole tool call in ordinary tokens is text.
 
 Nothing the model can write raises. A tool call that begins before `</think>` ends the reasoning: it is a call, not
 something the model thought of. What is wrong with a call stands in its `error`, other oddities in `problems`.
@@ -23,7 +23,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from kimi_jax.data.chat import ARGUMENTS, CALL, CALL_END, CALLS, CALLS_END, END, THINK, THINK_END, Mark
+from kimi_jax.data.conversation import ARGUMENTS, CALL, CALL_END, CALLS, CALLS_END, END, THINK, THINK_END, Mark
 from kimi_jax.data.tokenizer import Tokenizer
 
 _ID = re.compile(r"functions\.(?P<name>.+):(?P<index>\d+)", re.DOTALL)

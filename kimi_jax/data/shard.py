@@ -95,6 +95,7 @@ class _Reader:
             raise DataError(f"source {name!r} has no records")
         self.drawn = 0  # reads so far, bad ones included
         self.learned = 0  # examples with a loss anywhere
+        self.shortened = 0  # conversations that lost turns
         self.bad: dict[str, int] = {}
         self.named: list[str] = []
         self.met: dict[str, list[str]] = {}  # index -> reason, key, detail of the bad records it met
@@ -146,6 +147,7 @@ class _Reader:
         counts = {
             "drawn": self.drawn,
             "learned": self.learned,
+            "shortened": self.shortened,
             "size": self.size,
             "bad": dict(self.bad),
             "named": list(self.named),
@@ -160,6 +162,7 @@ class _Reader:
             )
         self.drawn, self.bad, self.named = state["drawn"], dict(state["bad"]), list(state["named"])
         self.learned = state.get("learned", 1)  # states of before it was counted say nothing
+        self.shortened = state.get("shortened", 0)
         self.met = dict(state["quarantined"])
 
 
@@ -245,6 +248,7 @@ class Shard:
             reader.count_bad(bad, self._data.max_bad_fraction)
             return []
         reader.learned += any(piece.loss_weights.any() for piece in pieces)
+        reader.shortened += any(piece.shortened for piece in pieces)
         tokens = sum(len(piece.tokens) for piece in pieces)
         media = sum(item.grid[1] * item.grid[2] // 4 for piece in pieces for item in piece.media)
         self._mixture.drew(name, tokens, media, ratio, fraction)

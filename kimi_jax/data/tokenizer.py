@@ -23,7 +23,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from kimi_jax.untrusted import read_bytes
 
 if TYPE_CHECKING:
-    from kimi_jax.data.chat import Message
+    from kimi_jax.data.conversation import Message
 
 MAX_TOKENIZER = 1 << 27  # bytes of a tokenizer file; the released one has 2.8 MB
 # Ids 0, 1, ... of a tokenizer trained here, in this order: every named special token of the release.
@@ -109,15 +109,13 @@ class Tokenizer:
         preserve_thinking: bool = False,
         add_generation_prompt: bool | None = None,
         tokenize: bool = False,
-        allow_special_tokens: bool = False,
     ) -> str | list[int]:
-        """The prompt of a conversation, as text or (tokenize) as ids: see `chat.apply_chat_template`."""
-        from kimi_jax.data import chat  # it imports this module
+        """The prompt of a conversation, as text or (tokenize) as ids: see `conversation.apply_chat_template`."""
+        from kimi_jax.data import conversation  # it imports this module
 
-        return chat.apply_chat_template(
-            messages, tools, thinking, preserve_thinking, add_generation_prompt, self if tokenize else None,
-            allow_special_tokens,
-        )  # fmt: skip
+        return conversation.apply_chat_template(
+            messages, tools, thinking, preserve_thinking, add_generation_prompt, self if tokenize else None
+        )
 
 
 class JsonTokenizer(Tokenizer):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kimi_jax.config import ModelConfig
-from kimi_jax.data.chat import END, Message, opens_reasoning, with_released_ids
+from kimi_jax.data.conversation import END, Message, opens_reasoning, with_released_ids
 from kimi_jax.data.processor import Limits, prepare
 from kimi_jax.data.reply import Delta, Pieces, Reply, ReplyParser
 from kimi_jax.data.tokenizer import Tokenizer
@@ -32,7 +32,7 @@ STOP_TOKENS = ("[EOS]", "<|im_end|>", "[EOT]")  # the model ends its text with a
 class Chat:
     """A conversation that waits for an answer.
 
-    messages, tools: see `data.chat`; tool calls may carry ids of any program, the model sees the released ones.
+    messages, tools: see `data.conversation`; tool calls may carry ids of any program, the model sees the released ones.
     thinking: whether the model reasons first. preserve_thinking: keeps the reasoning of earlier answers.
     open_address: opens addresses of pictures that are not data URIs; without it those are refused.
     limits: of the prompt, checked before media are decoded; None for no limits.

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kimi_jax.data.chat import call_id, opens_reasoning
+from kimi_jax.data.conversation import call_id, opens_reasoning
 from kimi_jax.data.reply import Delta, ReplyParser
 from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.infer.generate import ReplyStream

@@ -31,7 +31,8 @@ from starlette.types import Receive, Scope, Send
 
 from kimi_jax.config import ModelConfig
 from kimi_jax.data import BadRecord
-from kimi_jax.data.processor import Limits, media_addresses
+from kimi_jax.data.media_part import media_addresses
+from kimi_jax.data.processor import Limits
 from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.infer.generate import Chat, chat_request, with_stop_tokens
 from kimi_jax.infer.request import Request, Sampling

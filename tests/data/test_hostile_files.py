@@ -23,7 +23,7 @@ from kimi_jax.data.build import build, summary
 from kimi_jax.data.example import Image, Text
 from kimi_jax.data.files import MAX_MEDIA_BYTES
 from kimi_jax.data.pipeline import BatchStream
-from kimi_jax.data.sources import jsonl, open_source, parquet
+from kimi_jax.data.sources import jsonl, open_source, parquet_rows
 from kimi_jax.data.video import read_video, sample_indices
 from tests.data.sources.media import png, write_jsonl
 from tests.data.synthetic import SOURCES, tokenizer
@@ -183,7 +183,7 @@ def test_parquet_row_group_too_large_for_memory_is_refused_with_advice(tmp_path)
     )
     pq.write_table(pa.table({"t": column}), tmp_path / "d.parquet", row_group_size=10_000_000)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parquet, "MAX_GROUP_BYTES", 100_000_000)
+        patch.setattr(parquet_rows, "MAX_GROUP_BYTES", 100_000_000)
         with pytest.raises(ConfigError, match="row_group_size=1000"):
             opened("parquet", f"{tmp_path}/d.parquet?template={{t}}")
 

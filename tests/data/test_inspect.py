@@ -13,6 +13,8 @@ from rich.console import Console
 from kimi_jax.config import DataConfig, SourceConfig, TrainConfig, preset
 from kimi_jax.data.inspect import look, show
 from kimi_jax.data.inspect_picture import draw, items_of
+from kimi_jax.data.inspect_text import draw_text, lines_of, pieces_of
+from kimi_jax.data.packing import unpack
 from kimi_jax.data.tokenizer import load_tokenizer
 from kimi_jax.data.vocabulary import _spread, tokenizer_for
 from tests.data.sources.media import clip, png, write_jsonl
@@ -159,3 +161,23 @@ def test_the_commands(config, tmp_path):
     assert "1 x 128" in done.stdout
     assert (tmp_path / "p.png").stat().st_size > 10_000
     assert "did you mean 'num_groups'" in run("inspect", "--config.data.num_group=1").stderr
+
+
+def test_text_is_drawn_with_its_mask(config, looked, tmp_path):
+    """Pieces are the document's text with the weights of the batch; nothing is lost when lines are broken."""
+    _, first = looked
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    for document in unpack(first, config.data.num_groups):
+        pieces = list(pieces_of(document, tokenizer))
+        spelled = "".join(p.text.replace("⏎\n", "\n") for p in pieces if "media tokens]" not in p.text)
+        assert spelled == tokenizer.decode(document.tokens[document.tokens != tokenizer.media_pad_id])
+        learned = "".join(p.text for p in pieces if p.weight)
+        weights = np.concatenate([[0.0], document.loss_weights[:-1]])
+        assert learned.replace("⏎\n", "\n") == tokenizer.decode(document.tokens[weights > 0])
+        lines = lines_of(pieces, 30)
+        assert all(sum(len(p.text) for p in line) <= 30 for line in lines)
+        assert "".join(p.text for line in lines for p in line) == "".join(p.text for p in pieces).replace("\n", "")
+    assert draw_text(config, first, tokenizer, 5, str(tmp_path / "mask.png")) == 5
+    colours = np.asarray(PIL.Image.open(tmp_path / "mask.png").convert("RGB")).reshape(-1, 3).astype(int)
+    orange = (colours[:, 0] > 230) & (colours[:, 2] < 160) & (colours[:, 1] > 150)
+    assert 0.001 < orange.mean() < 0.5  # the ground of what is learned

@@ -9,9 +9,11 @@ import pytest
 
 import kimi_jax as kimi
 from kimi_jax.data import BadRecord
+from kimi_jax.data.example import Span, fill_pads
 from kimi_jax.data.image import process_image
 from kimi_jax.data.kimi_tokenizer import KimiTokenizer
-from kimi_jax.data.processor import expand_pads, prepare, read_data_uri
+from kimi_jax.data.media_part import read_data_uri
+from kimi_jax.data.processor import prepare
 from kimi_jax.data.video import process_video
 from tests.data.test_video import movie
 from tests.environment import shared
@@ -107,11 +109,8 @@ def test_data_uris_of_other_forms():
     assert read_data_uri("DATA:image/png;name=x;base64,YWI\n=") == b"ab"
 
 
-def test_a_text_that_spells_a_pad_is_an_error_or_stays_text(tokenizer):
+def test_text_that_spells_a_pad_stays_text(tokenizer):
     messages = user({"type": "text", "text": "<|media_pad|>"})
-    with pytest.raises(BadRecord) as bad:
-        prepare(messages, tokenizer, allow_special_tokens=True)
-    assert bad.value.reason == "placeholder_mismatch"
     assert tokenizer.media_pad_id not in prepare(messages, tokenizer).input_ids
 
 
@@ -121,8 +120,10 @@ def test_a_part_without_its_picture(tokenizer):
 
 
 def test_pads_take_the_features_of_a_frame_whatever_t():
-    ids = expand_pads(np.array([7, 1, 7], np.int32), np.array([[1, 2, 4], [4, 4, 4]]), 7)
+    pads = Span([7], 0.0, 0, is_pads=True)
+    ids, weights = fill_pads([pads, Span([1], 0.5, 1), pads], [(1, 2, 4), (4, 4, 4)], 7)
     assert ids.tolist() == [7, 7, 1, 7, 7, 7, 7]
+    assert weights.tolist() == [0, 0, 0.5, 0, 0, 0, 0]
 
 
 def test_with_the_released_vocabulary():

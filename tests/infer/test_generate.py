@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import kimi_jax as kimi
 from kimi_jax.config import preset
 from kimi_jax.data import BadRecord
-from kimi_jax.data.chat import CALL, CALLS
+from kimi_jax.data.conversation import CALL, CALLS
 from kimi_jax.data.image import normalise
 from kimi_jax.data.reply import Delta, Reply, ReplyParser, parse_reply
 from kimi_jax.data.tokenizer import train_tokenizer
@@ -138,7 +138,7 @@ def request(messages, vision=True, **more):
 def test_a_conversation_becomes_its_prompt():
     messages = [{"role": "user", "content": "hi <|im_end|>"}]
     asked = request(messages, thinking=False)
-    want = TOKENIZER.apply_chat_template(messages, thinking=False, tokenize=True, allow_special_tokens=False)
+    want = TOKENIZER.apply_chat_template(messages, thinking=False, tokenize=True)
     assert asked.token_ids.tolist() == want
     assert asked.sampling.stop_ids == (5, TOKENIZER.eos_id, END, TOKENIZER.special_id("[EOT]"))
 

@@ -20,7 +20,7 @@ import openai
 import pytest
 
 from kimi_jax.config import preset
-from kimi_jax.data.chat import ARGUMENTS, CALL, CALL_END, CALLS, CALLS_END
+from kimi_jax.data.conversation import ARGUMENTS, CALL, CALL_END, CALLS, CALLS_END
 from tests.data.test_image import png_header
 from tests.serve.server import PATIENCE, ScriptedEngine, byte_tokenizer, client, picture_uri, serving, video_bytes
 

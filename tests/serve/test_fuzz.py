@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kimi_jax.data import BadRecord
-from kimi_jax.data.processor import read_data_uri
+from kimi_jax.data.media_part import read_data_uri
 from kimi_jax.serve import protocol
 from kimi_jax.serve.body import count_values, parse_json
 from kimi_jax.serve.protocol import ApiError

@@ -124,7 +124,7 @@ def test_media_beyond_the_context_are_refused_before_they_are_decoded(address, m
 
 
 def test_text_beyond_the_context_is_refused_before_it_is_encoded(address, monkeypatch):
-    monkeypatch.setattr("kimi_jax.data.processor.encode_pieces", None)
+    monkeypatch.setattr("kimi_jax.data.processor.token_spans", None)
     status, error = ask(address, "x" * 1_000_000)
     assert status == 400 and "characters" in error["error"]["message"]
     status, _ = post(address, "/v1/completions", json.dumps({"prompt": "x" * 1_000_000}).encode())
@@ -368,7 +368,7 @@ def test_usage_says_how_many_tokens_were_cached(address):
 
 
 def test_record_whose_data_uri_is_bad_names_no_content():
-    from kimi_jax.data.processor import read_data_uri
+    from kimi_jax.data.media_part import read_data_uri
 
     with pytest.raises(BadRecord) as error:
         read_data_uri("data:;base64," + "ü" * 1000, "key")

@@ -8,6 +8,7 @@ Workers get a pickled copy and read it from several threads.
 | array_record | the folder that `python -m kimi_jax.data build` wrote | |
 | parquet | `FILES.parquet?template=...` | [parquet] |
 | tfds | `NAME?template=...`, a dataset of TensorFlow Datasets in ArrayRecord format | [tfds] |
+| chat | `FILE.jsonl` or `FILES.parquet` of conversations; media as with those kinds | [parquet] for parquet |
 | seqio | `package.module:task` with an optional `?template=...` | [seqio] |
 
 A reader is imported on first use, so that nothing here costs a run that does not read it. `{split}` in the path of a
@@ -26,6 +27,7 @@ class _Kind(NamedTuple):
     function: str  # (path, split) -> Source
     extra: str  # of setup.py, "" when the core has all it takes
     has_splits: bool  # False: `split` only fills `{split}` of the path
+    takes_config: bool = False  # (path, SourceConfig) -> Source
 
 
 __all__ = ["KINDS", "Source", "check_kind", "open_source"]
@@ -35,6 +37,7 @@ KINDS = {
     "jsonl": _Kind("jsonl", "open_jsonl", "", False),
     "array_record": _Kind("array_record", "open_array_record", "", False),
     "parquet": _Kind("parquet", "open_parquet", "parquet", False),
+    "chat": _Kind("chat", "open_chat", "parquet", False, takes_config=True),
     "tfds": _Kind("tfds", "open_tfds", "tfds", True),
     "seqio": _Kind("seqio", "open_seqio", "seqio", True),
 }
@@ -53,7 +56,7 @@ def open_source(config: SourceConfig) -> Source:
         path = _fill_split(config)
     try:
         module = importlib.import_module(f"{__name__}.{kind.module}")
-        return getattr(module, kind.function)(path, config.split)
+        return getattr(module, kind.function)(path, config if kind.takes_config else config.split)
     except ModuleNotFoundError as e:
         if not kind.extra or (e.name or "").startswith("kimi_jax"):
             raise

@@ -8,6 +8,8 @@
 | arithmetic    | sums and differences up to 30                     | 20 % of the operand pairs  | generated           |
 | easyvqa       | easy-VQA's scenes at many sizes, 2 or 3 questions | its own test set           | MIT                 |
 | easyvqa_large | the same, drawn at the limit of 256 patches       | its own test set           | MIT                 |
+| chat_vqa      | easy-VQA's scenes with questions, as conversations | its own test set          | MIT                 |
+| chat_sums     | sums and differences up to 30, as conversations   | 20 % of the operand pairs  | generated           |
 | digits        | scanned digits: naming, strings, larger           | 20 % of the digits         | BSD (UCI, CC BY)    |
 | video         | a digit moving over four frames of real clips     | a clip; 20 % of the digits | BSD; CC BY          |
 | video_mixed   | three such clips of 1 to 7 frames, other shapes   | as video                   | BSD; CC BY          |
@@ -20,7 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kimi_jax.config import ConfigError
-from kimi_jax.data.sources import demo_image, demo_text, demo_video
+from kimi_jax.data.sources import demo_chat, demo_image, demo_text, demo_video
 from kimi_jax.data.sources.demo_base import check_split
 
 OPENERS: dict[str, Callable[[str], Any]] = {
@@ -31,6 +33,8 @@ OPENERS: dict[str, Callable[[str], Any]] = {
     "easyvqa": demo_image.EasyVQA,
     "easyvqa_large": functools.partial(demo_image.EasyVQA, large=True),
     "digits": demo_image.Digits,
+    "chat_vqa": demo_chat.VQAChat,
+    "chat_sums": demo_chat.SumsChat,
     "video": demo_video.MovingDigit,
     "video_mixed": functools.partial(demo_video.MovingDigit, mixed=True),
 }

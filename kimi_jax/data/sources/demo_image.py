@@ -122,7 +122,7 @@ def fill_largest(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return _pad(resize(pixels, side, side), _background(pixels), h, w, rng)
 
 
-def _choose_questions(record: VQARecord, rng: np.random.Generator) -> list[tuple[str, str]]:
+def choose_questions(record: VQARecord, rng: np.random.Generator) -> list[tuple[str, str]]:
     """Two or three questions whose earlier answers give away as little as possible of the later ones."""
     order = [record.questions[k] for k in rng.permutation(len(record.questions))]
     shapes = [q for q in order if q[1] in VQA_SHAPES]
@@ -147,7 +147,7 @@ class EasyVQA:
 
     def __getitem__(self, i: int) -> Example:
         record = self.record(i)
-        pixels = vqa_image(self.split, self._vqa(i).image)
+        pixels = vqa_image(self.split, self.vqa(i).image)
         if self.split == "train":
             draw = fill_largest if self.large else augment
             pixels = draw(pixels, generator("easyvqa/pixels", self.split, i))
@@ -155,12 +155,13 @@ class EasyVQA:
 
     def record(self, i: int) -> Example:
         """The text of item i."""
-        vqa = self._vqa(i)
-        asked = _choose_questions(vqa, generator("easyvqa", self.split, i))
+        vqa = self.vqa(i)
+        asked = choose_questions(vqa, generator("easyvqa", self.split, i))
         parts = [part for pair in asked for part in question_parts(*pair)]
         return Example((Text("\n", 0.0), *parts), f"easyvqa/{self.split}/{vqa.image}/{i}")
 
-    def _vqa(self, i: int) -> VQARecord:
+    def vqa(self, i: int) -> VQARecord:
+        """The image of item i, with all of its questions."""
         records = vqa_records(self.split)
         return records[i % len(records)]
 

@@ -41,11 +41,13 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _PLACEHOLDER = re.compile("<(image|video)>")
 
 
-class JsonlSource:
-    """A JSONL file as a source. `record(i)` gives the example with its media still encoded."""
+class JsonLines:
+    """Random access to the lines of a file that are not blank. Picklable.
+
+    Raises ConfigError without a file or a line.
+    """
 
     def __init__(self, path: str) -> None:
-        self.path = path
         self._file = epath.Path(path)
         # line numbers[i] (from 1) is starts[i] .. ends[i], without blank lines
         try:
@@ -59,12 +61,13 @@ class JsonlSource:
     def __len__(self) -> int:
         return len(self._starts)
 
-    def __getitem__(self, index: int) -> Example:
-        """Example `index`. Raises BadRecord for a line that is not one (reasons in the file's docstring)."""
-        return decode(self.record(index))
+    @property
+    def folder(self) -> Any:
+        """The folder of the file, in which its media are."""
+        return self._file.parent
 
-    def record(self, index: int) -> Record:
-        """Line `index` as a record; its media are not opened yet. Raises BadRecord."""
+    def line(self, index: int) -> tuple[bytes, str]:
+        """(line `index`, `file:number` to name it). Raises BadRecord absurd_size, missing_file."""
         start, end = int(self._starts[index]), int(self._ends[index])
         where = f"{self._file.name}:{self._numbers[index]}"
         if end - start > MAX_LINE:
@@ -76,7 +79,25 @@ class JsonlSource:
                 line = f.read(end - start)
         except OSError as e:
             raise BadRecord("missing_file", where, e.strerror or str(e)) from e
-        return parse_line(line, where, self._file.parent)
+        return line, where
+
+
+class JsonlSource:
+    """A JSONL file as a source. `record(i)` gives the example with its media still encoded."""
+
+    def __init__(self, path: str) -> None:
+        self._lines = JsonLines(path)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: int) -> Example:
+        """Example `index`. Raises BadRecord for a line that is not one (reasons in the file's docstring)."""
+        return decode(self.record(index))
+
+    def record(self, index: int) -> Record:
+        """Line `index` as a record; its media are not opened yet. Raises BadRecord."""
+        return parse_line(*self._lines.line(index), self._lines.folder)
 
 
 def open_jsonl(path: str, split: str) -> JsonlSource:
@@ -90,6 +111,15 @@ def parse_line(line: bytes, where: str, folder: Any) -> Record:
 
     Raises BadRecord.
     """
+    key, values = parse_object(line, where)
+    parts = _parts(values, key, folder) if "parts" in values else _compact(values, key, folder)
+    if not any(isinstance(p, Media) or p.text for p in parts):
+        raise BadRecord("empty", key, "the record has neither text nor media")
+    return Record(key, parts)
+
+
+def parse_object(line: bytes, where: str) -> tuple[str, dict[str, Any]]:
+    """(key, the other values) of the object of one line: its `id`, or else `where`. Raises BadRecord(bad_json)."""
     try:
         values = json.loads(line.decode())  # of bytes, json would guess UTF-16 and UTF-32 too
     except (ValueError, RecursionError) as e:  # not UTF-8, not JSON, a number of thousands of digits
@@ -97,11 +127,7 @@ def parse_line(line: bytes, where: str, folder: Any) -> Record:
     if not isinstance(values, dict):
         raise BadRecord("bad_json", where, f"a line holds one object {{...}}, not {type(values).__name__}")
     name = values.pop("id", None)
-    key = where if name is None else str(name)
-    parts = _parts(values, key, folder) if "parts" in values else _compact(values, key, folder)
-    if not any(isinstance(p, Media) or p.text for p in parts):
-        raise BadRecord("empty", key, "the record has neither text nor media")
-    return Record(key, parts)
+    return (where if name is None else str(name)), values
 
 
 def _parts(values: dict, key: str, folder: Any) -> tuple[Text | Media, ...]:
@@ -120,7 +146,7 @@ def _part(part: Any, where: str, key: str, folder: Any) -> Text | Media:
         if kind in part:
             name = part.pop(kind)
             _no_more(part, key, f"{where} ({kind})")
-            return _media(kind, name, key, folder)
+            return media_beside(kind, name, key, folder)
     text, loss = part.pop("text"), part.pop("loss", 1.0)
     _no_more(part, key, f"{where} (text)")
     if not isinstance(text, str):
@@ -147,13 +173,14 @@ def _compact(values: dict, key: str, folder: Any) -> tuple[Text | Media, ...]:
     parts: list[Text | Media] = []
     for i, piece in enumerate(pieces):
         if i % 2:
-            parts.append(_media(piece, next(queues[piece]), key, folder))
+            parts.append(media_beside(piece, next(queues[piece]), key, folder))
         elif piece:
             parts.append(Text(piece, 1.0))
     return tuple(parts)
 
 
-def _media(kind: str, name: Any, key: str, folder: Any) -> Media:
+def media_beside(kind: str, name: Any, key: str, folder: Any) -> Media:
+    """The image or video that a record names, in the folder of its file. Raises BadRecord bad_json, unsafe_path."""
     if not isinstance(name, str) or not name:
         raise BadRecord("bad_json", key, f"{kind} is the path of a file, not {_short(name)}")
     pure = PurePosixPath(name.replace("\\", "/"))

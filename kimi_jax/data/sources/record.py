@@ -23,7 +23,7 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from kimi_jax.data import BadRecord
-from kimi_jax.data.example import Example, Image, Text, Video
+from kimi_jax.data.example import Example, Image, Text, Turns, Video
 from kimi_jax.data.files import MAX_MEDIA_BYTES, bad_file_reason
 from kimi_jax.data.image import open_image
 from kimi_jax.data.video import read_video
@@ -58,6 +58,7 @@ class Record:
 
     key: str
     parts: tuple[Text | Media, ...]
+    turns: Turns | None = None  # of a conversation
 
 
 class Stored(NamedTuple):
@@ -75,7 +76,7 @@ def decode(record: Record) -> Example:
     """
     if not any(isinstance(p, Media) or p.text for p in record.parts):
         raise BadRecord("empty", record.key, "the record has neither text nor media")
-    return Example(tuple(_decode_part(p, record.key) for p in record.parts), record.key)
+    return Example(tuple(_decode_part(p, record.key) for p in record.parts), record.key, record.turns)
 
 
 def _decode_part(part: Text | Media, key: str) -> Text | Image | Video:

@@ -168,7 +168,7 @@ def test_cropping_and_padding_never_touch_the_shape():
 
 def test_no_open_question_gives_away_the_answer_of_a_later_one():
     for k, record in enumerate(demo_image.vqa_records("train")[::5]):
-        asked = demo_image._choose_questions(record, np.random.default_rng(k))
+        asked = demo_image.choose_questions(record, np.random.default_rng(k))
         opens = [(q, a) for q, a in asked if a in demo_image.VQA_ANSWERS]
         assert 2 <= len(asked) <= 3 or len(record.questions) < 3
         assert len(opens) < 2 or opens[1][1] not in opens[0][0]

@@ -11,7 +11,7 @@ from kimi_jax.config import ConfigError, SourceConfig  # noqa: E402
 from kimi_jax.data import BadRecord  # noqa: E402
 from kimi_jax.data.example import Text, Video  # noqa: E402
 from kimi_jax.data.image import decode  # noqa: E402
-from kimi_jax.data.sources import open_source, parquet  # noqa: E402
+from kimi_jax.data.sources import open_source, parquet_rows  # noqa: E402
 from tests.data.sources.media import clip, png  # noqa: E402
 from tests.environment import shared  # noqa: E402
 
@@ -55,12 +55,12 @@ def test_every_column_type(folder):
 
 def test_copies_and_a_small_cache(folder, monkeypatch):
     """A pickled copy reads the same, and a cache too small for two row groups changes nothing but speed."""
-    monkeypatch.setattr(parquet, "CACHE_BYTES", 1)
+    monkeypatch.setattr(parquet_rows, "CACHE_BYTES", 1)
     source = _open(f"{folder}/train-*.parquet?template={{answer}}")
     copy = pickle.loads(pickle.dumps(source))
     for i in (5, 0, 3, 1, 4, 2):
         assert copy[i] == source[i]
-    assert len(copy._cache) == 1
+    assert len(copy.rows._cache) == 1
 
 
 def test_bad_rows(tmp_path):

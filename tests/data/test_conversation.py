@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from openai.types.chat import ChatCompletionMessage
 
 import kimi_jax as kimi
-from kimi_jax.data.chat import Mark, apply_chat_template, encode_pieces, opens_reasoning, render, with_released_ids
+from kimi_jax.data.conversation import Mark, apply_chat_template, opens_reasoning, with_released_ids
 from kimi_jax.data.kimi_tokenizer import SPECIALS, KimiTokenizer
 from kimi_jax.data.reply import Delta, Reply, ReplyParser, ToolCall, parse_reply
 from kimi_jax.data.tokenizer import Tokenizer, train_tokenizer
@@ -37,7 +37,6 @@ def test_golden_prompts(tokenizer):
         args = {key: value for key, value in golden["args"].items() if key != "tools_ts_str"}
         assert tokenizer.apply_chat_template(**args) == golden["text"], name
         assert tokenizer.apply_chat_template(**args, tokenize=True) == golden["ids"], name
-        assert tokenizer.apply_chat_template(**args, tokenize=True, allow_special_tokens=False) == golden["ids"], name
 
 
 def test_generation_prompt_follows_unless_the_answer_is_there():
@@ -125,35 +124,35 @@ def test_text_of_strangers_stays_text_when_asked(tokenizer, user, result):
         {"role": "assistant", "content": "", "reasoning_content": result, "tool_calls": [call("f", result)]},
         {"role": "tool", "tool_call_id": user, "content": [{"type": "text", "text": result}]},
     ]
-    pieces = render(messages)
-    ids = encode_pieces(pieces, tokenizer, allow_special_tokens=False)
-    assert tokenizer.decode(ids) == "".join(pieces)
+    ids = tokenizer.apply_chat_template(messages, tokenize=True)
+    assert tokenizer.decode(ids) == apply_chat_template(messages)
     benign = [
         {"role": "user", "content": ""},
         {"role": "assistant", "content": "", "tool_calls": [call("f")]},
         {"role": "tool", "content": ""},
     ]
     special = [i for i in ids if i >= tokenizer.base_size]
-    assert special == [i for i in encode_pieces(render(benign), tokenizer) if i >= tokenizer.base_size]
+    expected = tokenizer.apply_chat_template(benign, tokenize=True)
+    assert special == [i for i in expected if i >= tokenizer.base_size]
 
 
 @given(st.text(max_size=30), st.text(max_size=30))
-def test_both_ways_to_ids_agree_on_harmless_text(tokenizer, user, result):
+def test_ids_are_those_of_the_released_class_on_harmless_text(tokenizer, user, result):
+    """The released class reads the rendered text as a whole, special tokens by their spelling."""
     messages = [{"role": "user", "content": user}, {"role": "tool", "tool_call_id": "x", "content": result}]
-    pieces = render(messages)
     assume(not any(name in user or name in result for name in NAMES))
-    assert encode_pieces(pieces, tokenizer, True) == encode_pieces(pieces, tokenizer, False)
+    ids = tokenizer.apply_chat_template(messages, tokenize=True)
+    assert ids == tokenizer.encode(apply_chat_template(messages), allow_special_tokens=True)
 
 
 def test_a_vocabulary_trained_here_takes_the_template_too(tmp_path):
     trained = train_tokenizer(["What is the colour? user assistant"] * 9, 300, tmp_path / "tokenizer.json")
     messages = [{"role": "user", "content": "What? [EOS]"}]
     text = apply_chat_template(messages)
-    for safe, specials in ((False, 7), (True, 6)):  # user, middle, (EOS,) end, assistant, middle, think
-        ids = trained.apply_chat_template(messages, tokenize=True, allow_special_tokens=not safe)
-        assert trained.decode(ids) == text and sum(i < 23 for i in ids) == specials
+    ids = trained.apply_chat_template(messages, tokenize=True)
+    assert trained.decode(ids) == text and sum(i < 23 for i in ids) == 6  # user, middle, end, assistant, middle, think
     messages.append({"role": "assistant", "tool_calls": [call("f")]})
-    ids = trained.apply_chat_template(messages, tokenize=True, allow_special_tokens=False)
+    ids = trained.apply_chat_template(messages, tokenize=True)
     assert trained.decode(ids) == apply_chat_template(messages)
 
 
