@@ -13,6 +13,7 @@ and plots from the records.
 
 import os
 import sys
+from pathlib import Path
 
 from absl import app, flags
 
@@ -41,7 +42,9 @@ def main(argv: list[str]) -> int:
     if unknown:
         raise SystemExit(f"error: no row {unknown[0]!r}; there are: {', '.join(experiment.rows)}")
     cores = [int(core) for core in _CORES.value] or sorted(os.sched_getaffinity(0))
-    print("\n".join(run.rows_of_plan(experiment, _SCALE.value, len(cores))))
+    # only the results at the scale of two cores are worth keeping
+    folder = experiment.folder if _SCALE.value == report.SCALE else Path(_RUNS.value, experiment.name, _SCALE.value)
+    print("\n".join(run.rows_of_plan(experiment, _SCALE.value, len(cores), folder)))
     if _LIST.value:
         return 0
     if _SCALE.value == "pod":
@@ -52,12 +55,11 @@ def main(argv: list[str]) -> int:
     failed = []
     if not _REPORT.value:
         failed = run.run_missing(
-            experiment, _SCALE.value, cores=cores, runs=_RUNS.value, only=_ROWS.value, limit=_LIMIT.value
-        )
+            experiment, _SCALE.value, cores=cores, runs=_RUNS.value, only=_ROWS.value, limit=_LIMIT.value,
+            folder=folder,
+        )  # fmt: skip
         print("\n".join(f"error: {line}" for line in failed))
-    if _SCALE.value == "cpu":
-        report.write(experiment)
-        print(f"written: {experiment.folder / 'README.md'}")
+    print(f"written: {report.write(experiment, _SCALE.value, folder)}")
     return 1 if failed else 0
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 from experiments import statistics
 from experiments.harness import Experiment, Score, Table, read_table
@@ -21,14 +22,16 @@ MEANING = (
 )
 
 
-def write(experiment: Experiment) -> None:
-    """Writes plots and README.md into the folder of the experiment."""
-    table = read_table(experiment, SCALE)
-    experiment.plots(table, experiment.folder)
-    write_atomic(experiment.folder / "README.md", render(experiment, table))
+def write(experiment: Experiment, scale: str = SCALE, folder: Path | None = None) -> Path:
+    """Writes plots and README.md into the folder with the records, by default that of the experiment; the README."""
+    folder = folder or experiment.folder
+    table = read_table(experiment, scale, folder)
+    experiment.plots(table, folder)
+    write_atomic(folder / "README.md", render(experiment, table, folder))
+    return folder / "README.md"
 
 
-def render(experiment: Experiment, table: Table) -> str:
+def render(experiment: Experiment, table: Table, folder: Path | None = None) -> str:
     """The text of the README, a function of definition and records alone."""
     parts = [
         f"# {experiment.question}",
@@ -46,7 +49,9 @@ def render(experiment: Experiment, table: Table) -> str:
             parts += [f"- **Rows are not comparable**: {error}"]
         parts += ["## Claims", "\n".join(_claims(experiment, table)), MEANING]
         parts += ["## Scores", "\n".join(_scores(experiment, table))]
-        shown = {name: text for name, text in experiment.captions.items() if (experiment.folder / name).exists()}
+        shown = {
+            name: text for name, text in experiment.captions.items() if ((folder or experiment.folder) / name).exists()
+        }
         parts += [f"![{name}]({name})\n\n{caption}" for name, caption in shown.items()]
     parts += [experiment.notes] if experiment.notes else []
     return "\n\n".join(part for part in parts if part) + "\n"

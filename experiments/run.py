@@ -25,7 +25,7 @@ from experiments.harness import Experiment, Record
 from kimi_jax.config import ConfigError, nearest, override
 from kimi_jax.train.log import read_rows, write_atomic
 
-NAMES = ("fusion_timing",)
+NAMES = ("fusion_timing", "muon_adamw")
 POLL = 0.5  # seconds between two looks at the running processes
 REPO = harness.HERE.parent
 
@@ -191,9 +191,9 @@ class _Display:
         self._console.print(f"{process.row}, seed {process.seed}: {how} in {time.monotonic() - begun:.0f} s")
 
 
-def rows_of_plan(experiment: Experiment, scale: str, processes: int) -> Iterator[str]:
+def rows_of_plan(experiment: Experiment, scale: str, processes: int, folder: Path | None = None) -> Iterator[str]:
     """What would run and how long it would take, as lines; the time is the mean of the finished runs."""
-    table = harness.read_table(experiment, scale)
+    table = harness.read_table(experiment, scale, folder)
     left = harness.missing(table)
     seconds = [r["score"] for r in table.records if r["task"] == "seconds"]
     total = len(experiment.runs())

@@ -9,7 +9,6 @@ fewer than about eight seeds no resampling can reach beyond what was seen.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -69,6 +68,6 @@ def resampled_means(x: np.ndarray) -> np.ndarray:
     """Means of bootstrap resamples of x [n]: of all n^n if they are few, else of ENUMERATED drawn with a fixed seed."""
     n = len(x)
     if n**n <= ENUMERATED:
-        return np.array([np.mean(sample) for sample in itertools.product(x, repeat=n)])
+        return x[np.indices((n,) * n).reshape(n, -1)].mean(axis=0)
     picks = np.random.default_rng(0).integers(n, size=(ENUMERATED, n))
     return x[picks].mean(axis=1)

@@ -208,6 +208,7 @@ class OptimizerConfig:
     warmup_steps: Natural = 500
     decay_fraction: Share = 0.35  # last part of training, cosine from peak to final
     weight_decay: NonNegative = 0.1
+    matrices: Annotated[str, OneOf(("muon", "adamw"))] = "muon"  # what updates matrices; "adamw" is the baseline
     muon_momentum: Decay = 0.95
     muon_nesterov: bool = True
     newton_schulz_steps: Count = 5

@@ -36,8 +36,8 @@ def model() -> c.ModelConfig:
     )  # fmt: skip
 
 
-def base(steps: int = 400) -> c.TrainConfig:
-    """One run on a core: `steps` of 2,048 tokens, Wikipedia, code and the Factbook beside captioned scenes."""
+def base(steps: int = 240) -> c.TrainConfig:
+    """One run on a core: `steps` of 1,024 tokens, Wikipedia, code and the Factbook beside captioned scenes."""
     sources = {
         "wiki": c.SourceConfig(path="wiki", weight=8.0),
         "python": c.SourceConfig(path="python"),
@@ -48,8 +48,8 @@ def base(steps: int = 400) -> c.TrainConfig:
         steps=steps,
         model=model(),
         data=c.DataConfig(
-            sources=sources, tokenizer=str(DATA / "tokenizer.json"), sequence_length=1024, rows_per_group=2,
-            num_groups=1, vision_bins=((576, 2),), exact_vision_ratio=True, lookahead=96, num_workers=0,
+            sources=sources, tokenizer=str(DATA / "tokenizer.json"), sequence_length=1024, rows_per_group=1,
+            num_groups=1, vision_bins=((576, 1),), exact_vision_ratio=True, lookahead=96, num_workers=0,
         ),
         optimizer=c.OptimizerConfig(peak_lr=8e-3, final_lr=1.6e-4, warmup_steps=min(20, steps // 4),
                                     decay_fraction=0.2),
@@ -68,7 +68,7 @@ def pod() -> c.TrainConfig:
 
 def _bins(ratio: float) -> dict[str, object]:
     """Bins that hold a vision ratio with room to spare; they decide how fast a step is, and nothing else."""
-    cpu = {"data.vision_bins": ((576, {0.0: 1, 0.1: 2, 0.2: 4, 0.5: 10}[ratio]),)}
+    cpu = {"data.vision_bins": ((576, {0.0: 1, 0.1: 1, 0.2: 2, 0.5: 5}[ratio]),)}
     packs = {0.0: 1, 0.1: 2, 0.2: 4, 0.5: 9}[ratio]  # of 4096 patches, for four rows of 4,096 tokens
     return {"cpu": cpu, "smoke": cpu, "pod": {"data.vision_bins": ((4096, packs),)}}
 
@@ -83,7 +83,7 @@ ROWS = {
     "mid": _row(0.5, 0.2),
     "late": _row(0.8, 0.5),
     "text_only": {
-        "data.vision_ratio": ((0.0, 0.0),), "cpu": {"steps": 360, **_bins(0.0)["cpu"]}, "smoke": {"steps": 7},
+        "data.vision_ratio": ((0.0, 0.0),), "cpu": {"steps": 216, **_bins(0.0)["cpu"]}, "smoke": {"steps": 7},
     },
     "early_constant_rate": _row(0.0, 0.1, **{"optimizer.decay_fraction": 0.0}),
     "late_constant_rate": _row(0.8, 0.5, **{"optimizer.decay_fraction": 0.0}),
@@ -211,7 +211,7 @@ EXPERIMENT = Experiment(
     setting=(
         "The report varies when vision tokens join and at which ratio to text, with the totals of both fixed: "
         "early (0 %, 10:90), mid (50 %, 20:80) and late (80 %, 50:50). Here that is a model of 0.9 million "
-        "parameters, 400 steps of 2,048 tokens, Muon with warm-up, constant rate and decay over the last fifth; "
+        "parameters, 240 steps of 1,024 tokens, Muon with warm-up, constant rate and decay over the last fifth; "
         "Wikipedia, standard-library code and World Factbook beside captioned scenes that are rendered (two "
         "coloured shapes and where they stand, or a printed digit). Vision tokens are exact by construction "
         "(`data.exact_vision_ratio`), text tokens fill the rest of the rows. Beyond the report: both factors "
@@ -240,7 +240,7 @@ EXPERIMENT = Experiment(
     claims=CLAIMS,
     tasks=("scene_colour", "scene_shape", "scene_relation", "scene_digit", "wiki_bpb", "factbook_bpb", "python_bpb"),
     limit=200,
-    scoring={"data.vision_bins": ((576, 10),)},
+    scoring={"data.vision_bins": ((576, 5),)},
     prepare=prepare,
     measure=measure,
     check=check,

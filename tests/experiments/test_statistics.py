@@ -18,7 +18,7 @@ def test_estimate_of_a_null_excludes_zero_no_more_often_than_its_level():
 
 
 def test_estimate_shows_its_smallest_effect_with_the_power_it_claims():
-    # the true mean is what 5 seeds of this deviation should show in 80 %; the rate of 600 has a standard error of 1.6 %,
+    # the true mean is what 5 seeds of this deviation should show in 80 %; the rate of 600 has an error of 1.6 %,
     # and the formula takes the estimated deviation for the true one, which costs a few per cent more
     rng = np.random.default_rng(2)
     smallest = (statistics.stats.t.ppf(0.975, 4) + statistics.stats.t.ppf(0.8, 4)) / math.sqrt(5)
