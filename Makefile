@@ -14,7 +14,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 # with CI=true a missing Python is an error, elsewhere a reason to skip
 NO_PYTHON = if [ "$$CI" = true ]; then echo "FAILED: $@ needs Python $(1)" >&2; exit 1; else echo "SKIPPED: $@ needs Python $(1)"; fi
 
-.PHONY: help demo sft-demo plan setup test lint quick test-slow test-long test-tfds test-lm-eval test-tpu test-py312 fuzz run-tfds run-lm-eval run-py312 clean
+.PHONY: help demo sft-demo plan experiments-smoke setup test lint quick test-slow test-long test-tfds test-lm-eval test-tpu test-py312 fuzz run-tfds run-lm-eval run-py312 clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make test          style, types and the quick tests (some ten minutes on 2 cores)"
 	@echo "make test-slow     long proofs, TFDS and seqio sources, lm-eval, transformers, the TPU compiler, Python 3.12"
 	@echo "make fuzz          hostile files, requests and settings at random, many of each"
+	@echo "make experiments-smoke   every experiment from data to README, two short runs of each"
 	@echo "make lint          ruff and mypy only;   make quick    the quick tests only"
 	@echo "make clean         forget environments and caches (runs/ is kept)"
 
@@ -66,6 +67,14 @@ sft-demo: setup
 
 plan: .venv-plan/.ready-demo-test-tpu
 	@.venv-plan/bin/python -m benchmarks.plan
+
+# ------------------------------------------------------------------------------------------------------- experiments
+
+# two runs of each, a few steps long, from data to README, in a folder of their own
+experiments-smoke: setup
+	@rm -rf runs/smoke
+	@for name in fusion_timing muon_adamw; do \
+		$(VENV)/bin/python -m experiments $$name --scale=smoke --limit=2 --runs=runs/smoke || exit 1; done
 
 # ------------------------------------------------------------------------------------------------------------- tests
 

@@ -106,7 +106,11 @@ class Mixture:
         owed: media tokens, r * ahead, that the text which waits for the next pack will ask for.
         """
         vision = self._excess < owed and not text_only
-        shares = self._shares(vision if self._sources[vision] else not vision, fraction)
+        return self.choose_within(vision if self._sources[vision] else not vision, fraction)
+
+    def choose_within(self, vision: bool, fraction: float = 0.0) -> str:
+        """Name of the source of one modality to draw from next."""
+        shares = self._shares(vision, fraction)
         return max(shares, key=lambda name: shares[name] + self._owed[name])
 
     def _shares(self, vision: bool, fraction: float) -> dict[str, float]:

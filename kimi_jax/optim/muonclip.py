@@ -62,6 +62,8 @@ def muonclip(
     learning = learned(infos, infos)
     labels = jax.tree.map(lambda info: LABELS[type(info.group)], learning)
     matrices = [(info.group, info.axes) for info in jax.tree.leaves(learning) if isinstance(info.group, Muon)]
+    if config.matrices == "adamw":  # the rates are shared: Muon's updates have the RMS of AdamW's (`update_rms`)
+        labels, matrices = jax.tree.map(lambda label: "adamw" if label == "muon" else label, labels), []
     transform = optax.chain(
         optax.clip_by_global_norm(config.grad_clip_norm) if config.grad_clip_norm > 0 else optax.identity(),
         optax.partition(

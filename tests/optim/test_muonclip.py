@@ -279,3 +279,20 @@ def test_as_matrices_shapes():
     assert as_matrices(jnp.zeros((2, 5, 3, 4)), Muon(1, 1)).shape == (2, 5, 12)
     assert as_matrices(jnp.zeros((2, 3, 4, 6)), Muon(1, 2)).shape == (2, 12, 6)
     assert as_matrices(jnp.zeros((6, 10)), Muon()).shape == (1, 6, 10)
+
+
+def test_adamw_for_matrices_is_optax_adamw_for_every_leaf():
+    config = dataclasses.replace(CONFIG, matrices="adamw", grad_clip_norm=0.0)
+    gradients, params = [draw(seed) for seed in (1, 2, 3)], draw(0)
+    found = run(config, gradients, params)[-1]
+    adamw = optax.adamw(wsd(config, 3), config.adam_b1, config.adam_b2, config.adam_eps,
+                        weight_decay=config.weight_decay)  # fmt: skip
+    expected, state = jax.tree.map(jnp.asarray, params), adamw.init(params)
+    for grads in gradients:
+        updates, state = adamw.update(jax.tree.map(jnp.asarray, grads), state, expected)
+        expected = optax.apply_updates(expected, updates)
+    for name in set(KINDS) - {"router_bias"}:
+        # the same formula in another order of operations: a few roundings of float32
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-6)
+    muon = run(dataclasses.replace(config, matrices="muon"), gradients, params)[-1]
+    assert not np.allclose(found["kernel"], muon["kernel"]) and np.allclose(found["norm"], muon["norm"])

@@ -1,0 +1,86 @@
+"""The fusion-timing experiment: scenes that say what they show, exact budgets, and dips that are measured as such."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from experiments import harness
+from experiments.fusion_timing import EXPERIMENT, MAIN, check, dip, scenes
+from kimi_jax.eval import tasks
+
+CURVE = [(4 * k, 3.0 - 0.01 * k) for k in range(1, 51)]  # falls from 2.99 to 2.5 over 200 steps
+
+
+def test_scene_shows_what_its_caption_says():
+    for i in (0, 1, 2, 3, 4, 6, 7, 8):
+        shown = scenes.scene("validation", i)
+        _, first, _, link, _, second, _ = shown.words
+        pixels = np.asarray(shown.image).astype(int)
+        centres = [np.argwhere((pixels == scenes.COLOURS[c]).all(-1)).mean(0) for c in (first, second)]
+        (y, x), (other_y, other_x) = centres
+        relation = {"left of": x < other_x, "right of": x > other_x, "above": y < other_y, "below": y > other_y}
+        assert relation[link], shown.caption
+
+
+def test_scene_depends_on_split_and_number_only():
+    assert np.array_equal(scenes.scene("train", 3).image, scenes.scene("train", 3).image)
+    assert scenes.scene("train", 3).caption != scenes.scene("validation", 3).caption
+
+
+def test_scene_tasks_offer_one_right_answer():
+    scenes.register_tasks()
+    for name in ("scene_colour", "scene_shape", "scene_relation", "scene_digit"):
+        for question in tasks.TASKS[name].build(20):
+            assert question.choices.count(question.gold) == 1
+            caption = scenes.scene("validation", int(question.cluster.split()[1])).words
+            if name == "scene_colour":  # the other shape's colour would be right as well
+                assert f" {caption[5]}" not in question.choices and len(question.choices) == 5
+
+
+def test_dip_of_a_falling_curve_is_none():
+    depth, length = dip(CURVE, 100)
+    assert depth == pytest.approx(-0.01) and length == 0
+
+
+def test_dip_has_the_depth_and_length_that_were_planted():
+    planted = [(step, score + (0.1 if 100 < step <= 132 else 0.0)) for step, score in CURVE]
+    depth, length = dip(planted, 100)
+    # the first point after the switch is 0.01 lower by itself; step 136 is the first below the level at step 100
+    assert depth == pytest.approx(0.1 - 0.01) and length == 36
+
+
+def test_dip_that_does_not_recover_lasts_to_the_end():
+    worse = [(step, score if step <= 100 else 9.0) for step, score in CURVE]
+    assert dip(worse, 100) == (pytest.approx(9.0 - 2.75), 100)
+
+
+def test_budgets_that_differ_are_refused():
+    def table(late: float) -> harness.Table:
+        tokens = {"early": 1000.0, "mid": 1000.0, "late": late}
+        records = [
+            {"row": row, "seed": 0, "task": name, "score": n}
+            for row, n in tokens.items()
+            for name in ("vision_tokens", "text_tokens")
+        ]
+        return harness.Table(EXPERIMENT, "cpu", records)
+
+    assert len(check(table(999.0))) == 2
+    with pytest.raises(ValueError, match=r"vision_tokens of early, mid, late differ by 0\.50%"):
+        check(table(995.0))
+
+
+def test_rows_that_are_compared_ask_for_the_same_vision_tokens():
+    for scale in ("smoke", "cpu", "pod"):
+        totals = set()
+        for row in MAIN:
+            config = EXPERIMENT.config(row, 0, scale)
+            begin, ratio = config.data.vision_ratio[-1]
+            totals.add(round(ratio * (1 - begin), 9))
+        assert totals == {0.1}
+
+
+def test_rows_differ_in_the_ratio_and_the_bins_only():
+    early, late = (EXPERIMENT.config(row, 0, "cpu") for row in ("early", "late"))
+    data = dataclasses.replace(late.data, vision_ratio=early.data.vision_ratio, vision_bins=early.data.vision_bins)
+    assert dataclasses.replace(late, data=data, workdir=early.workdir) == early
