@@ -358,8 +358,8 @@ def score(answer: str | Table | None, gold: Table, columns: Sequence[Column], ju
         return Score(reason=f"the columns are {', '.join(found)[:300]}, not {', '.join(names)[:300]}")
     predicted = [dict(zip(found, row, strict=True)) for row in table.rows]
     wanted = [dict(zip(names, row, strict=True)) for row in gold.rows]
-    for name in keys if judge else ():
-        if {"llm_judge", "exact_match"}.intersection(by_name[name].metrics):
+    for name in keys:
+        if judge and {"llm_judge", "exact_match"}.intersection(by_name[name].metrics):
             mapping = _aligned(judge, [row[name] for row in predicted], [row[name] for row in wanted])
             predicted = [{**row, name: mapping.get(row[name], row[name])} for row in predicted]
     return _compare(_by_key(predicted, by_name, keys), _by_key(wanted, by_name, keys), by_name, judge)
