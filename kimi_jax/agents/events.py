@@ -3,26 +3,27 @@
 The journal stores it, the trace page draws it, replay reproduces it, `critical.py` measures it (critical steps of the
 Kimi K2.5 report, arXiv 2602.02276, section 6; work, span and makespan), and RL turns it into trajectories.
 
-Agents are named by where they come from, so that a name does not depend on the schedule: the orchestrator is `root`, and
-the child that is number 2 of the calls in step 3 of agent A is `A/3.2`. Events, in the order in which they happen:
+Agents are named by where they come from, so that a name does not depend on the schedule: the orchestrator is `root`,
+and the child that is number 2 of the tasks in step 3 of agent A is `A/3.2`. Events, in the order in which they happen:
 
     kind    agent       meaning
     spawn   the parent  an `assign_task` was accepted; detail["child"] names the child, which may wait in the queue
     start   the child   it got a slot and runs (also of `root`); detail: agent (configuration), system, brief
-    tool    any         one call of an ordinary tool ended; detail: name, arguments, result
     step    any         one model turn ended; it precedes the tool, spawn and join events of the calls that it issued
+    tool    any         one call of an ordinary tool ended; detail: name, arguments, result
     join    the parent  it has waited for detail["child"] and holds its result; one event for each child
-    end     any         the agent is over; status says how; detail: summary, artefacts. A child that never got a slot has
-                        spawn, end (status `not_started`) and join, but no start
+    end     any         the agent is over; status says how; detail: summary, artefacts. A child that never got a slot
+                        has spawn, end (status `not_started`) and join, but no start
 
-A step is one model turn with the calls that it issues, the final answer included. Nodes of the dependency graph are steps;
-edges are the order within one agent, spawn -> first step of the child, last step of the child -> what its parent does after
-the join. The runtime joins all children of a step before the parent's next step (a barrier); the record does not require it.
+A step is one model turn with the calls that it issues, the final answer included. Nodes of the dependency graph are
+steps; edges are the order within one agent, spawn -> first step of the child, last step of the child -> what its parent
+does after the join. The runtime joins all children of a step before the parent's next step (a barrier); the record does
+not require it.
 """
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Kind = Literal["spawn", "start", "step", "tool", "join", "end"]
@@ -50,6 +51,9 @@ class Usage:
         return self.prompt_tokens + self.completion_tokens
 
 
+NOTHING = Usage()
+
+
 @dataclass(frozen=True)
 class Event:
     """One line of the record.
@@ -57,7 +61,7 @@ class Event:
     id: position in the journal, from 0, in order of real time.
     time: seconds since the run began, when the event was written (a step's or a tool's end). duration: seconds it took
         (for `start` the time spent in the queue; for `end` the time spent running; otherwise of a model or tool call).
-    clock: logical (Lamport) time: one more than the agent's event before it, and than the spawn or the end it depends on.
+    clock: logical (Lamport) time: more than that of the agent's event before it, and of the spawn or end it depends on.
     agent, parent: names; the parent of `root` is None.
     stage: index of the *parent's* step that spawned this agent, the same in all its events (0 for `root`).
     step: index of the agent's *own* step that this event belongs to, from 0 (for start 0, for end the number of steps).
@@ -71,7 +75,7 @@ class Event:
     parent: str | None
     kind: Kind
     stage: int = 0
-    usage: Usage = Usage()
+    usage: Usage = NOTHING
     status: Status = "ok"
     detail: dict[str, Any] = field(default_factory=dict)
     step: int = 0
@@ -80,8 +84,8 @@ class Event:
 
 
 def to_json(event: Event) -> str:
-    """One line of JSON with sorted keys."""
-    return json.dumps(asdict(event), sort_keys=True, ensure_ascii=False)
+    """One line of JSON."""
+    return json.dumps({**vars(event), "usage": vars(event.usage)}, ensure_ascii=False)
 
 
 def from_json(line: str) -> Event:
