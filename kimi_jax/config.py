@@ -179,6 +179,7 @@ class DataConfig:
     num_groups: Count = 8  # G: logical shards of the stream; global batch G * R rows. A multiple of the device count
     vision_bins: tuple[tuple[Count, Count], ...] = ((4096, 1),)  # (P patches, bins a group), ascending P
     vision_ratio: tuple[tuple[Share, Share], ...] = ((0.0, 0.1),)  # (from this share of training, vision token share)
+    exact_vision_ratio: bool = False  # every pack delivers its share of vision tokens: kimi_jax.data.vision_budget
     lookahead: Count = 64  # examples that may wait for a group with room
     num_workers: Natural = 1  # worker processes a host; 0 reads in the training process
     prefetch: Natural = 4  # groups each worker keeps ready
@@ -188,11 +189,11 @@ class DataConfig:
     def conflict(self) -> str:
         """What does not go together; empty if all does."""
         begins = [begin for begin, _ in self.vision_ratio]
-        return (
-            ""
-            if begins == sorted(begins)
-            else f"the parts of vision_ratio must begin one after the other, not {begins}"
-        )
+        if begins != sorted(begins):
+            return f"the parts of vision_ratio must begin one after the other, not {begins}"
+        if self.exact_vision_ratio and any(source.min_per_group for source in self.sources.values()):
+            return "exact_vision_ratio leaves no room for a min_per_group of a source"
+        return ""
 
 
 # ------------------------------------------------------------------------------------------------------------- training

@@ -99,7 +99,11 @@ class Mixture:
     def choose(self, fraction: float = 0.0, text_only: bool = False) -> str:
         """Name of the source to draw from next, at this fraction of training; `text_only` overrides the share."""
         vision = self._excess < 0 and not text_only
-        shares = self._shares(vision if self._sources[vision] else not vision, fraction)
+        return self.choose_within(vision if self._sources[vision] else not vision, fraction)
+
+    def choose_within(self, vision: bool, fraction: float = 0.0) -> str:
+        """Name of the next source of one modality."""
+        shares = self._shares(vision, fraction)
         return max(shares, key=lambda name: shares[name] + self._owed[name])
 
     def _shares(self, vision: bool, fraction: float) -> dict[str, float]:

@@ -23,8 +23,9 @@ from kimi_jax.config import DataConfig, ModelConfig
 from kimi_jax.data import BadRecord, DataError
 from kimi_jax.data.example import Encoded, Limits, Source, encode, split
 from kimi_jax.data.mixture import Mixture, ratio_at
-from kimi_jax.data.packing import Batch, GroupShape, Waiting, fill_group
+from kimi_jax.data.packing import Batch, Group, GroupShape, Waiting, fill_group
 from kimi_jax.data.tokenizer import Tokenizer
+from kimi_jax.data.vision_budget import VisionBudget
 
 NAMED = 5  # bad records that are remembered by name, for each source
 QUARANTINED = 1000  # bad records of a source that a shard remembers, so as not to open them again
@@ -180,6 +181,9 @@ class Shard:
             name: _Reader(name, sources[name], index, data.num_groups, data.seed, quarantine) for name in data.sources
         }
         self._pool: list[Waiting] = []
+        exact = data.exact_vision_ratio and model.vision is not None
+        positions = data.rows_per_group * data.sequence_length
+        self._budget = VisionBudget(positions, data.lookahead // 4) if exact else None
         self._step = 0
         self._used: dict = {"tokens": 0, "vision_tokens": 0, "documents": 0, "patches": [0] * len(self._shape.bins)}
         if state is not None:
@@ -187,14 +191,30 @@ class Shard:
 
     def next_group(self) -> Batch:
         """The arrays of the next group. Raises DataError."""
-        first = [w for name, source in self._data.sources.items() for w in self._wanted(name, source.min_per_group)]
-        group = fill_group(self._shape, self._pool, self._draw, self._data.lookahead, first)
+        if self._budget:
+            group = self._exact_group(self._budget)
+        else:
+            first = [w for name, source in self._data.sources.items() for w in self._wanted(name, source.min_per_group)]
+            group = fill_group(self._shape, self._pool, self._draw, self._data.lookahead, first)
         used = group.used()
         for name in ("tokens", "vision_tokens", "documents"):
             self._used[name] += used[name]
         self._used["patches"] = [a + b for a, b in zip(self._used["patches"], used["patches"], strict=True)]
         self._step += 1
         return group.arrays()
+
+    def _exact_group(self, budget: VisionBudget) -> Group:
+        """A group of exactly the vision tokens that are due; text fills what they leave of its rows."""
+        fraction = self._step / max(1, self._total_steps)
+        ratio = ratio_at(self._data.vision_ratio, fraction)
+        chosen = budget.choose(ratio, lambda: self._draw(self._mixture.choose_within(True, fraction)))
+        self._pool += chosen
+        text = lambda: self._draw(self._mixture.choose_within(False, fraction))  # noqa: E731
+        group = fill_group(self._shape, self._pool, text, self._data.lookahead, chosen)
+        left_over = [waiting for waiting in self._pool if any(waiting is one for one in chosen)]
+        self._pool = [waiting for waiting in self._pool if not any(waiting is one for one in left_over)]
+        budget.delivered(chosen, left_over)
+        return group
 
     def _wanted(self, name: str, count: int) -> list[Waiting]:
         """The `count` oldest examples of a source in the pool, drawn ahead of the mixture if fewer wait there."""
@@ -238,7 +258,11 @@ class Shard:
             "mixture": self._mixture.state(),
             "pool": [list(waiting.reference) for waiting in self._pool],
             "used": {**self._used, "patches": list(self._used["patches"])},
+            **({"budget": self._budget_state(self._budget)} if self._budget else {}),
         }
+
+    def _budget_state(self, budget: VisionBudget) -> dict:
+        return {"left": budget.left, "pool": [list(waiting.reference) for waiting in budget.pool]}
 
     def _restore(self, state: dict) -> None:
         if set(state["sources"]) != set(self._readers):
@@ -251,11 +275,20 @@ class Shard:
         self._mixture.restore(state["mixture"])
         self._step = state["step"]
         self._used = {**state["used"], "patches": list(state["used"]["patches"])}
+        self._pool = self._waiting(state["pool"])
+        if (self._budget is not None) != ("budget" in state):
+            raise DataError("data.exact_vision_ratio was another one when the state was written; put it back")
+        if self._budget:
+            self._budget.left = state["budget"]["left"]
+            self._budget.pool = self._waiting(state["budget"]["pool"])
+
+    def _waiting(self, references: Iterable[list]) -> list[Waiting]:
+        """The examples of a packing buffer, encoded once more."""
         encoded: dict[tuple[str, int], list[Encoded]] = {}
-        for name, read, piece in state["pool"]:
+        for name, read, _ in references:
             if (name, read) not in encoded:
                 encoded[name, read] = self._again(name, read)
-            self._pool.append(Waiting(encoded[name, read][piece], (name, read, piece)))
+        return [Waiting(encoded[name, read][piece], (name, read, piece)) for name, read, piece in references]
 
     def _again(self, name: str, read: int) -> list[Encoded]:
         try:
