@@ -90,6 +90,12 @@ def count(answer: str, truth: int) -> float:
     return max(0.0, 1 - abs(p - truth) / max(1, truth)) if p >= 0 and p == int(p) else 0.0
 
 
+def positions(answer: str, truth: str) -> float:
+    """Share of places, of the longer of the two, at which the symbols between spaces agree: a dense reward."""
+    given, wanted = answer.split(), truth.split()
+    return sum(a == b for a, b in zip(given, wanted, strict=False)) / max(len(given), len(wanted), 1)
+
+
 def ocr(answer: str, truth: str) -> float:
     """1 - edit distance / length of the longer, by characters, after white space is made single."""
     from rapidfuzz.distance import Levenshtein
@@ -216,6 +222,7 @@ VERIFIERS = {
     "exact": Verifier(_text_truth, exact),
     "mathematics": Verifier(_text_truth, mathematics),
     "count": Verifier(_count_truth, count),
+    "positions": Verifier(_text_truth, positions),
     "ocr": Verifier(_text_truth, ocr),
     "boxes": Verifier(_boxes_truth, boxes),
     "points": Verifier(_points_truth, points),

@@ -24,13 +24,15 @@ TRUTHS = {
     "exact": "red square",
     "mathematics": "3/4",
     "count": 4,
+    "positions": "d c b a",
     "ocr": "Total 12.50",
     "boxes": [[0, 0, 10, 10], [20, 20, 40, 30]],
     "points": {"points": [[5, 5], [30, 12]], "sigma": 4},
     "polygon": [[0, 0], [10, 0], [10, 10], [0, 10]],
 }
 RIGHT = {
-    "exact": "Red  square", "mathematics": "\\frac{3}{4}", "count": "4", "ocr": "Total 12.50",
+    "exact": "Red  square", "mathematics": "\\frac{3}{4}", "count": "4", "positions": "d c b a",
+    "ocr": "Total 12.50",
     "boxes": "[[20, 20, 40, 30], [0, 0, 10, 10]]", "points": "[[5, 5], [30, 12]]",
     "polygon": "[[0, 0], [10, 0], [10, 10], [0, 10]]",
 }  # fmt: skip
@@ -208,6 +210,13 @@ def test_ocr_is_the_textbook_edit_distance(answer, truth):
 ])  # fmt: skip
 def test_counting_by_hand(answer, want):
     assert verify("count", answer, 4) == want
+
+
+@pytest.mark.parametrize(
+    ("answer", "want"), [("d c b", 0.75), ("d c b a a a a a", 0.5), ("a b c d", 0), ("d d d d", 0.25)]
+)
+def test_positions_by_hand(answer, want):
+    assert verify("positions", answer, "d c b a") == want
 
 
 # ---------------------------------------------------------------------------------------------------------- mathematics
