@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import os
 import pickle
@@ -119,7 +120,7 @@ def test_text_that_cannot_be_encoded_is_made_harmless(session: Session):
 
 
 def test_gigabyte_printed_comes_back_cut(session: Session):
-    with Session(session.walls, Limits(output_chars=1000, memory_mb=768)) as patient:
+    with Session(session.walls, dataclasses.replace(SMALL, output_chars=1000)) as patient:
         result = patient.run("for i in range(1024): print('x' * 2**20)")
         assert result.status == "ok"
         assert len(result.text) < 1100 and "more characters are not shown" in result.text
@@ -206,7 +207,7 @@ def test_parent_imports_nothing_that_unpickles_or_decodes_pictures():
 
 
 def test_three_thousand_nested_folders_are_removed():
-    with Session(walls_or_skip("none"), Limits(memory_mb=768)) as plain:
+    with Session(walls_or_skip("none"), SMALL) as plain:
         folder = plain._folder
         result = plain.run("import os\nfor i in range(3000):\n    os.mkdir('d'); os.chdir('d')")
         assert result.status == "ok"
