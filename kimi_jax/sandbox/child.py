@@ -31,14 +31,16 @@ def main() -> None:
 
     first = read_frame(read, MAX_JSON, MAX_BODY)
     start = first.head
+    lock = locking.Lock(**start["lock"])
+    locking.mount_scratch(lock)
     sys.path[:] = start["path"] + sys.path
     for name in start["preload"]:
         importlib.import_module(name)
     if "PIL.Image" in sys.modules:
         sys.modules["PIL.Image"].init()  # its readers of files, which it would import on the first use
-    locking.close(locking.Lock(**start["lock"]))
+    locking.close(lock)
     os.dup2(null, 2)
-    interpreter = Interpreter(start["lock"]["limits"])
+    interpreter = Interpreter(lock.limits)
     write_blocking(replies, pack(Frame(first.id, {"status": "ok", "parts": []}, b"")))
     try:
         _serve(read, replies, interpreter)

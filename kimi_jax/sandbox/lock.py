@@ -1,14 +1,13 @@
 """The lock: what the process inside the sandbox takes away from itself before it runs a line that a model wrote.
 
-The order matters: scratch folder, user, limits, landlock, seccomp. Every step but the last uses calls that the next one
-forbids. The parent checks the result from outside (`walls.check_locked`).
+The order matters: scratch folder, imports, user, limits, landlock, seccomp. Every step but the last uses calls that the
+next one forbids. The parent checks the result from outside (`walls.check_locked`).
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import resource
 import signal
 import struct
 from dataclasses import dataclass
@@ -52,11 +51,24 @@ def libc() -> ctypes.CDLL:
     return library
 
 
-def close(lock: Lock) -> None:
-    """Closes the walls around this process, which must have one thread. Raises OSError or RuntimeError."""
+def mount_scratch(lock: Lock) -> None:
+    """Mounts a tmpfs bounded in bytes and in inodes, which bubblewrap's own is not. Raises OSError.
+
+    Before the imports, because some of them need a folder to write to.
+    """
+    if not (lock.scratch and lock.seccomp):
+        return
     library = libc()
-    if lock.scratch and lock.seccomp:
-        _mount_scratch(library, lock)
+    size = f"size={lock.limits['scratch_mb'] * MIB},nr_inodes={lock.limits['scratch_files']},mode=1777"
+    place = lock.scratch.encode()
+    if library.mount(b"tmpfs", place, b"tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, size.encode()):
+        raise OSError(ctypes.get_errno(), f"a scratch folder cannot be mounted on {lock.scratch}")
+    os.chdir(lock.scratch)
+
+
+def close(lock: Lock) -> None:
+    """Closes the walls around this process, which must have one thread. Raises OSError."""
+    library = libc()
     if lock.user:
         _become(library, lock.user, lock.read_search)
     elif lock.seccomp:
@@ -69,15 +81,6 @@ def close(lock: Lock) -> None:
         landlock.restrict(library, lock.readable, [lock.scratch] if lock.scratch else [])
     if lock.seccomp:
         seccomp.install(library, os.getpid(), bool(lock.scratch))
-
-
-def _mount_scratch(library: ctypes.CDLL, lock: Lock) -> None:
-    """A tmpfs bounded in bytes and in inodes, which bubblewrap's own is not."""
-    size = f"size={lock.limits['scratch_mb'] * MIB},nr_inodes={lock.limits['scratch_files']},mode=1777"
-    place = lock.scratch.encode()
-    if library.mount(b"tmpfs", place, b"tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, size.encode()):
-        raise OSError(ctypes.get_errno(), f"a scratch folder cannot be mounted on {lock.scratch}")
-    os.chdir(lock.scratch)
 
 
 def _become(library: ctypes.CDLL, user: int, read_search: bool) -> None:
@@ -104,6 +107,8 @@ def _prctl(library: ctypes.CDLL, option: int, value: int) -> None:
 
 
 def _set_limits(lock: Lock) -> None:
+    import resource  # not on every system; there, `walls.choose` says that Linux is needed
+
     limits = lock.limits
     bounds = {
         resource.RLIMIT_AS: limits["memory_mb"] * MIB,

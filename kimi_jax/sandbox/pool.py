@@ -59,7 +59,7 @@ class PooledSession:
         """Ends the process, after the call that is still in its thread."""
         self._session.kill()
         if self._call is not None:
-            await asyncio.wait([self._call])
+            await asyncio.gather(self._call, return_exceptions=True)
         await asyncio.get_running_loop().run_in_executor(self._executor, self._session.close)
 
 

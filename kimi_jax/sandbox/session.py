@@ -127,7 +127,7 @@ class Session:
 
     def restart(self) -> None:
         """A new process, with the images of the old one. Raises SandboxError."""
-        self.close()
+        self._end_process()
         self._start()
         try:
             self._put(self._images)
@@ -137,17 +137,12 @@ class Session:
     def kill(self) -> None:
         """Ends the session at once. May be called from another thread: a `run` that waits there returns."""
         self._ended = True
-        self._end_process()
+        self._kill_group()
 
     def close(self) -> None:
-        """Ends the process and waits until it is gone."""
-        if not self._alive:
-            return
+        """Ends the session and waits until its process is gone."""
+        self._ended = True
         self._end_process()
-        self._alive = False
-        self._process.wait()
-        self._pipes.close()
-        self._remove_folder()
 
     def __enter__(self) -> Session:
         return self
@@ -177,7 +172,11 @@ class Session:
             thread_limit=walling.counts_threads(walls),
             limits=dataclasses.asdict(limits),
         )
-        self._launch(program, scratch)
+        try:
+            self._launch(program, scratch)
+        except OSError as error:
+            self._remove_folder()
+            raise SandboxError(f"the sandbox ({walls}) did not start: {error}") from error
         start = {"path": program.path, "preload": self._preload, "lock": dataclasses.asdict(lock)}
         try:
             self._ask(start, b"", limits.start_seconds)
@@ -185,10 +184,12 @@ class Session:
             if lock.seccomp:
                 walling.check_locked(self._pid, 1 << CAP_DAC_READ_SEARCH if lock.read_search else 0)
         except (*_FAILURES, SandboxError, OSError) as failure:
-            self._end_process()
+            self._kill_group()
             said = self._last_words()
-            self.close()
-            raise SandboxError(f"the sandbox ({walls}) did not start: {said or self._why(failure)}") from failure
+            self._end_process()
+            late = f"it took longer than {limits.start_seconds:g} s" if isinstance(failure, Deadline) else ""
+            reason = said or late or self._why(failure)
+            raise SandboxError(f"the sandbox ({walls}) did not start: {reason}") from failure
         finally:
             self._errors.close()
         if walls.name == "lock":
@@ -248,6 +249,8 @@ class Session:
     def _ask(self, head: Mapping[str, Any], body: bytes, seconds: float) -> Result:
         """Sends a request to the process, which runs only until it has replied. Raises one of _FAILURES."""
         limits, deadline = self.limits, time.monotonic() + seconds
+        if not self._alive:
+            raise Ended
         if self._pipes.unread():
             raise ProtocolError("something was written that nobody asked for")
         request = Frame(secrets.token_bytes(16), dict(head), body)
@@ -296,10 +299,18 @@ class Session:
             return said.decode(errors="replace").strip()[-MAX_REASON:]
         return ""
 
-    def _end_process(self) -> None:
+    def _kill_group(self) -> None:
         if self._alive:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _end_process(self) -> None:
+        if self._alive:
+            self._kill_group()
+            self._alive = False  # from here on the number may belong to another group
+            self._process.wait()
+            self._pipes.close()
+        self._remove_folder()
 
     def _remove_folder(self) -> None:
         """By rm, which follows no link and does not recurse in Python: nested folders end `shutil.rmtree`."""

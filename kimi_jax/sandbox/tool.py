@@ -55,7 +55,7 @@ def read_code(arguments: str | Mapping[str, Any], limits: Limits) -> str:
     if isinstance(arguments, str):
         if len(arguments) > 2 * ESCAPED * limits.code_chars + 1000:
             raise BadArguments(f"the arguments are too long; at most {limits.code_chars} characters of code are run")
-        arguments = parse_object(arguments.encode("utf-8", "replace"), "the arguments", BadArguments)
+        arguments = parse_object(arguments.encode("utf-8", "replace"), "the call", BadArguments)
     code = arguments.get("code")
     if not isinstance(code, str) or len(arguments) != 1:
         raise BadArguments('the arguments are one text under "code": {"code": "print(1)"}')
