@@ -37,6 +37,13 @@ assert len(reply.content) > 0 and model.generate(messages, **settings) == reply
 assert float(np.abs(final @ model.params["lm_head"]["kernel"] - logits).max()) < 1e-3 * float(np.abs(logits).max())
 assert len(routings) == config.num_moe_layers and is_picture.sum() == h * w // 4
 """,
+    "muonclip": """
+losses = [found[0][-10:].mean() for found in (clipped, free, tight)]
+assert max(losses) < 0.5 and clipped[0][0] > 4, losses  # log 64 = 4.16
+assert free[1][-20:].max() > 1.3 * tight[1][-20:].max(), (free[1][-20:], tight[1][-20:])
+flat, steep = (np.linalg.svd(found[2][STEPS // 2], compute_uv=False) for found in (clipped, adam[best]))
+assert flat[-8] / flat[0] > 2 * steep[-8] / steep[0]
+""",
     "rl_loss": """
 assert (metrics["below"] + metrics["above"] > 0.3) and bool(jnp.isfinite(loss))
 outside = jnp.log(jnp.array([0.3, 5.0]))
@@ -60,7 +67,7 @@ def pictures(notebook):
     return [np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")) for png in found]
 
 
-def test_there_are_three():
+def test_notebooks_are_those_that_are_checked():
     assert {path.stem for path in NOTEBOOKS} == set(CHECKS)
 
 

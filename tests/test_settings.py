@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from kimi_jax import config as c
 
-FREE_TEXTS = {"kind", "path", "split", "tokenizer", "workdir", "remat_policy", "base"}  # checked where they are used
+# checked where they are used
+FREE_TEXTS = {"kind", "path", "split", "tokenizer", "workdir", "remat_policy", "base"}
+FREE_TEXTS |= {"vision", "projector", "language"}  # of init_from
 HOSTILE = [
     math.inf, -math.inf, math.nan, 0, -1, 1, 1e308, -1e308, 10**400, 2**31, 2**63, True, None, "", "float16", "nan", [],
     {},     [[]], [[1, 2, 3]], [["a", 1]], {"a": 1}, [[math.nan, 1]], [[0.5, 0.1], [0.0, 0.2]], b"x", object(),
