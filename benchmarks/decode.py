@@ -92,13 +92,14 @@ PARTS = {
 
 def parts_of_step(engine: Engine, steps: int) -> None:
     """Prints milliseconds of each part in the engine's next steps, all of one program, and the longest operations."""
-    program, shapes = engine._program, []
+    programs, shapes = engine._programs, []
+    program = programs.step
 
-    def recorded(*args: Any) -> Any:
+    def recorded(*args: Any, record: bool) -> Any:
         shapes[:] = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
-        return program(*args)
+        return program(*args, record=record)
 
-    engine.__dict__["_program"] = recorded
+    programs.__dict__["step"] = recorded
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         with jax.profiler.trace(folder):
@@ -107,7 +108,7 @@ def parts_of_step(engine: Engine, steps: int) -> None:
             wall = (time.perf_counter() - start) * 1e3 / steps
         (path,) = pathlib.Path(folder).rglob("*.trace.json.gz")
         events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
-    engine.__dict__["_program"] = program
+    programs.__dict__["step"] = program
     paths = operations(program.lower(*shapes).compile().as_text())
     spent: collections.Counter[str] = collections.Counter()
     single: collections.Counter[str] = collections.Counter()

@@ -9,6 +9,7 @@ B rows   S tokens   V vocabulary   D width   N patches   P patches of a bin   p 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
@@ -102,6 +103,13 @@ class Model:
         self.mesh = mesh
         self.tokenizer_path = tokenizer_path
         self._engine: tuple[Any, Engine] | None = None  # and the params it was made for
+
+    def with_params(self, params: dict[str, Any]) -> Model:
+        """The same model with other weights of the same shapes; both share what is compiled."""
+        _ = self._logits, self._features  # made now, so that the copy has the same ones
+        other = copy.copy(self)
+        other.params, other._engine = params, None
+        return other
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -251,6 +259,12 @@ def _bucket(n: int, least: int) -> int:
     return -(-n // step) * step
 
 
+def bin_size(grid: Grid) -> int:
+    """Patches of the bin that an item is put into: those of one size are one class, for which a program is compiled."""
+    size = _bucket(math.prod(grid), MIN_PATCHES)
+    return size + -size % 4
+
+
 def _pad(array: np.ndarray, shape: Sequence[int], value: int) -> np.ndarray:
     """The array in the corner of a larger one."""
     return np.pad(array, [(0, to - size) for size, to in zip(array.shape, shape, strict=True)], constant_values=value)
@@ -261,8 +275,7 @@ def _bins(items: list[tuple[np.ndarray, Grid]], channels: int) -> tuple[tuple[di
 
     Returns the batch's `vision` and int32 [F]: index into the group's features, item after item.
     """
-    sizes = [_bucket(math.prod(grid), MIN_PATCHES) for _, grid in items]
-    sizes = [size + -size % 4 for size in sizes]
+    sizes = [bin_size(grid) for _, grid in items]
     classes, starts, offset = [], [0] * len(items), 0
     for size in sorted(set(sizes)):
         members = [i for i, each in enumerate(sizes) if each == size]

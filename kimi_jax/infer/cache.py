@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import jax.numpy as jnp
@@ -85,25 +85,43 @@ class PagePool:
         """Pages without users that are kept under their key."""
         return len(self._unused)
 
+    def find(
+        self, keys: Sequence[bytes], decoded: bool = True, usable: Callable[[int, int], bool] | None = None
+    ) -> list[int]:
+        """The pages that hold the longest known prefix of `keys`.
+
+        decoded: whether pages that decoding has made may be among them. usable: of the index of a key and the page
+        that holds it, whether the page will do.
+        """
+        known: list[int] = []
+        for i, key in enumerate(keys):
+            page = self._page.get(key)
+            if page is None or (page in self._decoded and not decoded) or (usable and not usable(i, page)):
+                break
+            known.append(page)
+        return known
+
     def reserve(self, keys: Sequence[bytes], count: int, decoded: bool = True) -> tuple[list[int], int] | None:
         """`count` pages for a sequence whose first pages have these keys, and how many of them already hold its tokens.
 
-        The pages with the longest known prefix of `keys` are shared, the others are new. decoded: whether pages that
-        decoding has made are shared too. None, and nothing changes, if there are not enough.
+        The pages that `find` finds are shared, the others are new. None, and nothing changes, if there are not enough.
         """
-        known: list[int] = []
-        for key in keys[:count]:
-            if key not in self._page or (self._page[key] in self._decoded and not decoded):
-                break
-            known.append(self._page[key])
+        known = self.find(keys[:count], decoded)
+        pages = self.share(known, count)
+        return None if pages is None else (pages, len(known))
+
+    def share(self, known: Sequence[int], count: int) -> list[int] | None:
+        """`known` pages, which are used or kept, for one more user, and new ones behind them up to `count`.
+
+        None, and nothing changes, if there are not enough.
+        """
         waking = sum(self._users[page] == 0 for page in known)
         if count - len(known) > self.free - waking:
             return None
         for page in known:
             self._users[page] += 1
             self._unused.pop(page, None)
-        new = [self._take() for _ in range(count - len(known))]
-        return known + new, len(known)
+        return [*known, *(self._take() for _ in range(count - len(known)))]
 
     def _take(self) -> int:
         if self._free:

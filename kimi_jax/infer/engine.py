@@ -1,80 +1,58 @@
-"""Continuous batching: requests join and leave a fixed number of slots; prompts in chunks, all slots decoded at once.
+"""Continuous batching: requests join and leave a fixed number of slots; prompts in pieces, all slots decoded at once.
 
-Source: docs/architecture.md section 9. Everything that is compiled has a fixed shape: one program
-decodes all slots, one for each of CHUNKS takes the next piece of one prompt. Lengths, tables and settings are data, so
-nothing is compiled after each of them has run once (`warmup` runs them); only the vision tower has a program for each
-class of picture sizes (`kimi_jax.model`).
+Source: docs/architecture.md section 9. What is compiled, and the arrays it takes, is `infer.programs`; here is who
+gets a slot, what is read, what is decoded. Nothing is compiled after each program has run once (`warmup` runs them);
+only the vision tower has programs for each class of picture sizes (`infer.pictures`).
 
-Order: first come, first served. One prompt is read at a time; while others decode, the two take turns, so a long prompt
-does not stop the others. Pages: a request gets all that it can ever need (prompt and max_new_tokens) when its prompt
-starts, and waits, as does everybody behind it, until there are enough. So nothing ever has to be taken back, at the
-price of room for tokens that an early stop leaves unused. A prompt that begins like an earlier one, of this or another
-request, shares its full pages; a request that gives a seed or asks for log-probabilities (`Sampling.reproducible`) only
-those that were made by reading prompts, since decoding rounds otherwise (visibly so in bfloat16).
+Order: first come, first served. A step reads pieces of as many prompts as its budget of tokens allows, or decodes;
+where both wait the two take turns, so a long prompt does not stop the others. How long a prompt's pieces are depends on
+it alone, so that its numbers do too, whatever stands beside it. `tokens_per_call` tokens are decoded for all slots
+before Python hears of them, the same ones as one at a time; a call is left early when enough slots have ended for those
+who wait, and gives one token while prompts are being read.
+
+Pages: a request gets all that it can ever need (prompt and max_new_tokens) when its prompt starts, and waits, as does
+everybody behind it, until there are enough. So nothing ever has to be taken back, at the price of room for tokens that
+an early stop leaves unused. A prompt that begins like an earlier one, of this or another request, shares its full
+pages; one that is being read is waited for. A request that gives a seed or asks for log-probabilities
+(`Sampling.reproducible`) shares only those that were made by reading prompts, since decoding rounds otherwise (visibly
+so in bfloat16). Answers to one prompt that are submitted together (`submit_group`) share all of it: one of them reads,
+the others begin at its last token.
+
+Weights: `set_params` says what becomes of answers that are not complete, and every token carries the version that drew
+it. `unfinished`, `take` and `resume` make values of such answers, which a checkpoint can hold, and answers of values.
 
 Under a mesh the weights are cut by `kimi_jax.sharding`, the pages and the slots along the axis of the batch.
 
-B slots   T tokens of a chunk   W pages in a table   P pages   s tokens a page   A alternatives listed
+B slots   P pages   s tokens a page   A alternatives listed   L MoE layers   k experts of a token
 """
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from kimi_jax import sharding
-from kimi_jax.data.example import MediaItem
-from kimi_jax.data.image import normalise
-from kimi_jax.data.patches import num_features
-from kimi_jax.infer import forward as decoder
-from kimi_jax.infer.cache import NOWHERE, Cache, PagePool, empty_cache, media_digest, page_keys
-from kimi_jax.infer.request import Completion, Event, Request, Sampling
-from kimi_jax.infer.sampler import Sampled, Settings
-from kimi_jax.infer.step import cut, next_tokens
+from kimi_jax.infer.cache import Cache, PagePool, media_digest
+from kimi_jax.infer.checks import check_media, check_sampling, check_tokens
+from kimi_jax.infer.pages import Pages, Place
+from kimi_jax.infer.pictures import encode_pictures
+from kimi_jax.infer.programs import Piece, Programs, Sizes
+from kimi_jax.infer.request import Completion, Event, Request, Sampling, completion
+from kimi_jax.infer.sequence import Group
+from kimi_jax.infer.sequence import Sequence as Answer
+from kimi_jax.infer.unfinished import Unfinished, restore
 from kimi_jax.model import Model
-from kimi_jax.nn.kimi import abstract_params
-from kimi_jax.nn.param import metadata, unbox
 
 CHUNKS = (32, 128, 512)  # lengths of a prompt's pieces; the last one also bounds how long a decoding step may wait
+LOOK_AHEAD = 4  # times the slots: of those who wait, how many are looked at while others wait for a prompt to be read
 
-
-@dataclass(eq=False)
-class _Sequence:
-    """A request on its way. `tokens` holds the prompt, then what was sampled; the first `filled` are in the cache."""
-
-    number: int
-    sampling: Sampling
-    media: tuple[MediaItem, ...]
-    tokens: list[int]
-    prompt: int  # tokens of it
-    limit: int  # most tokens it can get to
-    owners: np.ndarray  # int32 [prompt]: the media item whose feature stands there, or -1
-    digests: list[bytes]
-    keys: list[bytes]
-    seed: int
-    features: np.ndarray | None = None  # [F, D], until the prompt is read
-    pages: list[int] = field(default_factory=list)
-    filled: int = 0
-    cached: int = 0
-    read: int = 0  # tokens whose cache entries are the work of reading prompts alone; at most `prompt`
-    slot: int = -1
-    cancelled: bool = False
-    events: list[Event] = field(default_factory=list)
-
-    def report(
-        self, token: int | None, logprob: float | None, top: tuple, reason: str | None, error: str | None = None
-    ) -> Event:
-        """The next event, remembered for `Engine.run`."""
-        self.events.append(Event(self.number, token, logprob, top, reason, error, self.cached))
-        return self.events[-1]
+Running = Literal["drain", "keep", "recompute"]
 
 
 class Engine:
@@ -83,6 +61,8 @@ class Engine:
     slots: requests that decode together. page_size: tokens a page, a power of two. num_pages: of the cache; default:
     enough for every slot at the longest sequence. max_sequence_length: most tokens of prompt and answer together.
     mesh: of `kimi_jax.sharding`; slots and pages are cut where they divide. chunks: lengths of a prompt's pieces.
+    tokens_per_call: how many tokens of an answer are decoded before they are reported; 1 to stream them as they come.
+    prefill_tokens: of prompts, read in one step; the longest piece unless given.
     Raises ValueError for sizes without sense.
     """
 
@@ -96,28 +76,39 @@ class Engine:
         max_sequence_length: int = 4096,
         mesh: Mesh | None = None,
         chunks: Sequence[int] = CHUNKS,
+        tokens_per_call: int = 1,
+        prefill_tokens: int | None = None,
     ):
         if any(n < 1 or n & (n - 1) for n in (page_size, *chunks)) or list(chunks) != sorted(set(chunks)):
             raise ValueError(f"page_size={page_size} and the ascending chunks={chunks} must be powers of two")
-        if slots < 1 or max_sequence_length < 2:
-            raise ValueError(f"slots={slots} must be at least 1, max_sequence_length={max_sequence_length} at least 2")
+        if slots < 1 or max_sequence_length < 2 or tokens_per_call < 1:
+            raise ValueError(
+                f"slots={slots} and tokens_per_call={tokens_per_call} must be at least 1, "
+                f"max_sequence_length={max_sequence_length} at least 2"
+            )
         self.model, self.config, self.mesh = model, model.config, mesh
         self.page_size, self.max_sequence_length = page_size, max_sequence_length
-        self._width = -(-max_sequence_length // page_size)
-        num_pages = 1 + slots * self._width if num_pages is None else num_pages
+        width = -(-max_sequence_length // page_size)
+        num_pages = 1 + slots * width if num_pages is None else num_pages
         if mesh is not None:
             num_pages += -num_pages % sharding.batch_parts(mesh)
-        self._pool = PagePool(num_pages)
         longest = 1 << (max_sequence_length - 1).bit_length()
         self._chunks = [n for n in chunks if n <= longest] or [chunks[0]]
-        self._slots: list[_Sequence | None] = [None] * slots
-        self._waiting: deque[_Sequence] = deque()
-        self._reading: _Sequence | None = None
+        budget = max(prefill_tokens or 0, self._chunks[-1])
+        # a prompt has one piece of a shorter length, its last, and may have many of the longest
+        rows = {n: budget // n if n == self._chunks[-1] else min(budget // n, slots) for n in self._chunks}
+        self._pool = PagePool(num_pages)
+        self._pages = Pages(self._pool, page_size)
+        self._programs = Programs(self.config, mesh, Sizes(slots, num_pages, page_size, width, tokens_per_call, rows))
+        self._slots: list[Answer | None] = [None] * slots
+        self._waiting: deque[Answer] = deque()
+        self._reading: list[Answer] = []
+        self._coming: tuple[dict[str, Any], int] | None = None
         self._numbers = itertools.count()
-        self._counts = dict.fromkeys(("compilations", "prefill_tokens", "decode_tokens", "prefix_hit_tokens"), 0)
+        self._counts = dict.fromkeys(("prefill_tokens", "decode_tokens", "prefix_hit_tokens"), 0)
         self._decoded_last = False
-        self._cache = self._empty_cache(num_pages)
-        self.set_params(model.params)
+        self.version = -1
+        self.set_params(model.params, 0)
 
     # ------------------------------------------------------------------------------------------------ the public part
 
@@ -129,47 +120,100 @@ class Engine:
         """
         return self._enter(request).number
 
-    def _enter(self, request: Request) -> _Sequence:
-        tokens = self._check_tokens(request.token_ids)
-        problem = request.sampling.problem()
-        if problem:
-            raise ValueError(problem)
-        owners = self._check_media(tokens, request.media)
-        limit = min(len(tokens) + request.sampling.max_new_tokens, self.max_sequence_length)
-        if self._num_pages(limit) > self._pool.capacity:
+    def submit_group(self, request: Request, seeds: Sequence[int | None]) -> list[int]:
+        """As many answers to one prompt as there are seeds, which take the place of the request's own; their numbers.
+
+        The prompt is read once and its media are encoded once. Raises as `submit`.
+        """
+        if request.sampling.max_new_tokens < 1:
+            raise ValueError("max_new_tokens must be at least 1 for a group: a prompt is scored once, not many times")
+        if not seeds:
+            return []
+        with_seed = [dataclasses.replace(request.sampling, seed=seed) for seed in seeds]
+        first = self._enter(dataclasses.replace(request, sampling=with_seed[0]))
+        if first.owners[-1] < 0:  # who begins at the last token embeds it as a token, which a media pad is not
+            first.group = Group(len(seeds))
+        members = [first]
+        for sampling in with_seed[1:]:
+            member = dataclasses.replace(
+                first, number=next(self._numbers), sampling=sampling, seed=_seed(sampling), tokens=list(first.tokens),
+                pages=[], events=[], scores=[], experts=[],
+            )  # fmt: skip
+            self._waiting.append(member)
+            members.append(member)
+        return [member.number for member in members]
+
+    def resume(self, unfinished: Unfinished) -> int:
+        """Go on with an answer that was taken out, at the end of the line; its number. What it has so far is read like
+        a prompt; the next tokens are those that it would have got. Raises ValueError as `submit`, or for an answer that
+        is no beginning of one."""
+        answer = self._enter(unfinished.request)
+        try:
+            restore(answer, unfinished, self.config)
+        except ValueError:
+            self._waiting.pop()
+            raise
+        answer.rewind(self.page_size)
+        return answer.number
+
+    def unfinished(self) -> dict[int, Unfinished]:
+        """The answers that wait or run, as they are now, by their numbers. They go on."""
+        answers = (s for s in (*self._slots, *self._waiting) if s is not None and not s.cancelled)
+        return {s.number: Unfinished.of(s) for s in sorted(answers, key=lambda s: s.number)}
+
+    def take(self) -> dict[int, Unfinished]:
+        """The same, and the engine is idle; no events report it."""
+        found = self.unfinished()
+        self._evict()
+        self._waiting.clear()
+        self._pages.drop_groups()
+        return found
+
+    def _enter(self, request: Request) -> Answer:
+        sampling = request.sampling
+        only_scored = sampling.score_from is not None and sampling.max_new_tokens == 0
+        tokens = check_tokens(self.config, request.token_ids, self.max_sequence_length + only_scored)
+        check_sampling(self.config, sampling, len(tokens))
+        owners = check_media(self.config, tokens, request.media)
+        limit = min(len(tokens) + sampling.max_new_tokens, self.max_sequence_length)
+        if self._pages.count(limit) > self._pool.capacity:
             raise ValueError(
-                f"{len(tokens)} tokens and up to {limit - len(tokens)} new ones need {self._num_pages(limit)} pages, "
+                f"{len(tokens)} tokens and up to {limit - len(tokens)} new ones need {self._pages.count(limit)} pages, "
                 f"the cache has {self._pool.capacity}: shorten the prompt, lower max_new_tokens or raise num_pages"
             )
         digests = [media_digest(item) for item in request.media]
-        keys = page_keys(tokens[:-1], owners[:-1], digests, self.page_size)  # the last one is always computed
-        seed = request.sampling.seed
-        if seed is None:
-            seed = int(np.random.default_rng().integers(1 << 32))
-        sequence = _Sequence(
-            next(self._numbers), request.sampling, request.media, tokens.tolist(), len(tokens), limit, owners, digests,
-            keys, seed % (1 << 32),
+        answer = Answer(
+            next(self._numbers), sampling, request.media, tokens.tolist(), len(tokens), limit, owners, digests,
+            _seed(sampling),
         )  # fmt: skip
-        self._waiting.append(sequence)
-        return sequence
+        answer.rewind(self.page_size)
+        self._waiting.append(answer)
+        return answer
 
     def cancel(self, request_id: int) -> None:
         """End a request at the next step, which reports it. Unknown and finished ones are ignored."""
-        for sequence in (*self._waiting, *self._slots):
-            if sequence is not None and sequence.number == request_id:
-                sequence.cancelled = True
+        for answer in (*self._waiting, *self._slots):
+            if answer is not None and answer.number == request_id:
+                answer.cancelled = True
 
-    def step(self) -> list[Event]:
-        """Let in who can start, then read one piece of a prompt or decode one token for every slot. What happened."""
+    def step(self, tokens: int | None = None) -> list[Event]:
+        """Let in who can start, then read pieces of prompts or decode up to `tokens` tokens for every slot (at most,
+        and unless given, `tokens_per_call`). What happened."""
         events = self._drop_cancelled()
-        if self._reading is None:
-            events += self._start_next()
-        running = [s for s in self._slots if s is not None and s is not self._reading]
-        if self._reading is not None and (self._decoded_last or not running):
+        self._install()
+        events += self._admit()
+        events += self._turn(tokens or self._programs.sizes.tokens)
+        self._install()  # now, should nobody call again
+        return events
+
+    def _turn(self, tokens: int) -> list[Event]:
+        running = [s for s in self._slots if s is not None and not s.reading]
+        if self._reading and (self._decoded_last or not running):
             self._decoded_last = False
-            return events + self._read(self._reading)
+            return self._read()
         self._decoded_last = True
-        return events + self._decode(running) if running else events
+        steps = 1 if self._reading else min(tokens, self._programs.sizes.tokens)
+        return self._decode(running, steps) if running else []
 
     @property
     def idle(self) -> bool:
@@ -181,253 +225,245 @@ class Engine:
 
         Events of requests that others submitted are dropped.
         """
-        sequences = [self._enter(request) for request in requests]
-        for sequence in sequences:
-            while not (sequence.events and sequence.events[-1].finish_reason):
+        answers = [self._enter(request) for request in requests]
+        for answer in answers:
+            while not (answer.events and answer.events[-1].finish_reason):
                 self.step()
-        return [_completion(sequence) for sequence in sequences]
+        return [completion(answer.events, answer.prompt) for answer in answers]
 
     def stats(self) -> dict[str, int]:
         """waiting, running, free_pages (cached_pages are among them), and since the start: compilations,
         prefill_tokens, decode_tokens, prefix_hit_tokens."""
         return {
             "waiting": len(self._waiting), "running": sum(s is not None for s in self._slots),
-            "free_pages": self._pool.free, "cached_pages": self._pool.cached, **self._counts,
+            "free_pages": self._pool.free, "cached_pages": self._pool.cached,
+            "compilations": self._programs.compilations, **self._counts,
         }  # fmt: skip
 
-    def set_params(self, params: dict[str, Any]) -> None:
-        """Go on with other weights of the same shapes (RL between two rollouts); forgets all known prefixes.
+    def set_params(self, params: dict[str, Any], version: int | None = None, running: Running | None = None) -> None:
+        """Go on with other weights of the same shapes, the vision tower's among them; forgets all known prefixes.
 
-        Raises RuntimeError unless idle. Pictures are seen with `model.params`.
+        version: the next one unless given. running: what becomes of answers that are not complete. "drain": they are
+        first completed with the old weights, and nobody else begins. "keep": they go on over what the old weights left
+        in the cache. "recompute": what they have so far is read again with the new weights, then they go on.
+        Raises RuntimeError without `running` unless idle, ValueError if it is something else.
+        """
+        if running is None and not self.idle:
+            raise RuntimeError("set_params needs an idle engine, or running=: the cache is of the old weights")
+        if running not in (None, "drain", "keep", "recompute"):
+            raise ValueError(f"running must be drain, keep or recompute, not {running!r}")
+        self._coming = params, self.version + 1 if version is None else version
+        if running == "recompute":
+            self._evict()
+        self._install(now=running == "keep")
+
+    def _install(self, now: bool = False) -> None:
+        """The weights that were set, once no answer runs; or now, beneath those that do."""
+        if self._coming is None or (any(self._slots) and not now):
+            return
+        (params, version), self._coming = self._coming, None
+        params = self._programs.place(params)
+        self._programs.set_weights(params)  # it fails if they are none; then nothing has changed
+        self.model, self.version = self.model.with_params(params), version
+        for answer in self._slots:
+            if answer is not None:
+                answer.stale = True
+        self._pages.forget()
+
+    def _evict(self) -> None:
+        """Those who run go back to the head of the line, in their order; what they have so far will be read."""
+        for answer in sorted((s for s in self._slots if s is not None), key=lambda s: -s.number):
+            self._leave(answer, keep=False)
+            answer.group, answer.features = None, None
+            answer.rewind(self.page_size)
+            self._waiting.appendleft(answer)
+
+    def warmup(self, *, groups: bool = False, scores: bool = False, experts: bool = False) -> None:
+        """Compile every program now; those that only groups, scores or routed experts need if there will be any.
+
+        Raises RuntimeError unless idle.
         """
         if not self.idle:
-            raise RuntimeError("set_params needs an idle engine: keys and values in the cache are of the old weights")
-        if self.mesh is not None:
-            boxed = abstract_params(self.config)
-            params = jax.device_put(params, sharding.param_shardings(metadata(boxed), unbox(boxed), self.mesh))
-        self._pool.forget()
-        self._weights = decoder.prepare(self.config, params)
-
-    def warmup(self) -> None:
-        """Compile every program now. Raises RuntimeError unless idle."""
-        if not self.idle:
             raise RuntimeError("warmup needs an idle engine")
-        for size in self._chunks:
-            self._run_chunk({}, 0, size)
-        self._decode([])
+        for record in {False, experts}:
+            for size, scored in itertools.product(self._chunks, {False, scores}):
+                self._programs.read([], size, scored, record)
+            self._programs.decode([], 1, 1, record)
+        if groups:
+            self._programs.copy([])
 
-    # -------------------------------------------------------------------------------------------------- checks at entry
+    @property
+    def _cache(self) -> Cache:
+        return self._programs.cache
 
-    def _check_tokens(self, token_ids: Any) -> np.ndarray:
-        tokens = np.asarray(token_ids)
-        if tokens.ndim != 1 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
-            raise ValueError(f"token_ids must be ints [n] with at least one token, not {tokens.dtype} {tokens.shape}")
-        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
-            raise ValueError(
-                f"token_ids holds {tokens.min()}..{tokens.max()}, the vocabulary has 0..{self.config.vocab_size - 1}"
-            )
-        if len(tokens) >= self.max_sequence_length:
-            raise ValueError(
-                f"the prompt has {len(tokens)} tokens; prompt and answer together have at most "
-                f"{self.max_sequence_length}"
-            )
-        return tokens.astype(np.int32)
+    @property
+    def _weights(self) -> Any:
+        return self._programs.weights
 
-    def _check_media(self, tokens: np.ndarray, media: tuple[MediaItem, ...]) -> np.ndarray:
-        """int32 [n]: which item each pad belongs to, -1 elsewhere."""
-        vision, pad = self.config.vision, self.config.media_placeholder_token_id
-        owners = np.full(len(tokens), -1, np.int32)
-        if vision is None:
-            if media:
-                raise ValueError("this model is text-only; it cannot take media")
-            return owners
-        for item in media:
-            (t, h, w), patches = item.grid, item.patches
-            if not 1 <= t <= vision.init_pos_emb_time or h < 2 or w < 2 or h % 2 or w % 2:
-                raise ValueError(f"media grid {item.grid}: needs 1..{vision.init_pos_emb_time} frames, even h, w >= 2")
-            if patches.shape != (t * h * w, 3 * vision.patch_size**2):
-                raise ValueError(f"media patches must be {(t * h * w, 3 * vision.patch_size**2)}, not {patches.shape}")
-        wanted = [num_features(item.grid) for item in media]
-        pads = tokens == pad
-        if pads.sum() != sum(wanted):
-            raise ValueError(
-                f"{pads.sum()} media pads (id {pad}) in token_ids, but the {len(media)} media items have {sum(wanted)} "
-                "features: each item needs h*w/4 pads"
-            )
-        owners[pads] = np.repeat(np.arange(len(media)), wanted)
-        return owners
-
-    def _num_pages(self, tokens: int) -> int:
-        return -(-tokens // self.page_size)
+    @property
+    def _program(self) -> Callable:
+        return self._programs.step
 
     # ------------------------------------------------------------------------------------------------- joining, leaving
 
     def _drop_cancelled(self) -> list[Event]:
         gone = [s for s in (*self._waiting, *self._slots) if s is not None and s.cancelled]
-        self._waiting = deque(s for s in self._waiting if not s.cancelled)
-        return [self._end(sequence, "cancelled") for sequence in gone]
+        for answer in gone:
+            if answer.slot < 0:
+                self._waiting.remove(answer)
+                self._pages.begun(answer)
+        return [self._end(answer, "cancelled") for answer in gone]
 
-    def _start_next(self) -> list[Event]:
-        """The first in line gets a free slot and its pages, if there are both; its pictures are looked at."""
-        if not self._waiting or None not in self._slots:
+    def _admit(self) -> list[Event]:
+        """Slots and pages for those who wait, as far as there are both; their pictures are encoded together."""
+        if self._coming is not None or not self._waiting or None not in self._slots:
             return []
-        sequence = self._waiting[0]
-        decoded = not sequence.sampling.reproducible
-        reserved = self._pool.reserve(sequence.keys, self._num_pages(sequence.limit), decoded)
-        if reserved is None:
+        joined, copies = [], []
+        coming = self._pages.being_read(self._reading)
+        for answer in list(itertools.islice(self._waiting, LOOK_AHEAD * len(self._slots))):
+            if None not in self._slots:
+                break
+            if self._pages.worth_waiting(answer, coming):
+                continue
+            place = self._pages.give(answer)
+            if place is None:
+                if not any(self._slots):
+                    self._pages.drop_groups()  # they must not hold what the first in line needs, who tries again
+                break
+            self._waiting.remove(answer)
+            self._join(answer, place)
+            coming.update(self._pages.to_read(answer, answer.filled))
+            copies += [place.copied] if place.copied else []
+            joined.append(answer)
+        if copies:
+            self._programs.copy(copies)
+        return self._encode_media(joined)
+
+    def _join(self, answer: Answer, place: Place) -> None:
+        answer.pages, answer.cached, answer.filled = place.pages, place.filled, place.filled
+        self._counts["prefix_hit_tokens"] += place.filled
+        answer.slot = self._slots.index(None)
+        self._slots[answer.slot] = answer
+        if answer.reading:
+            self._reading.append(answer)
+            if answer.group is not None:
+                answer.group.reader = answer
+        self._pages.begun(answer)
+
+    def _encode_media(self, joined: Sequence[Answer]) -> list[Event]:
+        """The features of what they still have to read. Those whose pictures fail end."""
+        seeing = [s for s in joined if (s.owners[s.filled :] >= 0).any()]
+        if not seeing:
             return []
-        self._waiting.popleft()
-        sequence.pages, known = reserved
-        sequence.cached = sequence.filled = known * self.page_size
-        first = self._pool.first_decoded(sequence.pages[:known])
-        sequence.read = sequence.prompt if first == known else first * self.page_size
-        self._counts["prefix_hit_tokens"] += sequence.cached
-        sequence.slot = self._slots.index(None)
-        self._slots[sequence.slot] = self._reading = sequence
-        if (sequence.owners[sequence.filled :] >= 0).any():
-            try:
-                sequence.features = self._look(sequence.media)
-            except Exception as error:  # one bad request must not end the others
-                return [self._end(sequence, "error", f"vision: {type(error).__name__}: {error}")]
-        return []
+        items = {d: item for s in seeing for d, item in zip(s.digests, s.media, strict=True)}
+        features, failed = encode_pictures(self.model, items), []
+        for answer in seeing:
+            own = [features[digest] for digest in answer.digests]
+            errors = [error for error in own if isinstance(error, Exception)]
+            if errors:  # one bad request must not end the others
+                failed.append(self._end(answer, "error", f"vision: {type(errors[0]).__name__}: {errors[0]}"))
+            else:
+                answer.features = np.concatenate([each for each in own if not isinstance(each, Exception)])
+        return failed
 
-    def _look(self, media: tuple[MediaItem, ...]) -> np.ndarray:
-        """Features of all items, float32 [F, D]."""
-        size = self.config.vision.patch_size  # type: ignore[union-attr]
-        pixels = [item.patches.reshape(-1, 3, size, size) for item in media]
-        if any(p.dtype != np.uint8 for p in pixels):  # bytes reach the device as bytes unless floats stand beside them
-            pixels = [normalise(item.patches, size) if item.patches.dtype == np.uint8 else p
-                      for item, p in zip(media, pixels, strict=True)]  # fmt: skip
-        return self.model.vision_features(np.concatenate(pixels), [item.grid for item in media])
+    def _end(self, answer: Answer, reason: str, error: str | None = None) -> Event:
+        self._leave(answer)
+        return answer.report(None, None, (), reason, error, self.version)
 
-    def _end(self, sequence: _Sequence, reason: str, error: str | None = None) -> Event:
-        self._leave(sequence)
-        return sequence.report(None, None, (), reason, error)
-
-    def _leave(self, sequence: _Sequence) -> None:
+    def _leave(self, answer: Answer, keep: bool = True) -> None:
         """Frees slot and pages. Full pages stay known, the answer's too: it is part of the next turn's prompt."""
-        if sequence.slot >= 0:
-            self._slots[sequence.slot] = None
-            tokens = np.array(sequence.tokens[: sequence.filled], np.int32)
-            owners = np.pad(sequence.owners, (0, len(sequence.tokens) - sequence.prompt), constant_values=-1)
-            self._keep(sequence, page_keys(tokens, owners, sequence.digests, self.page_size))
-            self._pool.release(sequence.pages)
-        if sequence is self._reading:
-            self._reading = None
-
-    def _keep(self, sequence: _Sequence, keys: Sequence[bytes]) -> None:
-        full = keys[: sequence.filled // self.page_size]
-        for i, (page, key) in enumerate(zip(sequence.pages, full, strict=False), 1):
-            self._pool.keep(page, key, decoded=i * self.page_size > sequence.read)
+        if answer.slot >= 0:
+            self._slots[answer.slot] = None
+            if keep:
+                self._pages.keep(answer, answer.page_keys(answer.filled, self.page_size))
+            self._pool.release(answer.pages)
+            answer.slot = -1
+        if answer.group is not None and answer.group.reader is answer:
+            answer.group.reader = None
+        if answer in self._reading:
+            self._reading.remove(answer)
 
     # ------------------------------------------------------------------------------------------------- the two programs
 
-    def _read(self, sequence: _Sequence) -> list[Event]:
-        """The next piece of its prompt; after the last one its first new token."""
-        left = sequence.prompt - sequence.filled
-        size = next((n for n in self._chunks if n >= left), self._chunks[-1])
-        count = min(left, size)
-        sampled = self._run_chunk({0: sequence}, count, size)
-        sequence.filled += count
-        self._counts["prefill_tokens"] += count
-        self._keep(sequence, sequence.keys)
-        if sequence.filled < sequence.prompt:
-            return []
-        self._reading = sequence.features = None
-        return [self._advance(sequence, sampled, 0)]
+    def _read(self) -> list[Event]:
+        """The next pieces of prompts, all of one length; after the last one of a prompt its first new token."""
+        size = self._piece(self._reading[0].goal - self._reading[0].filled)
+        pieces: list[Piece] = []
+        for answer in self._reading:
+            start = answer.filled
+            while start < answer.goal and len(pieces) < self._programs.sizes.rows[size]:
+                if self._piece(answer.goal - start) != size:
+                    break
+                pieces.append(Piece(answer, start, min(size, answer.goal - start)))
+                start += size
+        scored = any(s.sampling.score_from is not None and start < s.prompt for s, start, _ in pieces)
+        record = any(piece.sequence.sampling.routed_experts for piece in pieces)
+        drawn = self._programs.read(pieces, size, scored, record)
+        events = []
+        for row, (answer, start, count) in enumerate(pieces):
+            answer.filled = start + count
+            self._counts["prefill_tokens"] += count
+            if drawn.scores is not None:
+                answer.add_scores(start + 1, drawn.scores[row, :count])
+            if drawn.experts is not None:
+                answer.add_experts(start, drawn.experts[row, :count])
+            self._pages.keep(answer, answer.keys)
+            if answer.reading:
+                continue
+            answer.features = None
+            self._pages.hold(answer)
+            if len(answer.tokens) >= answer.limit:
+                events.append(self._end(answer, "length"))  # it was only scored
+            else:
+                token, logprob, *top = (a[row] for a in drawn.sampled)
+                events.append(self._advance(answer, int(token), float(logprob), *top))
+        # who still reads goes behind those who had no room in this call
+        rest = [s for s in self._reading if s.reading and s.slot >= 0]
+        moved = {piece.sequence for piece in pieces}
+        self._reading = [s for s in rest if s not in moved] + [s for s in rest if s in moved]
+        return events
 
-    def _run_chunk(self, placed: dict[int, _Sequence], count: int, size: int) -> Sampled:
-        """The next `count` tokens of the prompt at row 0, if there is one, padded to `size`."""
-        tokens, start = np.zeros((1, size), np.int32), np.zeros(1, np.int32)
-        features = np.zeros((1, size, self.config.hidden_size), self.config.dtype)
-        is_media = np.zeros((1, size), bool)
-        for row, sequence in placed.items():
-            start[row] = sequence.filled
-            piece = slice(sequence.filled, sequence.filled + count)
-            tokens[row, :count] = sequence.tokens[piece]
-            if sequence.features is not None:
-                is_media[row, :count] = sequence.owners[piece] >= 0
-                before = (sequence.owners[: sequence.filled] >= 0).sum()
-                features[is_media] = sequence.features[before : before + is_media.sum()]
-        return self._run(placed, tokens, start, np.array([count], np.int32), (features, is_media))
+    def _piece(self, left: int) -> int:
+        """The length of the next piece of a prompt that has so many tokens left."""
+        return next((n for n in self._chunks if n >= left), self._chunks[-1])
 
-    def _decode(self, running: list[_Sequence]) -> list[Event]:
-        """The next token of every running sequence."""
-        tokens, start, count = (np.zeros(len(self._slots), np.int32) for _ in range(3))
-        for s in running:
-            tokens[s.slot], start[s.slot], count[s.slot] = s.tokens[-1], s.filled, 1
-            s.filled += 1
-        sampled = self._run({s.slot: s for s in running}, tokens[:, None], start, count)
-        self._counts["decode_tokens"] += len(running)
-        return [self._advance(sequence, sampled, sequence.slot) for sequence in running]
+    def _decode(self, running: list[Answer], steps: int) -> list[Event]:
+        """The next tokens of every running sequence."""
+        ended = max(min(len(self._waiting), len(self._slots) // 8), 1) if self._waiting else len(running)
+        record = any(s.sampling.routed_experts for s in running)
+        decoded = self._programs.decode(running, steps, min(ended, len(running)), record)
+        events: list[Event] = []
+        tokens, logprobs = decoded.sampled.tokens.tolist(), decoded.sampled.logprobs.tolist()
+        top = decoded.sampled.top_tokens, decoded.sampled.top_logprobs
+        for i in range(int(decoded.steps)):
+            for answer in running:
+                slot = answer.slot
+                if slot >= 0:
+                    if decoded.experts is not None:
+                        answer.add_experts(answer.filled, decoded.experts[i, slot][None])
+                    answer.filled += 1
+                    self._counts["decode_tokens"] += 1
+                    listed = (a[i, slot] for a in top)
+                    events.append(self._advance(answer, tokens[i][slot], logprobs[i][slot], *listed))
+        return events
 
-    def _advance(self, sequence: _Sequence, sampled: Sampled, row: int) -> Event:
-        """The row's new token, and the end if it is one."""
-        token, wanted = int(sampled.tokens[row]), sequence.sampling
-        sequence.tokens.append(token)
+    def _advance(self, answer: Answer, token: int, logprob: float, listed: np.ndarray, values: np.ndarray) -> Event:
+        """A new token, and the end if it is one. listed, values: the alternatives, [A] each."""
+        wanted = answer.sampling
+        answer.tokens.append(token)
         reason = None
         if token in wanted.stop_ids:
             reason = "stop"
-        elif len(sequence.tokens) >= sequence.limit:
+        elif len(answer.tokens) >= answer.limit:
             reason = "length"
+        most = wanted.top_logprobs
+        top = tuple(zip(listed[:most].tolist(), values[:most].tolist(), strict=True)) if most else ()
         if reason:
-            self._leave(sequence)
-        listed = range(min(wanted.top_logprobs, sampled.top_tokens.shape[1]))
-        top = tuple((int(sampled.top_tokens[row, i]), float(sampled.top_logprobs[row, i])) for i in listed)
-        return sequence.report(token, float(sampled.logprobs[row]), top, reason)
-
-    def _run(
-        self,
-        placed: dict[int, _Sequence],
-        tokens: np.ndarray,
-        start: np.ndarray,
-        count: np.ndarray,
-        media: tuple[np.ndarray, np.ndarray] | None = None,
-    ) -> Sampled:
-        """One call of the program: tokens [B, T] of the sequences at the rows of `placed`; the other rows are idle."""
-        rows = len(tokens)
-        table = np.full((rows, self._width), NOWHERE, np.int32)
-        settings = Settings(
-            np.zeros(rows, np.float32), np.ones(rows, np.float32), np.zeros(rows, np.uint32), start + count,
-            np.zeros(rows, np.int32),
-        )  # fmt: skip
-        for row, sequence in placed.items():
-            wanted = sequence.sampling
-            table[row, : len(sequence.pages)] = sequence.pages
-            settings.temperature[row], settings.top_p[row] = wanted.temperature, wanted.top_p
-            settings.seed[row], settings.top_logprobs[row] = sequence.seed, wanted.top_logprobs
-        chunk = decoder.Chunk(tokens, start, count, table, *(media or (None, None)))
-        self._cache, sampled = self._program(self._weights, self._cache, chunk, settings)
-        return jax.device_get(sampled)
-
-    @functools.cached_property
-    def _program(self) -> Callable:
-        """Compiled once for each shape of the chunk: one for decoding, one for each of CHUNKS."""
-
-        def run(
-            weights: decoder.Weights, cache: Cache, chunk: decoder.Chunk, settings: Settings
-        ) -> tuple[Cache, Sampled]:
-            self._counts["compilations"] += 1  # runs only while jax traces
-            return next_tokens(self.config, self.mesh, weights, cache, chunk, settings)
-
-        return jax.jit(run, donate_argnums=1)
-
-    def _empty_cache(self, num_pages: int) -> Cache:
-        make = functools.partial(empty_cache, self.config, num_pages, self.page_size)
-        return make() if self.mesh is None else jax.jit(make, out_shardings=cut(self.mesh, num_pages))()
+            self._leave(answer)
+        return answer.report(token, logprob, top, reason, None, self.version)
 
 
-def _completion(sequence: _Sequence) -> Completion:
-    """Raises RuntimeError if the request failed."""
-    events = sequence.events
-    if events[-1].finish_reason == "error":
-        raise RuntimeError(f"request {sequence.number}: {events[-1].error}")
-    sampled = [event for event in events if event.token_id is not None]
-    return Completion(
-        tuple(event.token_id for event in sampled if event.token_id is not None),
-        tuple(event.logprob for event in sampled if event.logprob is not None),
-        events[-1].finish_reason or "",
-        sequence.prompt,
-        sequence.cached,
-        tuple(event.top for event in sampled),
-    )
+def _seed(sampling: Sampling) -> int:
+    """The seed it gives, or one that is drawn; below 2^32."""
+    seed = int(np.random.default_rng().integers(1 << 32)) if sampling.seed is None else sampling.seed
+    return seed % (1 << 32)

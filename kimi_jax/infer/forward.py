@@ -18,6 +18,7 @@ K tokens of the block of pages that is looked at together
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -39,7 +40,8 @@ from kimi_jax.nn.mla import MLA
 from kimi_jax.nn.moe import Banks, Experts, ExpertsOut, MoE, cut_experts, run_experts
 from kimi_jax.nn.rope import softmax_scale
 
-KEYS = 256  # tokens of a block of pages
+KEYS = 256  # most tokens of a block of pages; fewer where sequences are short, see `_attend`
+SHARE = 8  # blocks that the longest sequence has at least: what a block holds beyond the context is computed in vain
 FEW_ROWS = 4  # rows an expert's block has if there are few an expert: 8 or more cost half as much again
 NEGATIVE = -1e30
 
@@ -65,26 +67,35 @@ class Chunk(NamedTuple):
     is_media: Bool[Array, "B T"] | None = None
 
 
-def prepare(config: ModelConfig, params: dict[str, Any]) -> Weights:
+def prepare(config: ModelConfig, params: dict[str, Any], split: Callable | None = None) -> Weights:
     """Cut the stacks of `params` (the plain tree of `nn.kimi`) into layers, once, in the activations' dtype.
 
     XLA would copy a layer out of its stack in every step. The banks of routed experts, most of the weights, are not cut
-    or copied (if they have the right dtype); the other weights of the layers exist twice as long as the caller keeps
-    `params`. kv_b is also kept as its two halves, transposed for the absorbed form. The router stays as it is: it
-    computes in float32.
+    or copied (if they have the right dtype), nor are embedding and head; the other weights of the layers exist twice as
+    long as the caller keeps `params`. kv_b is also kept as its two halves, transposed for the absorbed form. The router
+    stays as it is: it computes in float32. split: `split_layers` for this configuration, compiled by whoever calls this
+    again and again; what is not cut must stay outside, since jax copies what a compiled function passes through.
     """
-    layers = []
+    stacks = {}
     for name in (DENSE, MOE):
         if name in params:
-            stack = {**params[name], "mlp": {k: v for k, v in params[name]["mlp"].items() if k != "experts"}}
-            for i in range(jax.tree.leaves(stack["input_norm"])[0].shape[0]):
-                layers.append(_layer(config, jax.tree.map(lambda a, i=i: a[i], stack)))
+            stacks[name] = {**params[name], "mlp": {k: v for k, v in params[name]["mlp"].items() if k != "experts"}}
+    layers = (split or functools.partial(split_layers, config))(stacks)
     banks = None
     if config.num_moe_layers:
         experts = params[MOE]["mlp"]["experts"]
         banks = jax.vmap(lambda p: Experts(config).apply({"params": p}, method="banks"))(experts)
     embed, norm, head = (_cast(params[name], config.dtype) for name in ("embed", "final_norm", "lm_head"))
-    return Weights(embed, tuple(layers), banks, norm, head)
+    return Weights(embed, layers, banks, norm, head)
+
+
+def split_layers(config: ModelConfig, stacks: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """The layers of the stacks, dense ones first; the routed experts are not among them."""
+    layers = []
+    for stack in (stacks[name] for name in (DENSE, MOE) if name in stacks):
+        for i in range(jax.tree.leaves(stack["input_norm"])[0].shape[0]):
+            layers.append(_layer(config, jax.tree.map(lambda a, i=i: a[i], stack)))
+    return tuple(layers)
 
 
 def _cast(tree: Any, dtype: str) -> Any:
@@ -107,12 +118,14 @@ def forward(
     *,
     absorbed: bool,
     layout: Layout | None = None,
+    chosen: list[Array] | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """Final-normed hidden states of the chunk, and the cache that now holds its tokens too.
 
     Every row's earlier tokens must be in the pages of its table. absorbed: the form of attention; same result. Padding
     goes to no expert, and to places in the cache that are not read before they are written again. layout: how the
-    weights lie over a mesh. Raises ShardingError if it does not deal out the experts evenly.
+    weights lie over a mesh. chosen: a list that the experts [B, T, k] of each MoE layer are added to; those of padding
+    are number E. Raises ShardingError if the layout does not deal out the experts evenly.
     """
     c, size = config, chunk.tokens.shape[1]
     positions = chunk.start[:, None] + jnp.arange(size, dtype=jnp.int32)
@@ -134,7 +147,7 @@ def forward(
             out = _expanded(c, expand, q_nope, q_rope, keys)
         x = x + attention.apply(own, out, method=lambda mla, y: mla.o(y))
         normed = rms_norm(x, layer["post_attention_norm"]["scale"], c.rms_norm_eps)
-        x = x + _mlp(c, weights, number, normed, real, layout)
+        x = x + _mlp(c, weights, number, normed, real, layout, chosen)
     return rms_norm(x, weights.final_norm["scale"], c.rms_norm_eps), tuple(written)
 
 
@@ -189,7 +202,7 @@ def _attend(config: ModelConfig, q: Array, look: Callable, axes: str, width: int
     """
     size, length = keys.pages.shape[1], q.shape[2]
     start, table = keys.chunk.start, keys.chunk.table
-    together = max(KEYS // size, 1)
+    together = max(min(KEYS, table.shape[1] * size // SHARE) // size, 1)
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % together)), constant_values=NOWHERE)
     block = together * size
     scale, dot = softmax_scale(config), precision(config.dtype)
@@ -222,14 +235,27 @@ def _attend(config: ModelConfig, q: Array, look: Callable, axes: str, width: int
 # ------------------------------------------------------------------------------------------------------------------ MLP
 
 
-def _mlp(config: ModelConfig, weights: Weights, number: int, x: Array, real: Array, layout: Layout | None) -> Array:
-    """Layer `number`'s MLP."""
+def _mlp(
+    config: ModelConfig, weights: Weights, number: int, x: Array, real: Array, layout: Layout | None,
+    chosen: list[Array] | None,
+) -> Array:  # fmt: skip
+    """Layer `number`'s MLP; adds its experts to `chosen`."""
     own, moe = {"params": weights.layers[number]["mlp"]}, config.moe
     if moe is None or number < config.num_dense_layers:
         return SwiGLU(config, config.intermediate_size).apply(own, x)
     banks, layer = cast(Banks, weights.banks), number - config.num_dense_layers
     run = _on_one_device(banks, layer, moe.n_routed_experts) if layout is None else _over(layout, banks, layer)
+    if chosen is not None:
+        run = _recorded(run, chosen, x.shape[:2])
     return MoE(config).apply(own, x, real, None, run)[0]
+
+
+def _recorded(run: RunExperts, chosen: list[Array], shape: tuple[int, ...]) -> RunExperts:
+    def experts(rows: Array, ids: Array, gates: Array) -> ExpertsOut:
+        chosen.append(ids.reshape(*shape, -1))
+        return run(rows, ids, gates)
+
+    return experts
 
 
 RunExperts = Callable[[Array, Array, Array], ExpertsOut]  # rows [N, D], their choices and gates [N, k]

@@ -7,7 +7,8 @@ n tokens of a prompt   k listed alternatives
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -26,9 +27,13 @@ class Sampling:
     seed: None draws one; taken modulo 2^32. The same seed and prompt give the same tokens whatever else is in the batch
     and whatever answers came before. One thing remains in bfloat16: a prompt that shares the beginning of an earlier
     prompt is read in other pieces, which rounds otherwise; `Engine.set_params`, which forgets prefixes, rules it out.
-    max_new_tokens: at least 1. stop_ids: sampling one ends the request, and it is part of the result.
+    max_new_tokens: at least 1, or 0 for a request that is only scored. stop_ids: sampling one ends the request, and it
+    is part of the result.
     top_logprobs: how many of the most probable tokens are listed beside each sampled one, at most MAX_TOP_LOGPROBS.
     logprobs: that log-probabilities will be looked at. They come always; see `reproducible`.
+    score_from: index of the first token of the prompt whose own log-probability is wanted (1: all but the first, which
+    nothing precedes); None for none. What lies before it may come from the prefix cache.
+    routed_experts: that the experts of every token are recorded.
     """
 
     temperature: float = 1.0
@@ -38,11 +43,13 @@ class Sampling:
     stop_ids: tuple[int, ...] = ()
     top_logprobs: int = 0
     logprobs: bool = False
+    score_from: int | None = None
+    routed_experts: bool = False
 
     @property
     def reproducible(self) -> bool:
         """Whether pages that decoding made must not serve as its prefix: the numbers would depend on their history."""
-        return self.seed is not None or self.logprobs or self.top_logprobs > 0
+        return self.seed is not None or self.logprobs or self.top_logprobs > 0 or self.score_from is not None
 
     def problem(self) -> str | None:
         """What is wrong with these values, or None."""
@@ -50,8 +57,10 @@ class Sampling:
             return f"temperature must be a finite float32 that is at least 0, not {self.temperature}"
         if not 0 < self.top_p <= 1:
             return f"top_p must be above 0 and at most 1, not {self.top_p}"
-        if self.max_new_tokens < 1:
-            return f"max_new_tokens must be at least 1, not {self.max_new_tokens}"
+        if self.max_new_tokens < (1 if self.score_from is None else 0):
+            return f"max_new_tokens must be at least 1 (0 if the prompt is scored), not {self.max_new_tokens}"
+        if self.score_from is not None and self.score_from < 1:
+            return f"score_from must be at least 1 (nothing precedes the first token), not {self.score_from}"
         if not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
             return f"top_logprobs must be 0..{MAX_TOP_LOGPROBS}, not {self.top_logprobs}"
         return None
@@ -72,12 +81,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Event:
-    """One sampled token, or the end without one (cancelled, error).
+    """One sampled token, or the end without one (cancelled, error, a prompt that was only scored).
 
     logprob: log softmax(logits / temperature) of the token, before top_p; if greedy of softmax(logits). top: the
     most probable tokens and their log-probabilities in the same distribution. finish_reason: None while it goes on,
     "stop" (a stop id), "length" (max_new_tokens or the longest sequence), "cancelled", "error" (`error` says why).
-    cached_tokens: of the request's prompt, how many tokens came from the prefix cache.
+    cached_tokens: of the request's prompt, how many tokens came from the prefix cache. version: of the weights that
+    drew the token. prompt_logprobs: with the first event of a request that asked for scores. experts: with the last
+    event of a request that asked for them, see `Completion`.
     """
 
     request_id: int
@@ -87,11 +98,19 @@ class Event:
     finish_reason: str | None
     error: str | None = None
     cached_tokens: int = 0
+    version: int = 0
+    prompt_logprobs: tuple[float, ...] = ()
+    experts: np.ndarray | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
 class Completion:
-    """All of a request's sampled tokens. cached_tokens: how many tokens of the prompt came from the prefix cache."""
+    """All of a request's sampled tokens. cached_tokens: how many tokens of the prompt came from the prefix cache.
+
+    versions: of the weights that drew each token. prompt_logprobs: of the prompt's tokens from `Sampling.score_from`
+    on, in the same distribution as those of the answer. experts: int32 [prompt + answer - 1, L, k], those that every
+    token but the last was routed to in each of the L MoE layers (the last one was drawn and never read).
+    """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -99,3 +118,24 @@ class Completion:
     prompt_tokens: int
     cached_tokens: int
     top: tuple[tuple[tuple[int, float], ...], ...]
+    versions: tuple[int, ...] = ()
+    prompt_logprobs: tuple[float, ...] = ()
+    experts: np.ndarray | None = field(default=None, compare=False)
+
+
+def completion(events: Sequence[Event], prompt_tokens: int) -> Completion:
+    """The events of one request, from its first to its last, as one. Raises RuntimeError if the request failed."""
+    if events[-1].finish_reason == "error":
+        raise RuntimeError(f"request {events[-1].request_id}: {events[-1].error}")
+    sampled = [event for event in events if event.token_id is not None]
+    return Completion(
+        tuple(event.token_id for event in sampled if event.token_id is not None),
+        tuple(event.logprob for event in sampled if event.logprob is not None),
+        events[-1].finish_reason or "",
+        prompt_tokens,
+        events[-1].cached_tokens,
+        tuple(event.top for event in sampled),
+        tuple(event.version for event in sampled),
+        next((event.prompt_logprobs for event in events if event.prompt_logprobs), ()),
+        events[-1].experts,
+    )

@@ -41,7 +41,7 @@ class Sampled(NamedTuple):
 def sample(logits: Float[Array, "B V"], settings: Settings) -> Sampled:
     """Draw one token a row. Logits float32."""
     greedy = settings.temperature < MIN_TEMPERATURE
-    logprobs = jax.nn.log_softmax(logits / jnp.where(greedy, 1.0, settings.temperature)[:, None])
+    logprobs = _log_softmax(logits, settings.temperature)
     drawn = lax.cond(greedy.all(), lambda: logprobs, lambda: _perturbed(logprobs, settings))
     tokens = jnp.argmax(jnp.where(greedy[:, None], logprobs, drawn), axis=-1).astype(jnp.int32)
     chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
@@ -53,6 +53,16 @@ def sample(logits: Float[Array, "B V"], settings: Settings) -> Sampled:
         lambda: (none, none.astype(jnp.int32)),
     )
     return Sampled(tokens, chosen, top_tokens, top)
+
+
+def score(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"], temperature: Float[Array, " B"]) -> Array:
+    """Log-probabilities [B, T] of given tokens, in the distribution that `sample` draws from before the nucleus."""
+    logprobs = jax.vmap(_log_softmax, in_axes=(1, None), out_axes=1)(logits, temperature)
+    return jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
+
+
+def _log_softmax(logits: Float[Array, "B V"], temperature: Float[Array, " B"]) -> Float[Array, "B V"]:
+    return jax.nn.log_softmax(logits / jnp.where(temperature < MIN_TEMPERATURE, 1.0, temperature)[:, None])
 
 
 def _perturbed(logprobs: Array, settings: Settings) -> Array:

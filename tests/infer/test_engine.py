@@ -75,15 +75,15 @@ def next_logits(tokens, model, pixels=None, grids=None):
     return model.logits(padded, pixels, grids)[0, len(tokens) - 1].astype(np.float64)
 
 
-def reference(request, model=None):
-    """Greedy tokens and their log-probabilities by full forward passes."""
-    tokens, logprobs, model = list(request.token_ids), [], model or shared_engine().model
+def reference(request, of=None):
+    """Greedy tokens and their log-probabilities by full forward passes of `of`, or of the model that tests share."""
+    tokens, logprobs, of = list(request.token_ids), [], of or model()
     pixels = grids = None
     if request.media:
         raw = np.concatenate([item.patches for item in request.media]).astype(np.float32)
         pixels, grids = (raw / 127.5 - 1).reshape(-1, 3, 4, 4), [item.grid for item in request.media]
     for _ in range(request.sampling.max_new_tokens):
-        row = next_logits(tokens, model, pixels, grids)
+        row = next_logits(tokens, of, pixels, grids)
         tokens.append(int(row.argmax()))
         logprobs.append(row.max() - np.log(np.exp(row - row.max()).sum()) - row.max())
     return tuple(tokens[len(request.token_ids) :]), logprobs

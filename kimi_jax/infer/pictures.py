@@ -1,0 +1,57 @@
+"""Pictures of many requests in one call of the vision tower, each of them once.
+
+The tower has a program for each class of picture sizes and each number of pictures in a call. So that few are ever
+compiled, pictures of a class go TOGETHER at a time, and what is left of them one by one.
+
+F features of an item   D width   p patch size
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kimi_jax.data.example import MediaItem
+from kimi_jax.data.patches import num_features
+
+if TYPE_CHECKING:
+    from kimi_jax.model import Model
+
+TOGETHER = 8
+MOST_PATCHES = 8192  # of a call: larger pictures go one by one
+
+
+def encode_pictures(model: Model, items: Mapping[bytes, MediaItem]) -> dict[bytes, np.ndarray | Exception]:
+    """The features float32 [F, D] of each item, or why there are none: one picture that fails does not end the others.
+
+    items: by what tells them apart (`cache.media_digest`); patches [N, 3*p*p], bytes or floats in [-1, 1].
+    """
+    from kimi_jax.model import bin_size  # it imports this package
+
+    classes: dict[tuple, list[bytes]] = defaultdict(list)
+    for key, item in items.items():
+        classes[bin_size(item.grid), item.patches.dtype.str].append(key)  # bytes reach the device as bytes
+    found: dict[bytes, np.ndarray | Exception] = {}
+    for (size, _), keys in classes.items():
+        whole = len(keys) - len(keys) % TOGETHER if size * TOGETHER <= MOST_PATCHES else 0
+        for i in range(0, whole, TOGETHER):
+            found |= _encode(model, {key: items[key] for key in keys[i : i + TOGETHER]})
+        for key in keys[whole:]:
+            found |= _encode(model, {key: items[key]})
+    return found
+
+
+def _encode(model: Model, items: dict[bytes, MediaItem]) -> dict[bytes, np.ndarray | Exception]:
+    size = model.config.vision.patch_size  # type: ignore[union-attr]
+    try:
+        pixels = np.concatenate([item.patches.reshape(-1, 3, size, size) for item in items.values()])
+        features = model.vision_features(pixels, [item.grid for item in items.values()])
+    except Exception as error:  # whatever it is: it is told to the request whose picture it was
+        if len(items) == 1:
+            return dict.fromkeys(items, error)
+        return {k: v for key, item in items.items() for k, v in _encode(model, {key: item}).items()}
+    ends = np.cumsum([num_features(item.grid) for item in items.values()])
+    return dict(zip(items, np.split(features, ends[:-1]), strict=True))
