@@ -96,7 +96,7 @@ def _answer(words: list[str]) -> int:
             with Live(view, console=live.console(), refresh_per_second=4, transient=True):
                 result = anyio.run(_run, words, view.observe, running)
         else:
-            result = anyio.run(_run, words, live.PlainView(sys.stderr).observe, running)
+            result = anyio.run(_run, words, live.PlainView(_tell).observe, running)
     except KeyboardInterrupt:
         return _interrupted(running)
     except ReplayMiss as error:
@@ -104,6 +104,10 @@ def _answer(words: list[str]) -> int:
         return 1
     _print(result, running[0], view.summary() if sys.stderr.isatty() else "")
     return 0 if result.status == "ok" else 1
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 async def _run(words: list[str], observe: Any, running: list[Swarm]) -> SwarmResult:

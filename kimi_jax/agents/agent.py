@@ -106,12 +106,15 @@ class Agent:
         """Waits for a slot; False if the time of the swarm was over before there was one."""
         queued = self.runtime.now()
         if self.parent:
-            key = self.runtime.journal.next_key(self.name, "queue")
-            if self.runtime.journal.peek(key):
+            # only an agent that got no slot has an outcome here; in a new run there is none to look for
+            journal = self.runtime.journal
+            key = journal.next_key(self.name, "queue") if journal.mode != "new" else None
+            if key and journal.peek(key):
                 return False
             with anyio.move_on_at(self.ledger.deadline) as waiting:
                 await self.lease.acquire()
             if waiting.cancelled_caught:
+                key = key or journal.next_key(self.name, "queue")
                 self.runtime.remember(key, {"not_started": True, "time": self.runtime.now(), "duration": 0.0})
                 return False
         else:
@@ -177,7 +180,7 @@ class Agent:
         """Most tokens that a request can have: what the last one had, and a token for each byte that is new."""
         known = self._counted > 0 and self._uncounted <= len(messages)
         new = messages[self._uncounted :] if known else messages
-        return (self._counted if known else tools.size) + sum(len(json.dumps(m)) + 16 for m in new)
+        return (self._counted if known else tools.size) + sum(map(_most_tokens, new))
 
     # ------------------------------------------------------------------------------------------------- calls of a turn
 
@@ -186,12 +189,11 @@ class Agent:
 
     async def _act(self, calls: Sequence[Call]) -> None:
         """Makes the calls of one turn, all at the same time, and appends their results in order."""
-        group = self.ledger.group()
         results: list[Result | None] = [None] * len(calls)
         children: dict[int, Agent] = {}
         for i, call in enumerate(calls):
             if call.name in ("create_subagent", "assign_task") and self._may_spawn():
-                made = self._orchestrate(call, children, group)
+                made = self._orchestrate(call, children)
                 if isinstance(made, Agent):
                     children[i] = made
                 else:
@@ -276,13 +278,13 @@ class Agent:
 
     # ------------------------------------------------------------------------------------------------------- subagents
 
-    def _orchestrate(self, call: Call, children: dict[int, "Agent"], group: Ledger) -> "Agent | Result":
+    def _orchestrate(self, call: Call, children: dict[int, "Agent"]) -> "Agent | Result":
         """create_subagent, or assign_task up to the child that will run."""
         try:
             if call.name == "create_subagent":
                 return self._create(check_arguments(call.arguments, CREATE_SUBAGENT["parameters"]))
             arguments = check_arguments(call.arguments, ASSIGN_TASK["parameters"])
-            return self._assign(arguments["agent"], arguments["prompt"], children, group)
+            return self._assign(arguments["agent"], arguments["prompt"], children)
         except ToolError as error:
             return Result(f"error: {error}"[:PARTIAL], (), "refused")
 
@@ -297,7 +299,7 @@ class Agent:
         self._configurations[name] = prompt
         return Result(f"The agent {name!r} can be given tasks now.")
 
-    def _assign(self, name: str, brief: str, children: dict[int, "Agent"], group: Ledger) -> "Agent":
+    def _assign(self, name: str, brief: str, children: dict[int, "Agent"]) -> "Agent":
         if name not in self._configurations:
             known = ", ".join(self._configurations) or "none yet"
             raise ToolError(f"there is no agent {name[:MAX_NAME]!r}; created with create_subagent: {known}")
@@ -310,6 +312,8 @@ class Agent:
             raise ToolError(f"this is the task that {same} has already; assign what differs from it, or use its result")
         child_name = f"{self.name}/{self.steps}.{len(children)}"
         self._briefs.add(name, brief, child_name)
+        group = next(iter(children.values())).ledger.parent if children else self.ledger.group()
+        assert group is not None
         ledger = group.child()
         timeout = math.inf if self.runtime.journal.mode == "replay" else self.runtime.config.child_timeout
         lease = Lease(self.runtime.scheduler, self.runtime.clock, timeout, ledger.deadline)
@@ -389,6 +393,16 @@ class Agent:
                 duration=duration,
             )
         )
+
+
+def _most_tokens(message: Message) -> int:
+    """A token for each byte, and some for what the chat template puts around a message and each of its calls."""
+    calls = [call["function"] for call in message.get("tool_calls", ())]
+    texts = [message["content"], message.get("reasoning_content", ""), message.get("tool_call_id", "")]
+    texts += [text for call in calls for text in (call["name"], call["arguments"])]
+    return 16 * (1 + len(calls)) + sum(
+        len(text) if text.isascii() else len(text.encode("utf-8", "replace")) for text in texts
+    )
 
 
 def make_root(runtime: Runtime, question: str) -> Agent:

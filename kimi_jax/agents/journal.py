@@ -26,7 +26,7 @@ from kimi_jax.agents.events import Event, from_json, to_json
 Mode = Literal["new", "resume", "replay"]
 MAX_ROW = 1 << 26  # bytes of one row
 MAX_EVENTS = 1_000_000  # of one attempt that a reader takes
-_CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+_CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, check_circular=False, separators=(",", ":"))
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS events (attempt INTEGER, id INTEGER, line TEXT NOT NULL, PRIMARY KEY (attempt, id));
@@ -54,6 +54,8 @@ class Journal:
         self._lock = _lock(self.path, mode)
         self._seen: Counter[bytes] = Counter()
         self._known: dict[bytes, str] = {}
+        self._events: list[tuple[int, int, str]] = []  # what `flush` writes
+        self._outcomes: list[tuple[bytes, str]] = []
         self.attempt = 0
         try:
             self._db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
@@ -92,16 +94,18 @@ class Journal:
     def write(self, event: Event) -> None:
         """Appends an event, which `flush` makes durable; a replay writes nothing."""
         if self.mode != "replay":
-            self._begin()
-            self._db.execute("INSERT INTO events VALUES (?, ?, ?)", (self.attempt, event.id, to_json(event)))
-
-    def _begin(self) -> None:
-        if not self._db.in_transaction:
-            self._db.execute("BEGIN")
+            self._events.append((self.attempt, event.id, to_json(event)))
 
     def flush(self) -> None:
         """Makes everything durable, against the end of this process, and visible to readers."""
-        if self._db.in_transaction:
+        if not self._events and not self._outcomes:
+            return
+        self._db.execute("BEGIN")
+        try:
+            self._db.executemany("INSERT INTO events VALUES (?, ?, ?)", self._events)
+            self._db.executemany("INSERT OR REPLACE INTO calls VALUES (?, ?)", self._outcomes)
+        finally:
+            self._events, self._outcomes = [], []
             self._db.execute("COMMIT")
 
     # ----------------------------------------------------------------------------------------------------------- calls
@@ -130,8 +134,7 @@ class Journal:
     def remember(self, key: bytes, outcome: Outcome) -> None:
         """Writes an outcome, which `flush` makes durable."""
         if self.mode != "replay":
-            self._begin()
-            self._db.execute("INSERT OR REPLACE INTO calls VALUES (?, ?)", (key, json.dumps(outcome)))
+            self._outcomes.append((key, _CANONICAL.encode(outcome)))
 
     # --------------------------------------------------------------------------------------------------------- outputs
 
