@@ -4,6 +4,7 @@ An agent sees its system prompt, its task, and its own calls with their results.
 so that nothing but cancellation leaves it: whatever happens to one is a status in its envelope.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from kimi_jax.agents.briefs import Briefs
 from kimi_jax.agents.budget import BudgetExceeded, Ledger
 from kimi_jax.agents.config import ASSIGN_TASK, CREATE_SUBAGENT, LAST_STEP, READ_OUTPUT
 from kimi_jax.agents.events import NOTHING, ROOT, Event, Kind, Status, Usage
+from kimi_jax.agents.journal import canonical_json
 from kimi_jax.agents.model import Call, Message, Response
 from kimi_jax.agents.runtime import FATAL, NO_TOOLS, Declared, Failed, Runtime, Stopped, ask, recorded
 from kimi_jax.agents.scheduler import Lease
@@ -65,11 +67,10 @@ class Agent:
         self.usage, self.sources = Usage(), dict[str, None]()
         self.started, self.replayed, self.local_time = False, False, 0.0
         self.envelope = Envelope(name, "not_started", "")
-        self._messages: list[Message] = [{"role": "system", "content": system}, {"role": "user", "content": brief}]
+        self._restart([{"role": "system", "content": system}, {"role": "user", "content": brief}])
         self._text = ""
         self._configurations: dict[str, str] = {}
         self._briefs = Briefs()
-        self._counted, self._uncounted = 0, 0  # tokens of the last request and its answer; messages they cover
 
     # -------------------------------------------------------------------------------------------------- one whole life
 
@@ -128,10 +129,8 @@ class Agent:
         while True:
             await self._make_room()
             last = self._steps_left() <= 1
-            messages = context.shown(self._messages, self.runtime.config.context)
-            if last:
-                messages.append({"role": "user", "content": LAST_STEP})
-            response = await self._step(messages, NO_TOOLS if last else self.runtime.declared(self._may_spawn()))
+            tools = NO_TOOLS if last else self.runtime.declared(self._may_spawn())
+            response = await self._step(tools, LAST_STEP if last else "")
             self._append(response.message())
             if last or not response.calls:
                 self.steps += 1
@@ -148,8 +147,12 @@ class Agent:
         shared = self.ledger.critical_left if self.parent else self.ledger.left("steps")
         return min(own, self.ledger.critical_left, shared)
 
-    async def _step(self, messages: Sequence[Message], tools: Declared) -> Response:
-        response, duration = await ask(self, messages, tools)
+    async def _step(self, tools: Declared, more: str = "") -> Response:
+        """One turn of the model. more: a message of the user's role that is not kept."""
+        messages = context.shown(self._messages, self.runtime.config.context)
+        if more:
+            messages.append({"role": "user", "content": more})
+        response, duration = await ask(self, messages, tools, more)
         self.usage += response.usage
         self._counted, self._uncounted = response.usage.tokens, len(self._messages) + 1
         self._text = response.text.strip() or self._text
@@ -170,11 +173,21 @@ class Agent:
             return
         summary = None
         if config.policy == "summary" and self._steps_left() > 2:
-            request = [*self._messages, {"role": "user", "content": context.SUMMARISE}]
-            summary = (await self._step(request, NO_TOOLS)).text
+            summary = (await self._step(NO_TOOLS, context.SUMMARISE)).text
             self.steps += 1
-        self._messages = context.restarted(self._messages, summary)
-        self._counted = self._uncounted = 0
+        self._restart(context.restarted(self._messages, summary))
+
+    def _restart(self, messages: Sequence[Message]) -> None:
+        self._messages: list[Message] = []
+        self._history = hashlib.sha256()  # of the messages, so that a turn costs what is new and not what there is
+        self._counted, self._uncounted = 0, 0  # tokens of the last request and its answer; messages they cover
+        for message in messages:
+            self._append(message)
+
+    @property
+    def history(self) -> str:
+        """Stands for all messages in a request's identity."""
+        return self._history.hexdigest()
 
     def prompt_bound(self, messages: Sequence[Message], tools: Declared) -> int:
         """Most tokens that a request can have: what the last one had, and a token for each byte that is new."""
@@ -362,6 +375,7 @@ class Agent:
 
     def _append(self, message: Message) -> None:
         self._messages.append(message)
+        self._history.update(canonical_json(message))
 
     def _emit(
         self,

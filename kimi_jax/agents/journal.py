@@ -112,8 +112,7 @@ class Journal:
 
     def next_key(self, agent: str, request: Any) -> bytes:
         """The key of the next call of this agent that asks exactly this (JSON-able)."""
-        text = _CANONICAL.encode([agent, request])
-        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+        digest = hashlib.sha256(canonical_json([agent, request])).digest()
         self._seen[digest] += 1
         return digest[:16] + self._seen[digest].to_bytes(4, "big")
 
@@ -152,6 +151,11 @@ class Journal:
         self._db.close()
         if self._lock:
             self._lock.close()
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON with sorted keys and no spaces: equal for equal values."""
+    return _CANONICAL.encode(value).encode("utf-8", "surrogatepass")
 
 
 def _lock(path: str, mode: Mode) -> IO[bytes] | None:
