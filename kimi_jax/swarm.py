@@ -27,7 +27,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from absl import app, flags
 
@@ -52,7 +52,12 @@ _PRICES = flags.DEFINE_string("prices", "", "Dollars for a million tokens of pro
 _TOKENS = flags.DEFINE_integer("max_tokens", 4096, "Tokens of one answer.", 1)
 _OWN_STEPS = flags.DEFINE_integer("orchestrator_steps", 100, "Turns of the orchestrator.", 1)
 _STEPS = flags.DEFINE_integer("subagent_steps", 100, "Turns of a subagent.", 1)
-_CONTEXT = flags.DEFINE_string("context", "sharding", "sharding, hide_tool_results, discard_all or summary.")
+_CONTEXT = flags.DEFINE_enum(
+    "context",
+    "sharding",
+    ["sharding", "hide_tool_results", "discard_all", "summary"],
+    "What agents send of their history.",
+)
 _FULL = flags.DEFINE_integer("context_tokens", 100_000, "From how many tokens discard_all and summary act.", 1)
 _THINKING = flags.DEFINE_bool("thinking", True, "A directory's model: reasoning before each answer.")
 _LENGTH = flags.DEFINE_integer("max_sequence_length", 4096, "A directory's model: tokens of prompt and answer.", 2)
@@ -96,7 +101,7 @@ def _answer(words: list[str]) -> int:
             with Live(view, console=live.console(), refresh_per_second=4, transient=True):
                 result = anyio.run(_run, words, view.observe, running)
         else:
-            result = anyio.run(_run, words, live.PlainView(sys.stderr).observe, running)
+            result = anyio.run(_run, words, live.PlainView(_tell).observe, running)
     except KeyboardInterrupt:
         return _interrupted(running)
     except ReplayMiss as error:
@@ -104,6 +109,10 @@ def _answer(words: list[str]) -> int:
         return 1
     _print(result, running[0], view.summary() if sys.stderr.isatty() else "")
     return 0 if result.status == "ok" else 1
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 async def _run(words: list[str], observe: Any, running: list[Swarm]) -> SwarmResult:
@@ -143,7 +152,7 @@ def _new_name() -> str:
 def _settings() -> Any:
     from kimi_jax.agents.budget import parse_budget
     from kimi_jax.agents.config import SwarmConfig
-    from kimi_jax.agents.context import ContextConfig
+    from kimi_jax.agents.context import ContextConfig, Policy
     from kimi_jax.agents.model import Prices
 
     prices = [float(part) for part in _PRICES.value.split(",")] if _PRICES.value else [0.0, 0.0]
@@ -158,7 +167,7 @@ def _settings() -> Any:
         max_tokens=_TOKENS.value,
         budget=parse_budget(_BUDGET.value),
         prices=Prices(*prices),
-        context=ContextConfig(_CONTEXT.value, _FULL.value),
+        context=ContextConfig(cast(Policy, _CONTEXT.value), _FULL.value),
     )
 
 

@@ -118,6 +118,8 @@ def parse_object(data: bytes, where: str, error: type[ValueError]) -> dict[str, 
         raise error(f"{where} must hold a JSON object, not {describe(value)}")
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH):
+        if not level:
+            break
         level = [child for node in level for child in (node.values() if isinstance(node, dict) else node)
                  if isinstance(child, (dict, list))]  # fmt: skip
     if level:

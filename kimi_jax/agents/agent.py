@@ -4,6 +4,7 @@ An agent sees its system prompt, its task, and its own calls with their results.
 so that nothing but cancellation leaves it: whatever happens to one is a status in its envelope.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from kimi_jax.agents.briefs import Briefs
 from kimi_jax.agents.budget import BudgetExceeded, Ledger
 from kimi_jax.agents.config import ASSIGN_TASK, CREATE_SUBAGENT, LAST_STEP, READ_OUTPUT
 from kimi_jax.agents.events import NOTHING, ROOT, Event, Kind, Status, Usage
+from kimi_jax.agents.journal import canonical_json
 from kimi_jax.agents.model import Call, Message, Response
 from kimi_jax.agents.runtime import FATAL, NO_TOOLS, Declared, Failed, Runtime, Stopped, ask, recorded
 from kimi_jax.agents.scheduler import Lease
@@ -65,11 +67,10 @@ class Agent:
         self.usage, self.sources = Usage(), dict[str, None]()
         self.started, self.replayed, self.local_time = False, False, 0.0
         self.envelope = Envelope(name, "not_started", "")
-        self._messages: list[Message] = [{"role": "system", "content": system}, {"role": "user", "content": brief}]
+        self._restart([{"role": "system", "content": system}, {"role": "user", "content": brief}])
         self._text = ""
         self._configurations: dict[str, str] = {}
         self._briefs = Briefs()
-        self._counted, self._uncounted = 0, 0  # tokens of the last request and its answer; messages they cover
 
     # -------------------------------------------------------------------------------------------------- one whole life
 
@@ -106,12 +107,15 @@ class Agent:
         """Waits for a slot; False if the time of the swarm was over before there was one."""
         queued = self.runtime.now()
         if self.parent:
-            key = self.runtime.journal.next_key(self.name, "queue")
-            if self.runtime.journal.peek(key):
+            # only an agent that got no slot has an outcome here; in a new run there is none to look for
+            journal = self.runtime.journal
+            key = journal.next_key(self.name, "queue") if journal.mode != "new" else None
+            if key and journal.peek(key):
                 return False
             with anyio.move_on_at(self.ledger.deadline) as waiting:
                 await self.lease.acquire()
             if waiting.cancelled_caught:
+                key = key or journal.next_key(self.name, "queue")
                 self.runtime.remember(key, {"not_started": True, "time": self.runtime.now(), "duration": 0.0})
                 return False
         else:
@@ -125,10 +129,8 @@ class Agent:
         while True:
             await self._make_room()
             last = self._steps_left() <= 1
-            messages = context.shown(self._messages, self.runtime.config.context)
-            if last:
-                messages.append({"role": "user", "content": LAST_STEP})
-            response = await self._step(messages, NO_TOOLS if last else self.runtime.declared(self._may_spawn()))
+            tools = NO_TOOLS if last else self.runtime.declared(self._may_spawn())
+            response = await self._step(tools, LAST_STEP if last else "")
             self._append(response.message())
             if last or not response.calls:
                 self.steps += 1
@@ -145,8 +147,12 @@ class Agent:
         shared = self.ledger.critical_left if self.parent else self.ledger.left("steps")
         return min(own, self.ledger.critical_left, shared)
 
-    async def _step(self, messages: Sequence[Message], tools: Declared) -> Response:
-        response, duration = await ask(self, messages, tools)
+    async def _step(self, tools: Declared, more: str = "") -> Response:
+        """One turn of the model. more: a message of the user's role that is not kept."""
+        messages = context.shown(self._messages, self.runtime.config.context)
+        if more:
+            messages.append({"role": "user", "content": more})
+        response, duration = await ask(self, messages, tools, more)
         self.usage += response.usage
         self._counted, self._uncounted = response.usage.tokens, len(self._messages) + 1
         self._text = response.text.strip() or self._text
@@ -167,17 +173,27 @@ class Agent:
             return
         summary = None
         if config.policy == "summary" and self._steps_left() > 2:
-            request = [*self._messages, {"role": "user", "content": context.SUMMARISE}]
-            summary = (await self._step(request, NO_TOOLS)).text
+            summary = (await self._step(NO_TOOLS, context.SUMMARISE)).text
             self.steps += 1
-        self._messages = context.restarted(self._messages, summary)
-        self._counted = self._uncounted = 0
+        self._restart(context.restarted(self._messages, summary))
+
+    def _restart(self, messages: Sequence[Message]) -> None:
+        self._messages: list[Message] = []
+        self._history = hashlib.sha256()  # of the messages, so that a turn costs what is new and not what there is
+        self._counted, self._uncounted = 0, 0  # tokens of the last request and its answer; messages they cover
+        for message in messages:
+            self._append(message)
+
+    @property
+    def history(self) -> str:
+        """Stands for all messages in a request's identity."""
+        return self._history.hexdigest()
 
     def prompt_bound(self, messages: Sequence[Message], tools: Declared) -> int:
         """Most tokens that a request can have: what the last one had, and a token for each byte that is new."""
         known = self._counted > 0 and self._uncounted <= len(messages)
         new = messages[self._uncounted :] if known else messages
-        return (self._counted if known else tools.size) + sum(len(json.dumps(m)) + 16 for m in new)
+        return (self._counted if known else tools.size) + sum(map(_most_tokens, new))
 
     # ------------------------------------------------------------------------------------------------- calls of a turn
 
@@ -186,12 +202,11 @@ class Agent:
 
     async def _act(self, calls: Sequence[Call]) -> None:
         """Makes the calls of one turn, all at the same time, and appends their results in order."""
-        group = self.ledger.group()
         results: list[Result | None] = [None] * len(calls)
         children: dict[int, Agent] = {}
         for i, call in enumerate(calls):
             if call.name in ("create_subagent", "assign_task") and self._may_spawn():
-                made = self._orchestrate(call, children, group)
+                made = self._orchestrate(call, children)
                 if isinstance(made, Agent):
                     children[i] = made
                 else:
@@ -276,13 +291,13 @@ class Agent:
 
     # ------------------------------------------------------------------------------------------------------- subagents
 
-    def _orchestrate(self, call: Call, children: dict[int, "Agent"], group: Ledger) -> "Agent | Result":
+    def _orchestrate(self, call: Call, children: dict[int, "Agent"]) -> "Agent | Result":
         """create_subagent, or assign_task up to the child that will run."""
         try:
             if call.name == "create_subagent":
                 return self._create(check_arguments(call.arguments, CREATE_SUBAGENT["parameters"]))
             arguments = check_arguments(call.arguments, ASSIGN_TASK["parameters"])
-            return self._assign(arguments["agent"], arguments["prompt"], children, group)
+            return self._assign(arguments["agent"], arguments["prompt"], children)
         except ToolError as error:
             return Result(f"error: {error}"[:PARTIAL], (), "refused")
 
@@ -297,7 +312,7 @@ class Agent:
         self._configurations[name] = prompt
         return Result(f"The agent {name!r} can be given tasks now.")
 
-    def _assign(self, name: str, brief: str, children: dict[int, "Agent"], group: Ledger) -> "Agent":
+    def _assign(self, name: str, brief: str, children: dict[int, "Agent"]) -> "Agent":
         if name not in self._configurations:
             known = ", ".join(self._configurations) or "none yet"
             raise ToolError(f"there is no agent {name[:MAX_NAME]!r}; created with create_subagent: {known}")
@@ -310,6 +325,8 @@ class Agent:
             raise ToolError(f"this is the task that {same} has already; assign what differs from it, or use its result")
         child_name = f"{self.name}/{self.steps}.{len(children)}"
         self._briefs.add(name, brief, child_name)
+        group = next(iter(children.values())).ledger.parent if children else self.ledger.group()
+        assert group is not None
         ledger = group.child()
         timeout = math.inf if self.runtime.journal.mode == "replay" else self.runtime.config.child_timeout
         lease = Lease(self.runtime.scheduler, self.runtime.clock, timeout, ledger.deadline)
@@ -358,6 +375,7 @@ class Agent:
 
     def _append(self, message: Message) -> None:
         self._messages.append(message)
+        self._history.update(canonical_json(message))
 
     def _emit(
         self,
@@ -389,6 +407,16 @@ class Agent:
                 duration=duration,
             )
         )
+
+
+def _most_tokens(message: Message) -> int:
+    """A token for each byte, and some for what the chat template puts around a message and each of its calls."""
+    calls = [call["function"] for call in message.get("tool_calls", ())]
+    texts = [message["content"], message.get("reasoning_content", ""), message.get("tool_call_id", "")]
+    texts += [text for call in calls for text in (call["name"], call["arguments"])]
+    return 16 * (1 + len(calls)) + sum(
+        len(text) if text.isascii() else len(text.encode("utf-8", "replace")) for text in texts
+    )
 
 
 def make_root(runtime: Runtime, question: str) -> Agent:

@@ -67,17 +67,14 @@ class Ledger:
         self.budget, self.parent, self._clock = budget, parent, clock
         self.deadline = clock() + budget.seconds
         self.steps, self.tokens, self.cost = 0, 0, 0.0
+        self._chain: tuple[Ledger, ...] = (self, *(parent._chain if parent else ()))
         self.critical_steps = 0  # of this agent and, for each stage, of its longest child; not those of a group
         if parent:
             self.deadline = min(self.deadline, parent.deadline)
 
-    def chain(self) -> "list[Ledger]":
-        """This ledger and all that it inherits from."""
-        return [self, *(self.parent.chain() if self.parent else ())]
-
     def left(self, name: str) -> float:
         """What is left of `steps`, `tokens` or `cost` in the whole chain."""
-        return min(getattr(ledger.budget, name) - getattr(ledger, name) for ledger in self.chain())
+        return min(getattr(ledger.budget, name) - getattr(ledger, name) for ledger in self._chain)
 
     @property
     def critical_left(self) -> float:
@@ -93,9 +90,14 @@ class Ledger:
             raise BudgetExceeded("critical_steps")
         if self.seconds_left <= 0:
             raise BudgetExceeded("seconds")
-        for name, amount in (("steps", 1), ("tokens", tokens), ("cost", cost)):
-            if self.left(name) < amount:
-                raise BudgetExceeded(name)
+        for ledger in self._chain:
+            limits = ledger.budget
+            if ledger.steps + 1 > limits.steps:
+                raise BudgetExceeded("steps")
+            if ledger.tokens + tokens > limits.tokens:
+                raise BudgetExceeded("tokens")
+            if ledger.cost + cost > limits.cost:
+                raise BudgetExceeded("cost")
         self._add(1, tokens, cost)
 
     def settle(self, tokens: int, cost: float, usage: Usage) -> None:
@@ -112,7 +114,7 @@ class Ledger:
 
     def _add(self, steps: int, tokens: int, cost: float) -> None:
         self.critical_steps += steps
-        for ledger in self.chain():
+        for ledger in self._chain:
             ledger.steps += steps
             ledger.tokens += tokens
             ledger.cost += cost

@@ -29,7 +29,7 @@ from typing import Any, Literal
 Kind = Literal["spawn", "start", "step", "tool", "join", "end"]
 Status = Literal["ok", "error", "timeout", "budget", "rate_limited", "refused", "aborted", "not_started"]
 ROOT = "root"
-_ENCODER = json.JSONEncoder(ensure_ascii=False)
+_ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False)
 
 
 @dataclass(frozen=True)

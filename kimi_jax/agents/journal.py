@@ -26,7 +26,7 @@ from kimi_jax.agents.events import Event, from_json, to_json
 Mode = Literal["new", "resume", "replay"]
 MAX_ROW = 1 << 26  # bytes of one row
 MAX_EVENTS = 1_000_000  # of one attempt that a reader takes
-_CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+_CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, check_circular=False, separators=(",", ":"))
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS events (attempt INTEGER, id INTEGER, line TEXT NOT NULL, PRIMARY KEY (attempt, id));
@@ -54,6 +54,8 @@ class Journal:
         self._lock = _lock(self.path, mode)
         self._seen: Counter[bytes] = Counter()
         self._known: dict[bytes, str] = {}
+        self._events: list[tuple[int, int, str]] = []  # what `flush` writes
+        self._outcomes: list[tuple[bytes, str]] = []
         self.attempt = 0
         try:
             self._db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
@@ -92,24 +94,25 @@ class Journal:
     def write(self, event: Event) -> None:
         """Appends an event, which `flush` makes durable; a replay writes nothing."""
         if self.mode != "replay":
-            self._begin()
-            self._db.execute("INSERT INTO events VALUES (?, ?, ?)", (self.attempt, event.id, to_json(event)))
-
-    def _begin(self) -> None:
-        if not self._db.in_transaction:
-            self._db.execute("BEGIN")
+            self._events.append((self.attempt, event.id, to_json(event)))
 
     def flush(self) -> None:
         """Makes everything durable, against the end of this process, and visible to readers."""
-        if self._db.in_transaction:
+        if not self._events and not self._outcomes:
+            return
+        self._db.execute("BEGIN")
+        try:
+            self._db.executemany("INSERT INTO events VALUES (?, ?, ?)", self._events)
+            self._db.executemany("INSERT OR REPLACE INTO calls VALUES (?, ?)", self._outcomes)
+        finally:
+            self._events, self._outcomes = [], []
             self._db.execute("COMMIT")
 
     # ----------------------------------------------------------------------------------------------------------- calls
 
     def next_key(self, agent: str, request: Any) -> bytes:
         """The key of the next call of this agent that asks exactly this (JSON-able)."""
-        text = _CANONICAL.encode([agent, request])
-        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+        digest = hashlib.sha256(canonical_json([agent, request])).digest()
         self._seen[digest] += 1
         return digest[:16] + self._seen[digest].to_bytes(4, "big")
 
@@ -130,8 +133,7 @@ class Journal:
     def remember(self, key: bytes, outcome: Outcome) -> None:
         """Writes an outcome, which `flush` makes durable."""
         if self.mode != "replay":
-            self._begin()
-            self._db.execute("INSERT OR REPLACE INTO calls VALUES (?, ?)", (key, json.dumps(outcome)))
+            self._outcomes.append((key, _CANONICAL.encode(outcome)))
 
     # --------------------------------------------------------------------------------------------------------- outputs
 
@@ -149,6 +151,11 @@ class Journal:
         self._db.close()
         if self._lock:
             self._lock.close()
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON with sorted keys and no spaces: equal for equal values."""
+    return _CANONICAL.encode(value).encode("utf-8", "surrogatepass")
 
 
 def _lock(path: str, mode: Mode) -> IO[bytes] | None:

@@ -1,8 +1,8 @@
 """What a swarm is doing, in the terminal: who runs, at what, for how long, and how much of the budget is left."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TextIO
 
 from rich.console import Console, Group
 from rich.markup import escape
@@ -95,17 +95,17 @@ class LiveView:
 
 
 class PlainView:
-    """The same for a file or a pipe: a line when an agent begins or ends."""
+    """The same for a file or a pipe: `write` gets a line when an agent begins or ends."""
 
-    def __init__(self, out: TextIO):
-        self._out = out
+    def __init__(self, write: Callable[[str], None]):
+        self._write = write
 
     def observe(self, event: Event) -> None:
         """Takes the next event."""
         if event.kind == "spawn":
-            print(f"{event.detail['child']}: {_line(event.detail['brief'])}", file=self._out, flush=True)
+            self._write(f"{event.detail['child']}: {_line(event.detail['brief'])}")
         elif event.kind == "end":
-            print(f"{event.agent}: {event.status} after {event.step} steps", file=self._out, flush=True)
+            self._write(f"{event.agent}: {event.status} after {event.step} steps")
 
 
 def _line(text: str) -> str:

@@ -6,7 +6,6 @@ ids and their log-probabilities. Prompts of the agents share their beginnings in
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Self
 
 from kimi_jax.agents.events import Usage
@@ -67,12 +66,11 @@ class LocalModel:
         try:
             with self._worker.admit(1):
                 async with self._worker.submit([asked]) as run:
-                    async with contextlib.aclosing(run.events()) as events:
-                        async for _, event in events:
-                            shown.feed(event)
-                            if event.token_id is not None:
-                                ids.append(event.token_id)
-                                logprobs.append(float(event.logprob or 0.0))
+                    async for _, event in run.events():
+                        shown.feed(event)
+                        if event.token_id is not None:
+                            ids.append(event.token_id)
+                            logprobs.append(float(event.logprob or 0.0))
         except Overloaded as error:
             raise RateLimited(str(error)) from error
         except (EngineFailed, RequestFailed, ValueError) as error:

@@ -148,13 +148,14 @@ async def recorded(agent: Agent, what: str, request: Any, live: Callable[[], Awa
     return outcome
 
 
-async def ask(agent: Agent, messages: Messages, tools: Declared) -> tuple[Response, float]:
+async def ask(agent: Agent, messages: Messages, tools: Declared, more: str) -> tuple[Response, float]:
     """(the model's answer, seconds it took). Repeats a request while the model is unavailable, without a slot then.
 
-    Raises Failed, and what `recorded` raises.
+    more: what is asked beyond the agent's history, which together with it identifies the request. Raises Failed, and
+    what `recorded` raises.
     """
     config = agent.runtime.config
-    identity = ["model", agent.runtime.model.name, messages, tools.digest]
+    identity = ["model", agent.runtime.model.name, agent.history, tools.digest, config.context.policy, more]
     delay = 0.0
     for attempt in range(config.max_attempts):
         live = functools.partial(_complete, agent, messages, tools, delay)

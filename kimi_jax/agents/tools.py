@@ -144,8 +144,10 @@ def from_function(function: Callable[..., Any], *, timeout: float = 60.0, max_ch
         if parameter.default is inspect.Parameter.empty:
             required.append(name)
 
+    waits = inspect.iscoroutinefunction(function)
+
     async def run(arguments: dict[str, Any]) -> Result:
-        if inspect.iscoroutinefunction(function):
+        if waits:
             value = await function(**arguments)
         else:
             value = await anyio.to_thread.run_sync(lambda: function(**arguments), abandon_on_cancel=True)

@@ -5,9 +5,18 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome-headless-shell")
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-pipe", "about:blank")
+# the browser reads commands from descriptor 3 and writes answers to 4
+EXEC = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(fd), fcntl.F_DUPFD, 10) for fd in sys.argv[1:3]]
+os.dup2(ends[0], 3); os.dup2(ends[1], 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 def find() -> str | None:
@@ -24,12 +33,9 @@ class Browser:
     def __enter__(self):
         read, child_write = os.pipe()
         child_read, write = os.pipe()
-        flags = "--headless --no-sandbox --disable-gpu --no-first-run --remote-debugging-pipe"
         size = f"--window-size={self._size[0]},{self._size[1]}"
-        line = f'exec "$0" {flags} {size} about:blank 3<&{child_read} 4>&{child_write}'
-        self._process = subprocess.Popen(
-            ["sh", "-c", line, find()], pass_fds=(child_read, child_write), stderr=subprocess.DEVNULL
-        )
+        line = [sys.executable, "-I", "-S", "-c", EXEC, str(child_read), str(child_write), find(), *FLAGS, size]
+        self._process = subprocess.Popen(line, pass_fds=(child_read, child_write), stderr=subprocess.DEVNULL)
         os.close(child_read)
         os.close(child_write)
         self._in, self._out = os.fdopen(write, "wb", buffering=0), os.fdopen(read, "rb")

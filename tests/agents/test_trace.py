@@ -58,7 +58,8 @@ def test_trace_measures_are_those_of_the_run(recorded):
 
 def test_trace_critical_path_is_a_chain_of_steps_as_long_as_the_span(recorded):
     _, events = recorded
-    steps = [e for e in events if e.id in trace.critical_events(events)]
+    on_path = trace.critical_events(events)
+    steps = [e for e in events if e.id in on_path]
     assert len(steps) == critical.span(critical.from_events(events))
     assert [e.clock for e in steps] == sorted(e.clock for e in steps)
     assert len({e.agent for e in steps}) == 2, "the orchestrator, and one of the longest subagents"
