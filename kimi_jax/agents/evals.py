@@ -124,8 +124,8 @@ def _json(text: str) -> list[list[str]]:
     except (ValueError, RecursionError):
         return []
     if isinstance(value, dict) and isinstance(value.get("columns"), list) and isinstance(value.get("rows"), list):
-        rows = [row for row in value["rows"] if isinstance(row, list)]
-        return [[_cell(v) for v in row] for row in (value["columns"], *rows[: MAX_ROWS + 1])]
+        lists = [row for row in value["rows"] if isinstance(row, list)]
+        return [[_cell(v) for v in row] for row in (value["columns"], *lists[: MAX_ROWS + 1])]
     rows = [row for row in value if isinstance(row, dict)][: MAX_ROWS + 1] if isinstance(value, list) else []
     if not rows:
         return []

@@ -298,6 +298,16 @@ def _plan(n: int, phi: float, fan_in: int, rng: np.random.Generator) -> list[Pla
         others = int(rng.integers(0, min(fan_in, i))) if dependent else 0
         chosen = {int(j) for j in rng.choice(i - 1, others, replace=False)} if others else set()
         needs.append(tuple(sorted(chosen | {i - 1})) if dependent else ())
+    for budget in (20_000, *[500] * 20):  # choices to try; where the first order leads nowhere, others may
+        plan = _walk(needs, phi, budget, rng)
+        if plan:
+            return plan
+    raise ValueError(f"the Factbook has no walk of {n} countries with phi {phi}; ask for fewer items")
+
+
+def _walk(needs: list[tuple[int, ...]], phi: float, budget: int, rng: np.random.Generator) -> list[Planned]:
+    """Countries that stand in a relation to those that they need, tried in a random order; [] if none is found."""
+    n = len(needs)
     names = sorted(facts())
     roots = [name for name in names if len(facts()[name].borders) >= 2]
     orders = [[names[int(k)] for k in rng.permutation(len(names))] for _ in range(n)]
@@ -305,27 +315,28 @@ def _plan(n: int, phi: float, fan_in: int, rng: np.random.Generator) -> list[Pla
     plan: list[Planned] = []
 
     def choices(i: int) -> list[Planned]:
+        found: list[tuple[str | None, int]]
         if needs[i]:
             source = largest([plan[j][0] for j in needs[i]])
-            found = [(neighbour(source, r), needs[i], r) for r in hops[i]]
+            found = [(neighbour(source, r), r) for r in hops[i]]
         else:
-            found = [(name, (), -1) for name in orders[i] if name in roots or phi == 1]
+            found = [(name, -1) for name in orders[i] if name in roots or phi == 1]
         taken = {country for country, _, _ in plan}
-        return [(country, after, r) for country, after, r in found if country is not None and country not in taken]
+        return [(country, needs[i], r) for country, r in found if country is not None and country not in taken]
 
     stack = [choices(0)]
-    budget = 20_000
     while len(plan) < n:
         budget -= 1
         if not budget or not stack:
-            raise ValueError(f"the Factbook has no walk of {n} countries with phi {phi}; ask for fewer items")
+            return []
         if stack[-1]:
             plan.append(stack[-1].pop(0))
             if len(plan) < n:
                 stack.append(choices(len(plan)))
         else:
             stack.pop()
-            plan.pop()
+            if plan:
+                plan.pop()
     return plan
 
 
