@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -46,7 +47,7 @@ def run_one(experiment: Experiment, row: str, seed: int, scale: str, runs: str) 
     from kimi_jax.eval.runner import evaluate
     from kimi_jax.train import adapters, loop
 
-    config = experiment.config(row, seed, scale, runs)
+    config, code = experiment.config(row, seed, scale, runs), harness.commit()
     experiment.prepare(config)
     cli.enable_compilation_cache()
     status = loop.run(config)
@@ -62,7 +63,7 @@ def run_one(experiment: Experiment, row: str, seed: int, scale: str, runs: str) 
     results |= experiment.measure(workdir)
     seconds = read_rows(workdir / "metrics.jsonl")[-1]["seconds"]
     results["seconds"] = (round(sum(seconds.values()), 1), 1)
-    about = {"row": row, "seed": seed, "config": harness.config_hash(config), "commit": harness.commit()}
+    about = {"row": row, "seed": seed, "config": harness.config_hash(config), "commit": code}
     records = [
         {**about, "task": task, "step": config.steps, "score": score, "n": n} for task, (score, n) in results.items()
     ]
@@ -115,8 +116,9 @@ def run_missing(experiment: Experiment, scale: str, *, cores: Sequence[int], run
     """Runs what has no records yet, as many at a time as there are cores, at most `limit` (0: all), of the rows `only`
     if there are any.
 
-    Returns a line for each run that failed; the others go on. Ctrl-C stops them all, saved.
+    Returns a line for each run that failed; the others go on. Ctrl-C and SIGTERM stop them all, saved.
     """
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     waiting = harness.missing(harness.read_table(experiment, scale, folder))
     waiting = [run for run in waiting if not only or run[0] in only][: limit or None]
     running: list[_Process] = []

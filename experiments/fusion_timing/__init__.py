@@ -252,7 +252,8 @@ EXPERIMENT = Experiment(
         "without a switch the same is measured at the same steps, which says what noise alone gives. The report's"
         " six columns are benchmarks of a model of another size. Here vision knowledge is colour and shape, "
         "vision reasoning the relation, OCR the printed digit; text knowledge, reasoning and code are bits a "
-        "byte, since choices about capitals, sums and lines of code stay at their controls in a model this small."
+        "byte: choices about capitals and sums were left out, because the larger model of the demo stays near their "
+        "controls, and a task without room says nothing."
         " A column whose scores its control reaches says nothing about the rows."
     ),
 )

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from experiments import harness
-from experiments.fusion_timing import EXPERIMENT, MAIN, check, dip, scenes
+from experiments.fusion_timing import EXPERIMENT, MAIN, TOLERANCE, check, dip, scenes
+from kimi_jax.config import override
+from kimi_jax.data.pipeline import BatchStream
+from kimi_jax.data.vocabulary import tokenizer_for
 from kimi_jax.eval import tasks
 
 CURVE = [(4 * k, 3.0 - 0.01 * k) for k in range(1, 51)]  # falls from 2.99 to 2.5 over 200 steps
@@ -84,3 +87,23 @@ def test_rows_differ_in_the_ratio_and_the_bins_only():
     early, late = (EXPERIMENT.config(row, 0, "cpu") for row in ("early", "late"))
     data = dataclasses.replace(late.data, vision_ratio=early.data.vision_ratio, vision_bins=early.data.vision_bins)
     assert dataclasses.replace(late, data=data, workdir=early.workdir) == early
+
+
+@pytest.mark.slow  # a tokenizer and three times 240 packs: half a minute
+def test_streams_of_the_main_rows_deliver_the_same_vision_and_text_tokens(tmp_path):
+    scenes_file = scenes.write(tmp_path / "scenes", 512)
+    found = []
+    for row in MAIN:
+        config = override(
+            EXPERIMENT.config(row, 0, "cpu"),
+            {"data.sources.scenes.path": str(scenes_file), "data.tokenizer": str(tmp_path / "tokenizer.json")},
+        )
+        tokenizer_for(config, config.data.tokenizer, config.model.vocab_size)
+        with BatchStream(config.data, config.model, config.steps) as stream:
+            for _ in range(config.steps):
+                next(stream)
+            report = stream.report()
+        found.append((report["vision_tokens"], report["tokens"] - report["vision_tokens"]))
+    vision, text = np.array(found).T
+    assert np.ptp(vision) < 36  # tokens of the largest scene
+    assert np.ptp(text) < TOLERANCE * text.max()

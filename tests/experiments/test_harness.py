@@ -33,17 +33,19 @@ def experiment(**changes) -> Experiment:
     return dataclasses.replace(made, **changes)
 
 
-def records(of: Experiment, effect: float, seed: int = 0) -> list[dict]:
+def records(of: Experiment, effect: float, seed: int = 0, hashed: bool = False) -> list[dict]:
     """Scores that share a part by seed (what pairing removes) and differ by noise of 0.01 besides."""
     rng = np.random.default_rng(seed)
     shared = rng.normal(0, 0.2, len(SEEDS))
+    runs = of.runs() if hashed else []
+    hashes = {run: harness.config_hash(of.config(*run, "cpu")) for run in runs}
     found = []
     for row in of.rows:
         for k, s in enumerate(SEEDS):
             score = 0.5 + shared[k] + rng.normal(0, 0.01) + (effect if row == "planted" else 0.0)
             found.append(
-                {"row": row, "seed": s, "config": harness.config_hash(of.config(row, s, "cpu")), "commit": "c",
-                 "task": "task/accuracy", "step": 10_000, "score": score, "n": 100}
+                {"row": row, "seed": s, "config": hashes.get((row, s), ""), "commit": "c", "task": "task/accuracy",
+                 "step": 10_000, "score": score, "n": 100}
             )  # fmt: skip
     return found
 
@@ -81,7 +83,7 @@ def test_claims_are_not_judged_by_one_seed():
 
 def test_table_leaves_out_runs_of_another_configuration(tmp_path):
     of = experiment()
-    for r in records(of, 0.0):
+    for r in records(of, 0.0, hashed=True):
         harness.add_records(of, "cpu", r["row"], r["seed"], "results", [r], tmp_path)
     assert harness.missing(harness.read_table(of, "cpu", tmp_path)) == []
     changed = experiment(rows={**of.rows, "planted": {"optimizer.peak_lr": 2e-3}})

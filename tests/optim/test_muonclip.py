@@ -283,9 +283,9 @@ def test_as_matrices_shapes():
 
 def test_adamw_for_matrices_is_optax_adamw_for_every_leaf():
     config = dataclasses.replace(CONFIG, matrices="adamw", grad_clip_norm=0.0)
-    gradients, params = [draw(seed) for seed in (1, 2, 3)], draw(0)
+    gradients, params = [draw(seed) for seed in (1, 2, 3, 4)], draw(0)
     found = run(config, gradients, params)[-1]
-    adamw = optax.adamw(wsd(config, 3), config.adam_b1, config.adam_b2, config.adam_eps,
+    adamw = optax.adamw(wsd(config, 4), config.adam_b1, config.adam_b2, config.adam_eps,
                         weight_decay=config.weight_decay)  # fmt: skip
     expected, state = jax.tree.map(jnp.asarray, params), adamw.init(params)
     for grads in gradients:
