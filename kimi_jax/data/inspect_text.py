@@ -134,7 +134,7 @@ def _write(axes: Any, piece: Piece, x: float, y: float, share: float) -> None:
     from matplotlib.patches import Rectangle
 
     if piece.weight > 0:
-        style = {"facecolor": LEARNED, "alpha": 0.25 + 0.5 * share, "lw": 0}
+        style: dict[str, Any] = {"facecolor": LEARNED, "alpha": 0.25 + 0.5 * share, "lw": 0}
         axes.add_patch(Rectangle((x, y - 0.45 * DOWN), len(piece.text) * ACROSS, 0.9 * DOWN, **style))
     colour = SPECIAL if piece.special else "#111111" if piece.weight > 0 else GIVEN
     # matplotlib reads $...$ as formulas

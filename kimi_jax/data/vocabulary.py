@@ -79,12 +79,13 @@ def _texts(config: TrainConfig, name: str, max_bytes: int) -> Iterator[str]:
 
 
 def _texts_of(source: Source, index: int) -> list[str]:
-    """The texts of one example, none of a bad one. Media are not decoded where the source can give the bare record."""
+    """The texts of one example without special tokens, none of a bad one. Media are not decoded where the source can
+    give the bare record."""
     try:
         parts = source.record(index).parts if hasattr(source, "record") else source[index].parts
     except BadRecord:
         return []
-    return [p.text for p in parts if isinstance(p, Text) and p.text]
+    return [p.text for p in parts if isinstance(p, Text) and p.text and not p.special]
 
 
 def _spread(count: int) -> Iterator[int]:

@@ -101,7 +101,8 @@ def run(
     declarations: the tools as the model is told of them.
     """
     limits = limits or Limits()
-    conversation, calls = list(messages), []
+    conversation: list[Message] = list(messages)
+    calls: list[Call] = []
     for turn in range(1, limits.turns + 1):
         try:
             reply = replies(conversation, declarations)

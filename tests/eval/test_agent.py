@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kimi_jax.config import preset
 from kimi_jax.data.conversation import ARGUMENTS, CALL, CALL_END, CALLS, CALLS_END
 from kimi_jax.data.reply import Reply, ToolCall, parse_reply
 from kimi_jax.eval.agent import CallResult, ContextFull, Limits, Outcome, engine_replies, run
@@ -167,7 +168,7 @@ def test_agent_over_tokens():
         return TOKENIZER.encode(f"let me add</think>{CALLS}{call}{CALLS_END}", True)
 
     engine = ScriptedEngine(TOKENIZER, scripted)
-    engine.config, engine.max_sequence_length = None, 1000
+    engine.config, engine.max_sequence_length = preset("demo"), 1000
     replies = engine_replies(engine, TOKENIZER, Sampling(max_new_tokens=200))
     episode = run(replies, ASK, {"add": add}, [TOOL])
     assert episode.outcome == Outcome.ANSWERED and episode.answer == "It is 5."

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from kimi_jax.config import ChatConfig, CheckpointConfig, ConfigError, MeshConfig, SourceConfig
+from kimi_jax.config import ChatConfig, CheckpointConfig, ConfigError, InitFromConfig, MeshConfig, SourceConfig
 from kimi_jax.data.tokenizer import train_tokenizer
 from kimi_jax.train import checkpoint, loop
 from tests.data.sources.media import png, write_jsonl
@@ -53,9 +53,17 @@ def settings(folder, workdir, **changes):
 
 
 @pytest.fixture(scope="module")
-def trained(folder, tmp_path_factory):
+def base(folder, tmp_path_factory):
+    """A checkpoint to start from, of another seed."""
+    workdir = tmp_path_factory.mktemp("base")
+    assert loop.run(settings(folder, workdir, seed=5, steps=4)) == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def trained(folder, base, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
-    assert loop.run(settings(folder, workdir)) == 0
+    assert loop.run(settings(folder, workdir, init_from=InitFromConfig(path=str(base)))) == 0
     return workdir
 
 
@@ -65,12 +73,12 @@ def test_sft_learns(trained):
     assert rows[-1]["data"]["shortened"]["chat"] > 0 and not rows[-1]["data"]["bad"]
 
 
-def test_sft_that_was_cut_off_goes_on_bit_for_bit(trained, folder, tmp_path):
+def test_sft_that_was_cut_off_goes_on_bit_for_bit(trained, base, folder, tmp_path):
     """Another process would do the same: all that it has is the workdir as it was after step 6."""
     (tmp_path / "checkpoints").mkdir()
     shutil.copytree(trained / "checkpoints/6", tmp_path / "checkpoints/6")
     shutil.copyfile(trained / "metrics.jsonl", tmp_path / "metrics.jsonl")
-    assert loop.run(settings(folder, tmp_path)) == 0
+    assert loop.run(settings(folder, tmp_path, init_from=InitFromConfig(path=str(base)))) == 0
     one, other = (flat(jax.device_get(checkpoint.load(str(path))[1])) for path in (trained, tmp_path))
     for leaf, array in one.items():
         np.testing.assert_array_equal(array, other[leaf], err_msg=leaf)
@@ -79,7 +87,7 @@ def test_sft_that_was_cut_off_goes_on_bit_for_bit(trained, folder, tmp_path):
 def test_sft_does_not_go_on_with_another_loss_mask(trained, folder, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     shutil.copytree(trained / "checkpoints/6", tmp_path / "checkpoints/6")
-    config = settings(folder, tmp_path)
+    config = settings(folder, tmp_path, init_from=InitFromConfig(path="gone"))  # weights come from the checkpoint
     source = dataclasses.replace(config.data.sources["chat"], chat=ChatConfig(train_on="last", thinking=False))
     with pytest.raises(ConfigError, match="source 'chat'"):
         loop.run(dataclasses.replace(config, data=dataclasses.replace(config.data, sources={"chat": source})))

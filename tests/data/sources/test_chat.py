@@ -22,6 +22,7 @@ from kimi_jax.data.packing import unpack  # noqa: E402
 from kimi_jax.data.pipeline import BatchStream  # noqa: E402
 from kimi_jax.data.sources import open_source  # noqa: E402
 from kimi_jax.data.sources.chat_row import read_row  # noqa: E402
+from kimi_jax.data.vocabulary import _texts as texts_of  # noqa: E402
 from tests.data.sources.media import clip, png, write_jsonl  # noqa: E402
 from tests.data.synthetic import settings, tokenizer  # noqa: E402
 
@@ -334,6 +335,14 @@ def test_too_long_conversations_are_shortened_or_refused_and_counted(tmp_path, t
 def test_rows_that_no_file_holds_can_be_read_too():
     conversation = read_row({"messages": PLAIN, "preserve_thinking": True}, "k", lambda kind, value: value)
     assert conversation.messages == PLAIN and conversation.preserve_thinking and conversation.tools is None
+
+
+def test_vocabulary_is_learned_from_texts_and_not_from_special_tokens(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": PLAIN}])
+    source = SourceConfig(kind="chat", path=str(path))
+    config = c.TrainConfig(data=c.DataConfig(sources={"chat": source}))
+    found = list(texts_of(config, "chat", 10_000))
+    assert "Hello." in found and not any("<|" in text or "think" in text for text in found)
 
 
 def test_turns_of_a_record_are_those_of_the_example(tmp_path):

@@ -1,0 +1,39 @@
+"""SFT of the demo model: it learns to answer in conversations, with the release's chat template.
+
+Run:     make sft-demo      (after make demo; or)
+         python -m kimi_jax.train --config=configs/sft/demo.py
+         python -m kimi_jax.eval.conversations --before=runs/demo --after=runs/sft_demo
+Needs:   runs/demo, which `make demo` writes.
+Expect:  before, the model has never seen a token of the template and answers nothing that can be read; see docs/sft.md.
+"""
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+import ml_collections
+
+from kimi_jax import config as c
+
+STEPS = 200
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Settings of the run: the model and shapes of configs/demo.py, its weights, and conversations."""
+    demo = c.freeze(runpy.run_path(str(Path(__file__).parents[1] / "demo.py"))["get_config"]())
+    sources = {
+        "chat_vqa": c.SourceConfig(kind="demo", path="chat_vqa", vision=True),
+        "chat_sums": c.SourceConfig(kind="demo", path="chat_sums"),
+    }
+    return c.thaw(
+        dataclasses.replace(
+            demo,
+            workdir="runs/sft_demo",
+            steps=STEPS,
+            init_from=c.InitFromConfig(path="runs/demo"),
+            data=dataclasses.replace(demo.data, sources=sources, vision_ratio=((0.0, 0.1),)),
+            optimizer=c.OptimizerConfig(peak_lr=2e-3, final_lr=1e-4, warmup_steps=10, decay_fraction=0.8),
+            checkpoint=c.CheckpointConfig(interval=100, keep=2),
+            eval=c.EvalConfig(),
+        )
+    )
