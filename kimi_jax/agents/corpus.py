@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kimi_jax.agents.tools import Result, Tool, ToolError, from_function
-from kimi_jax.untrusted import describe, open_regular, parse_object
+from kimi_jax.untrusted import describe, open_regular, parse_object, refusing
 
 SUFFIXES = (".txt", ".md", ".rst", ".html", ".htm", ".jsonl")
 MAX_FILE = 1 << 26  # bytes of one file, and of one line
@@ -84,7 +84,7 @@ class Corpus:
         if document is None:
             raise ToolError(f"there is no document {name[:200]!r}; use an identifier that search gave")
         try:
-            with os.fdopen(open_regular(document.path, ToolError), "rb") as stream:
+            with refusing(ToolError), open_regular(document.path) as stream:
                 stream.seek(document.start)
                 data = stream.read(document.length)
         except OSError as error:
@@ -146,7 +146,7 @@ def _scan(folder: Path) -> Iterator[tuple[str, Document, str]]:
 
 
 def _documents(path: Path, name: str) -> Iterator[tuple[str, Document, str]]:
-    with os.fdopen(open_regular(path, CorpusError), "rb") as stream:
+    with refusing(CorpusError), open_regular(path) as stream:
         if path.suffix != ".jsonl":
             data = stream.read(MAX_FILE)
             title, text = _read(path.suffix, data, name)

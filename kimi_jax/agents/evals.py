@@ -126,13 +126,13 @@ def _json(text: str) -> list[list[str]]:
     if isinstance(value, dict) and isinstance(value.get("columns"), list) and isinstance(value.get("rows"), list):
         lists = [row for row in value["rows"] if isinstance(row, list)]
         return [[_cell(v) for v in row] for row in (value["columns"], *lists[: MAX_ROWS + 1])]
-    rows = [row for row in value if isinstance(row, dict)][: MAX_ROWS + 1] if isinstance(value, list) else []
-    if not rows:
+    objects = [row for row in value if isinstance(row, dict)][: MAX_ROWS + 1] if isinstance(value, list) else []
+    if not objects:
         return []
-    header = rows[0]
-    if len(header) > MAX_COLUMNS or any(row.keys() - header.keys() for row in rows):
+    header = objects[0]
+    if len(header) > MAX_COLUMNS or any(row.keys() - header.keys() for row in objects):
         raise TableError(f"the objects of the JSON table have different keys, or more than {MAX_COLUMNS}")
-    return [list(header), *([_cell(row.get(name)) for name in header] for row in rows)]
+    return [list(header), *([_cell(row.get(name)) for name in header] for row in objects)]
 
 
 def _cell(value: Any) -> str:

@@ -134,8 +134,8 @@ def _write(axes: Any, piece: Piece, x: float, y: float, share: float) -> None:
     from matplotlib.patches import Rectangle
 
     if piece.weight > 0:
-        style: dict[str, Any] = {"facecolor": LEARNED, "alpha": 0.25 + 0.5 * share, "lw": 0}
-        axes.add_patch(Rectangle((x, y - 0.45 * DOWN), len(piece.text) * ACROSS, 0.9 * DOWN, **style))
+        size = len(piece.text) * ACROSS, 0.9 * DOWN
+        axes.add_patch(Rectangle((x, y - 0.45 * DOWN), *size, facecolor=LEARNED, alpha=0.25 + 0.5 * share, lw=0))
     colour = SPECIAL if piece.special else "#111111" if piece.weight > 0 else GIVEN
     # matplotlib reads $...$ as formulas
     axes.text(x, y, piece.text.replace("$", "\\$"), fontsize=FONT, family="monospace", va="center", color=colour,

@@ -44,8 +44,16 @@ def policy(config: PolicyConfig) -> Objective:
 
     def loss(logp: jax.Array, batch: Batch, totals: Totals) -> tuple[jax.Array, Metrics]:
         sampler, advantage = (batch[name] for name in COLUMNS)
-        bounds = {"alpha": config.alpha, "beta": config.beta, "tau": config.tau}
-        value, metrics = policy_loss(logp, sampler, advantage, batch["loss_weights"], totals["num_tokens"], **bounds)
+        value, metrics = policy_loss(
+            logp,
+            sampler,
+            advantage,
+            batch["loss_weights"],
+            totals["num_tokens"],
+            alpha=config.alpha,
+            beta=config.beta,
+            tau=config.tau,
+        )
         # the parts' shares of a mean over all N tokens, as sums over their own tokens
         share, tokens = jnp.maximum(totals["num_tokens"], 1.0), _generated(batch)
         return value, {name: Mean(part * share, tokens) for name, part in (metrics | {"loss": value}).items()}

@@ -19,8 +19,8 @@ import numpy as np
 
 from kimi_jax.data import BadRecord
 from kimi_jax.data.image import decode, open_image
+from kimi_jax.data.media_part import read_data_uri
 from kimi_jax.data.message_fields import IMAGE_TYPES
-from kimi_jax.data.processor import read_data_uri
 from kimi_jax.sandbox.limits import Limits
 from kimi_jax.sandbox.session import Result, Session
 from kimi_jax.untrusted import parse_object
