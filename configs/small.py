@@ -17,7 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
     return c.thaw(
         c.TrainConfig(
             workdir="runs/small",
-            steps=20_000,
+            steps=5_000,
             model=c.preset("small"),
             data=c.DataConfig(
                 sources={
@@ -26,7 +26,8 @@ def get_config() -> ml_collections.ConfigDict:
                 },
                 sequence_length=2048,
                 num_groups=32,
-                vision_bins=((256, 4), (1024, 2)),
+                rows_per_group=4,
+                vision_bins=((1024, 5),),
                 vision_ratio=((0.0, 0.1),),
             ),
             optimizer=c.OptimizerConfig(peak_lr=1e-3, final_lr=1e-4),

@@ -1,16 +1,20 @@
 """Bounded reading of files that somebody else wrote: regular files only, limited JSON, names that stay in their folder.
 
-Every function takes the class of the error to raise, because callers name trouble differently (ConfigError for
-settings, CheckpointError for weights, ValueError for tokenizers). Paths in a bucket (`gs://...`) are read by `epath`.
+`open_regular` and `read_regular` raise OSError. The functions above them take the class of the error to raise, because
+callers name trouble differently (ConfigError for settings, CheckpointError for weights, ValueError for tokenizers).
+Paths in a bucket (`gs://...`) are read by `epath`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
 import os
 import re
 import stat
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from etils import epath
@@ -26,34 +30,72 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
     return "://" in os.fspath(path)
 
 
-def open_regular(path: str | os.PathLike[str], error: type[ValueError]) -> int:
-    """A descriptor of a regular file, opened for reading; never waits, whatever the path names.
+def open_regular(path: str | os.PathLike[str], max_bytes: int | None = None) -> io.BufferedIOBase:
+    """The file, open for reading: a regular one of at most `max_bytes`, whatever the path turns into meanwhile.
 
-    Raises FileNotFoundError, other OSErrors of the system, and `error` for a FIFO, device, socket or folder.
+    A path may name a FIFO that nobody writes to, a device without an end, or a file of a terabyte. The descriptor is
+    opened without blocking and looked at itself (`fstat`), so that nothing can be exchanged between the look and the
+    read. Files in a bucket are asked for their size first. Raises OSError: EINVAL for what is no regular file or no
+    name of one (NUL, half of a surrogate pair), EFBIG for a larger file, and whatever the system says.
     """
+    name = os.fspath(path)
+    if is_remote(name):
+        remote: Any = epath.Path(name)
+        _check_size(name, remote.stat().length, max_bytes)
+        return remote.open("rb")
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as problem:
-        if problem.errno != errno.ENXIO:  # a socket
+        descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as error:  # UnicodeEncodeError is one
+        raise OSError(errno.EINVAL, "not the name of a file", ascii(name)) from error
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # a socket
             raise
-        raise error(f"{os.fspath(path)} is not a regular file") from problem
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", name) from error
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            kind = "Is a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+            raise OSError(errno.EINVAL, kind, name)
+        _check_size(name, status.st_size, max_bytes)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
         os.close(descriptor)
-        raise error(f"{os.fspath(path)} is not a regular file")
-    return descriptor
+        raise
+
+
+def read_regular(path: str | os.PathLike[str], max_bytes: int) -> bytes:
+    """The bytes of a file, at most `max_bytes` even if it grows meanwhile. Raises OSError as `open_regular`."""
+    with open_regular(path, max_bytes) as file:
+        size = file.seek(0, os.SEEK_END)  # asked to read more, Python allocates all of it
+        file.seek(0)
+        data = file.read(min(size, max_bytes) + 1)
+    _check_size(os.fspath(path), len(data), max_bytes)
+    return data
+
+
+def _check_size(name: str, size: int, max_bytes: int | None) -> None:
+    if max_bytes is not None and size > max_bytes:
+        raise OSError(errno.EFBIG, f"{size:,} bytes; at most {max_bytes:,} are read", name)
+
+
+@contextlib.contextmanager
+def refusing(error: type[ValueError]) -> Iterator[None]:
+    """What `open_regular` refuses (EINVAL, EFBIG) as `error`, which names the file; other OSErrors stay."""
+    try:
+        yield
+    except OSError as problem:
+        if problem.errno not in (errno.EINVAL, errno.EFBIG):
+            raise
+        reason = (
+            "is not a regular file" if problem.errno == errno.EINVAL else f"is larger than allowed: {problem.strerror}"
+        )
+        raise error(f"{problem.filename} {reason}") from problem
 
 
 def read_bytes(path: str | os.PathLike[str], limit: int, error: type[ValueError]) -> bytes:
-    """A whole file of at most `limit` bytes. Raises `error` for a larger one and what `open_regular` raises."""
-    if is_remote(path):
-        with epath.Path(path).open("rb") as stream:
-            data = stream.read(limit + 1)
-    else:
-        with os.fdopen(open_regular(path, error), "rb") as stream:
-            data = stream.read(limit + 1)
-    if len(data) > limit:
-        raise error(f"{os.fspath(path)} is larger than {limit} bytes, the most that is read of such a file")
-    return data
+    """A whole file of at most `limit` bytes. Raises `error` for what `open_regular` refuses, and other OSErrors."""
+    with refusing(error):
+        return read_regular(path, limit)
 
 
 def read_json(path: str | os.PathLike[str], limit: int, error: type[ValueError]) -> dict[str, Any]:

@@ -28,7 +28,8 @@ import numpy as np
 import PIL.Image
 
 from kimi_jax.data import BadRecord
-from kimi_jax.data.files import bad_file_reason, read_regular
+from kimi_jax.data.files import MAX_MEDIA_BYTES, bad_file_reason
+from kimi_jax.untrusted import read_regular
 
 PATCH_LIMIT = 16384  # in_patch_limit
 SIDE_LIMIT = 512  # patch_limit_on_one_side
@@ -136,7 +137,7 @@ def open_image(data: bytes | str | Path, key: str = "") -> PIL.Image.Image:
     """
     if not isinstance(data, bytes):
         try:
-            content = read_regular(data)
+            content = read_regular(data, MAX_MEDIA_BYTES)
         except OSError as error:
             detail = f"{os.fsdecode(data)}: {error.strerror or error}"
             raise BadRecord(bad_file_reason(error), key, detail) from error

@@ -1,19 +1,22 @@
 """Which source the next example comes from: a vision share of *tokens* over time, and weights inside each modality.
 
-v   media tokens drawn so far;  n_i  tokens of draw i;  r_i  vision share asked for at draw i
-e = v - sum_i r_i * n_i   what has been drawn above (below, if negative) the share asked for
+v_i  media tokens of draw i;  n_i  tokens of draw i;  r  vision share asked for when an example is counted
+e = sum over vision examples drawn of (v_i - r n_i)  -  sum over text examples delivered of r n_i
+ahead  text tokens that wait for the pack that is filled next, a pack's worth at most
 
-An example with media is drawn while e < 0, a text-only one otherwise. So |e| stays within one example, unless examples
-come up that have media and yet less than r of them; then more of those with media follow until it does. Inside a
-modality a source gets its weight of the *drawn examples* (tokens would favour sources of short ones), by the same kind
-of deficit: every draw owes each source its share of it, the source drawn has had a whole one. No random numbers: the
-order follows from the counters alone, which are the whole state. Schedules change r_i and the shares from then on, and
-leave e and what is owed as they are. Draws that `min_per_group` forces (kimi_jax.data.shard) are counted like all
-others, and made up for afterwards: by so many examples may e be off besides.
+Vision examples count when they are drawn, text examples when they are delivered in a pack. So text that waits (for a
+row with room, or because it was drawn to keep rows full) asks for no vision tokens, and the share of the tokens that
+reach the model is the one asked for. An example with media is drawn while e < r * ahead, a text-only one otherwise.
+Inside a modality a source gets its weight of the *drawn examples* (tokens would favour sources of short ones), by a
+deficit: every draw owes each source its share of it, the source drawn has had a whole one. No random numbers: the order
+follows from the counters alone, which are the whole state. Schedules change r and the shares from then on, and leave e
+and what is owed as they are. Draws that `min_per_group` forces (kimi_jax.data.shard) are counted like all others, and
+made up for afterwards: by so many examples may e be off besides.
 
 When the bins cannot hold the share that is asked for, pictures pile up in the packing buffer. Then text is drawn
 although e < 0 (`text_only`, decided in kimi_jax.data.shard), so that rows stay full and the share delivered falls. What
 e then lacks is kept only up to `max_deficit` tokens: a shortage of long ago is not made up for when the ratio changes.
+Bins that are short for the sizes of the run's own images are refused before the first pack (kimi_jax.data.bins).
 
 An example with media holds text too. If the vision examples together hold less than r of media tokens, no mixture
 reaches r; that raises DataError instead of drifting: when a run of vision examples has lost ground by far more than
@@ -51,7 +54,9 @@ def _last_begun(schedule: Sequence[tuple[float, float]], fraction: float, curren
 
 
 class Mixture:
-    """Chooses sources. `choose` names the next one, `drew` tells what came of it; `state` is JSON-able.
+    """Chooses sources. `choose` names the next one, `drew` tells what came of it, `delivered` that a pack holds it.
+
+    `state` is JSON-able.
 
     With sources of one modality only there is nothing to mix: text-only sources need a ratio of 0 throughout, and
     sources with media alone are read whatever the ratio. max_deficit: tokens of media below the share asked for that
@@ -88,17 +93,19 @@ class Mixture:
         self._max_deficit = max_deficit
         self._excess = 0.0  # e
         self._streak = 0  # vision examples since the last text-only one
-        self._streak_excess = 0.0  # e at the first of them
-        self._streak_sums = [0.0, 0.0, 0.0]  # of media tokens, tokens, and squared changes of e
+        self._streak_sums = [0.0, 0.0, 0.0, 0.0]  # over them: media tokens, tokens, changes of e, and their squares
 
     @property
     def excess(self) -> float:
-        """e: media tokens above the share asked for."""
+        """e: media tokens above the share asked for (below, if negative) of what counts so far."""
         return self._excess
 
-    def choose(self, fraction: float = 0.0, text_only: bool = False) -> str:
-        """Name of the source to draw from next, at this fraction of training; `text_only` overrides the share."""
-        vision = self._excess < 0 and not text_only
+    def choose(self, fraction: float = 0.0, owed: float = 0.0, text_only: bool = False) -> str:
+        """Name of the source to draw from next, at this fraction of training; `text_only` overrides the share.
+
+        owed: media tokens, r * ahead, that the text which waits for the next pack will ask for.
+        """
+        vision = self._excess < owed and not text_only
         shares = self._shares(vision if self._sources[vision] else not vision, fraction)
         return max(shares, key=lambda name: shares[name] + self._owed[name])
 
@@ -125,15 +132,13 @@ class Mixture:
             self._streak = 0
         elif tokens:
             if self._streak == 0:
-                self._streak_excess, self._streak_sums = self._excess, [0.0, 0.0, 0.0]
+                self._streak_sums = [0.0, 0.0, 0.0, 0.0]
             self._streak += 1
             change = media_tokens - ratio * tokens
-            self._streak_sums = [
-                a + b for a, b in zip(self._streak_sums, (media_tokens, tokens, change**2), strict=True)
-            ]
-        self._excess += media_tokens - ratio * tokens
-        if source in self._sources[False]:
-            self._excess = max(self._excess, -self._max_deficit)
+            drawn = (media_tokens, tokens, change, change**2)
+            self._streak_sums = [a + b for a, b in zip(self._streak_sums, drawn, strict=True)]
+        if source in self._sources[True]:
+            self._excess += media_tokens - ratio * tokens
         if self._hopeless():
             share = self._streak_sums[0] / self._streak_sums[1]
             raise DataError(
@@ -142,9 +147,14 @@ class Mixture:
                 "more pictures an example"
             )
 
+    def delivered(self, source: str, tokens: int, ratio: float) -> None:
+        """Counts an example that a pack now holds: its tokens, and the ratio at the time."""
+        if source in self._sources[False] and self._sources[True]:
+            self._excess = max(self._excess - ratio * tokens, -self._max_deficit)
+
     def _hopeless(self) -> bool:
-        lost = self._streak_excess - self._excess
-        beyond_chance = self._streak >= self._patience and lost > SCATTER * math.sqrt(self._streak_sums[2])
+        lost = -self._streak_sums[2]
+        beyond_chance = self._streak >= self._patience and lost > SCATTER * math.sqrt(self._streak_sums[3])
         return beyond_chance or (self._streak >= LONGEST * self._patience and lost > 0)
 
     def state(self) -> dict:
@@ -152,15 +162,14 @@ class Mixture:
         return {
             "owed": dict(self._owed),
             "excess": self._excess,
-            "streak": [self._streak, self._streak_excess, *self._streak_sums],
+            "streak": [self._streak, *self._streak_sums],
         }
 
     def restore(self, state: dict) -> None:
         """Continues from `state()`."""
         self._owed = dict(state["owed"])
         self._excess = state["excess"]
-        self._streak, self._streak_excess, *sums = state["streak"]
-        self._streak_sums = list(sums)
+        self._streak, *self._streak_sums = state["streak"]
 
 
 def _check_weights(name: str, source: SourceConfig) -> None:

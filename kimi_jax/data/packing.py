@@ -19,7 +19,6 @@ short, the pool stays bounded, and nobody waits for more groups than the pool ha
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -30,7 +29,6 @@ from kimi_jax.config import ConfigError, DataConfig, ModelConfig
 from kimi_jax.data.example import Encoded, MediaItem, place_items
 from kimi_jax.data.patches import item_layout, num_features
 
-BIN_SLACK = 1.1  # patches that bins must hold over those asked for
 Batch = dict  # the packed batch: arrays by name, "vision" a tuple of dicts of arrays
 
 
@@ -73,26 +71,6 @@ class GroupShape:
     def bin_offsets(self) -> tuple[int, ...]:
         """Where the features of each class begin among the F features of a group."""
         return tuple(int(o) for o in np.cumsum([0] + [p // 4 * v for p, v in self.bins]))[:-1]
-
-
-def check_bins(data: DataConfig, model: ModelConfig) -> None:
-    """Raises ConfigError if the bins of a pack cannot hold the largest vision ratio of the run.
-
-    Counts still images, four patches a token, with BIN_SLACK for places that no image fits; a video chunk of four
-    frames takes up to four times as many. Needs no data. Without a text-only source nothing is mixed, nor checked.
-    """
-    if not model.vision or all(source.vision for source in data.sources.values()):
-        return
-    ratio = max((ratio for _, ratio in data.vision_ratio), default=0.0)
-    tokens = data.rows_per_group * data.sequence_length
-    held = sum(patches * count for patches, count in data.vision_bins)
-    needed = math.ceil(4 * ratio * tokens * BIN_SLACK)
-    if held < needed:
-        raise ConfigError(
-            f"data.vision_bins = {data.vision_bins} hold {held:,} patches a pack, but data.vision_ratio = {ratio:g} of "
-            f"{tokens:,} tokens needs {needed:,} (4 a token, and {BIN_SLACK - 1:.0%} for places that stay empty): "
-            f"raise the bins to at least {needed:,} patches, or ask for at most {held / (4 * tokens * BIN_SLACK):.3f}"
-        )
 
 
 class Group:
@@ -226,19 +204,34 @@ def fill_group(
     draw: Callable[[], list[Waiting]],
     lookahead: int,
     first: Sequence[Waiting] = (),
-) -> Group:
-    """The next group. `pool` (oldest first) is changed in place; `draw` yields what comes next, maybe nothing.
+) -> tuple[Group, list[Waiting]]:
+    """The next group and what it holds. `pool` (oldest first) is changed in place; `draw` yields what comes next.
 
-    The pool is kept at `lookahead` examples; one draw may take it above (a long text in pieces). Every call takes at
-    least the oldest example, so none waits for more than `lookahead` groups. `first`: examples of the pool that are
-    placed before all but the oldest.
+    The pool is kept at `lookahead` examples; one draw may take it above (a long text in pieces), or yield nothing.
+    Every call takes at least the oldest example, so none waits for more than `lookahead` groups. Then come `first`
+    (examples of the pool), then others with media, into up to half of each row, so that no bin stays empty because text
+    has taken the rows; then row after row is filled as well as the pool allows.
     """
     group = Group(shape)
+    packed: list[Waiting] = []
+
+    def take(chosen: Sequence[Waiting], rows: Sequence[int], least: int = 0) -> None:
+        """Packs what there is room for; `least`: tokens that must be left in a row that holds something."""
+        for waiting in chosen:
+            left = {row: group.room(row) - len(waiting.example.tokens) for row in rows}
+            able = [r for r in rows if left[r] >= least or group.room(r) == shape.sequence_length]
+            # where there is most room, which leaves every row some choice of texts
+            if any(group.add(waiting.example, row) for row in sorted(able, key=lambda r: -left[r])):
+                packed.append(waiting)
+        held = {id(w) for w in packed}
+        pool[:] = [w for w in pool if id(w) not in held]
+
     while len(pool) < lookahead:
         pool += draw()
-    for waiting in [pool[0], *(w for w in first if w is not pool[0])]:
-        if any(group.add(waiting.example, row) for row in range(shape.rows)):
-            pool[:] = [w for w in pool if w is not waiting]
+    everywhere = range(shape.rows)
+    take([pool[0]], everywhere)
+    take([w for w in first if any(w is waiting for waiting in pool)], everywhere)
+    take([w for w in pool if w.example.media], everywhere, shape.sequence_length // 2)
     refused: set[int] = set()  # no room in the bins, and there will be none before the next group
     for row in range(shape.rows):
         while group.room(row):
@@ -248,10 +241,9 @@ def fill_group(
             chosen = [able[i] for i in best_subset([len(w.example.tokens) for w in able], group.room(row))]
             if not chosen:
                 break
-            placed = {id(w) for w in chosen if group.add(w.example, row)}
-            refused |= {id(w) for w in chosen} - placed
-            pool[:] = [w for w in pool if id(w) not in placed]
-    return group
+            take(chosen, [row])
+            refused |= {id(w) for w in chosen if any(w is waiting for waiting in pool)}
+    return group, packed
 
 
 def best_subset(lengths: Sequence[int], room: int) -> list[int]:

@@ -36,12 +36,13 @@ from absl import flags
 
 from kimi_jax.config import ConfigError, DataConfig, ModelConfig
 from kimi_jax.data import DataError
+from kimi_jax.data.bins import check_bins
 from kimi_jax.data.example import Source
-from kimi_jax.data.packing import Batch, GroupShape, check_bins, concatenate
+from kimi_jax.data.packing import Batch, GroupShape, concatenate
 from kimi_jax.data.shard import NAMED, Quarantine, Shard, check_bad, wholly_masked
 from kimi_jax.data.tokenizer import Tokenizer, load_tokenizer
 
-VERSION = 2  # of the state
+VERSION = 3  # of the state; 2 counted text for the vision ratio when it was drawn
 LOOKS = 4  # at what a worker reads, in the stall time; one that has moved on to another record is slow, and not stuck
 START_UP = 9  # times the stall time that a worker may take besides until it reads its first record, or from one on
 log = logging.getLogger(__name__)
@@ -76,10 +77,13 @@ class _Shards(grain.IterDataset):
         sources = self._sources if self._sources is not None else _open_sources(data)
         quarantine = Quarantine(self._states.values(), _Note(self._whereabouts).write)
         states = [self._states.get(str(k)) for k in self._shards]
-        return [
+        shards = [
             Shard(k, *self._settings, sources, tokenizer, state, quarantine)
             for k, state in zip(self._shards, states, strict=True)
         ]
+        if states[0] is None:
+            shards[0].check_sizes()  # those of one shard speak for all
+        return shards
 
 
 class _ShardsIterator(grain.DatasetIterator):

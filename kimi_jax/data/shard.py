@@ -13,6 +13,7 @@ hosts or workers, which is why a run continues exactly on any number of either.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +22,7 @@ import grain
 
 from kimi_jax.config import DataConfig, ModelConfig
 from kimi_jax.data import BadRecord, DataError
+from kimi_jax.data.bins import SAMPLE, check_sizes
 from kimi_jax.data.example import Encoded, Limits, Source, encode, split
 from kimi_jax.data.mixture import Mixture, ratio_at
 from kimi_jax.data.packing import Batch, GroupShape, Waiting, fill_group
@@ -101,22 +103,33 @@ class _Reader:
         order_seed = (seed * 1_000_003 + zlib.crc32(name.encode())) % 2**32
         self._order = grain.MapDataset.range(self.size).seed(order_seed).shuffle().repeat()
 
+    def _index(self, read: int) -> int:
+        return int(self._order[read * self._num_shards + self._shard])
+
+    def peek(self, read: int, tokenizer: Tokenizer, limits: Limits, shape: GroupShape) -> list[Encoded]:
+        """Pieces of read number `read`, without a trace. Raises BadRecord, and DataError naming source and record."""
+        index = self._index(read)
+        self._quarantine.reading(self.name, index)
+        try:
+            return split(encode(self.source[index], tokenizer, limits, shape.patch_size), shape.sequence_length)
+        except BadRecord:
+            raise
+        except Exception as error:
+            raise DataError(f"source {self.name!r}, record {index}: {type(error).__name__}: {error}") from error
+
     def encode(self, read: int, tokenizer: Tokenizer, limits: Limits, shape: GroupShape) -> list[Encoded]:
-        """Pieces of read number `read`. Raises BadRecord; other errors become a DataError naming source and record."""
-        index = int(self._order[read * self._num_shards + self._shard])
+        """Pieces of read number `read`, a bad one remembered. Raises BadRecord, and DataError for other errors."""
+        index = self._index(read)
         if known := self._quarantine.bad.get((self.name, index)):
             self.met[str(index)] = known
             raise BadRecord(*known)
-        self._quarantine.reading(self.name, index)
         try:
-            pieces = split(encode(self.source[index], tokenizer, limits, shape.patch_size), shape.sequence_length)
+            pieces = self.peek(read, tokenizer, limits, shape)
         except BadRecord as bad:
             known = [bad.reason, bad.key or f"record {index}", bad.detail[:300]]
             if len(self.met) < QUARANTINED:
                 self.met[str(index)] = self._quarantine.bad[self.name, index] = known
             raise BadRecord(*known) from bad
-        except Exception as error:
-            raise DataError(f"source {self.name!r}, record {index}: {type(error).__name__}: {error}") from error
         if not limits.bins and any(piece.media for piece in pieces):
             raise DataError(f"source {self.name!r}, record {index} holds media, but the model has no vision bins")
         return pieces
@@ -188,7 +201,10 @@ class Shard:
     def next_group(self) -> Batch:
         """The arrays of the next group. Raises DataError."""
         first = [w for name, source in self._data.sources.items() for w in self._wanted(name, source.min_per_group)]
-        group = fill_group(self._shape, self._pool, self._draw, self._data.lookahead, first)
+        group, packed = fill_group(self._shape, self._pool, self._draw, self._data.lookahead, first)
+        ratio = ratio_at(self._data.vision_ratio, self._fraction())
+        for waiting in packed:
+            self._mixture.delivered(waiting.reference[0], len(waiting.example.tokens), ratio)
         used = group.used()
         for name in ("tokens", "vision_tokens", "documents"):
             self._used[name] += used[name]
@@ -204,17 +220,21 @@ class Shard:
             self._pool += self._draw(name)
         return [waiting for waiting in self._pool if waiting.reference[0] == name][:count]
 
-    def _short_of_bins(self) -> bool:
-        """True if pictures for the bins of MOST_PACKS packs wait, and text for the rows of fewer."""
-        patches = sum(len(item.patches) for waiting in self._pool for item in waiting.example.media)
-        text = sum(len(waiting.example.tokens) for waiting in self._pool if not waiting.example.media)
+    def _fraction(self) -> float:
+        return self._step / max(1, self._total_steps)
+
+    def _choose(self, fraction: float, ratio: float) -> str:
+        """The source to draw from; text when pictures for the bins of MOST_PACKS packs wait, and text for fewer."""
         rows = self._shape.rows * self._shape.sequence_length
-        return patches > MOST_PACKS * self._patches and text < MOST_PACKS * rows
+        text = sum(len(w.example.tokens) for w in self._pool if not self._data.sources[w.reference[0]].vision)
+        patches = sum(len(item.patches) for waiting in self._pool for item in waiting.example.media)
+        short_of_bins = patches > MOST_PACKS * self._patches and text < MOST_PACKS * rows
+        return self._mixture.choose(fraction, ratio * min(text, rows), short_of_bins)
 
     def _draw(self, source: str | None = None) -> list[Waiting]:
-        fraction = self._step / max(1, self._total_steps)
+        fraction = self._fraction()
         ratio = ratio_at(self._data.vision_ratio, fraction)
-        name = source or self._mixture.choose(fraction, self._short_of_bins())
+        name = source or self._choose(fraction, ratio)
         reader = self._readers[name]
         read = reader.drawn
         reader.drawn += 1
@@ -229,6 +249,20 @@ class Shard:
         media = sum(item.grid[1] * item.grid[2] // 4 for piece in pieces for item in piece.media)
         self._mixture.drew(name, tokens, media, ratio, fraction)
         return [Waiting(piece, (name, read, i)) for i, piece in enumerate(pieces)]
+
+    def check_sizes(self) -> None:
+        """Raises ConfigError if the bins do not hold the vision ratio with images of the sizes that the sources have.
+
+        Reads the first examples that this shard will draw of each source with media; bad ones are left out here, and
+        counted when they are drawn. Changes nothing.
+        """
+        sample: dict[str, list[Encoded]] = {}
+        for name, reader in self._readers.items():
+            sample[name] = []
+            for read in range(min(SAMPLE, reader.size) if self._data.sources[name].vision else 0):
+                with contextlib.suppress(BadRecord):
+                    sample[name] += reader.peek(read, self._tokenizer, self._limits, self._shape)
+        check_sizes(self._data, sample)
 
     def state(self) -> dict:
         """The state after the last group, JSON-able: counters, mixture, references of the waiting examples."""

@@ -33,7 +33,7 @@ import PIL.Image
 
 from kimi_jax.data import BadRecord
 from kimi_jax.data.container import cut_short
-from kimi_jax.data.files import bad_file_reason, open_regular
+from kimi_jax.data.files import bad_file_reason
 from kimi_jax.data.image import (
     MAX_PIXELS,
     MAX_SIDE,
@@ -45,12 +45,14 @@ from kimi_jax.data.image import (
     picture_patches,
     plan_image,
 )
+from kimi_jax.untrusted import open_regular
 
 SAMPLE_FPS = 2.0  # sample_fps
 CHUNK_FRAMES = 4  # temporal_merge_kernel_size
 FRAME_PATCH_LIMIT = 4096  # in_patch_limit_each_frame
 MAX_FRAMES = 200_000  # decoded of one file, almost two hours at 30 a second; the release has no limit
 MAX_BYTES = 4 << 30  # of the frames kept
+MAX_DECODED = 1 << 39  # pixels of all frames of a file together, about two hours of 1080p at 30 a second
 MAX_FILE_BYTES = 64 << 30  # of a file that is read from its path
 TICK = 0.0015  # seconds: containers that count in milliseconds round the times of a constant rate so far
 LATE = 0.5  # seconds that a video may end before its header says
@@ -238,13 +240,14 @@ def _read(file: io.BufferedIOBase, key: str, name: str, max_frames: int, max_byt
         width, height, rate = stream.codec_context.width, stream.codec_context.height, _frame_rate(stream)
         if not 0 < width * height <= MAX_PIXELS or max(width, height) > MAX_SIDE:
             raise BadRecord("absurd_size", key, f"{name}: frames of {width}x{height} pixels")
+        max_frames = min(max_frames, max(1, MAX_DECODED // (width * height)))
         times, turns, end = _times(itertools.islice(container.decode(stream), max_frames + 1), rate)
         declared = _declared_seconds(container, stream)
     count = len(times)
     if count == 0:
         raise BadRecord("empty", key, f"{name}: a video without frames")
     if count > max_frames:
-        raise BadRecord("too_long", key, f"{name}: more than {max_frames} frames")
+        raise BadRecord("too_long", key, f"{name}: more than {max_frames} frames of {width}x{height}")
     if declared - end > LATE + 2 * end / count:
         raise BadRecord(
             "broken_video", key, f"{name} is cut short: {end:.2f} s of frames, its header says {declared:.2f}"
@@ -307,7 +310,10 @@ def _declared_seconds(container: av.container.InputContainer, stream: av.VideoSt
 
 def _open(file: io.BufferedIOBase) -> av.container.InputContainer:
     file.seek(0)
-    return av.open(file, mode="r", options={"format_whitelist": CONTAINERS})
+    container = av.open(file, mode="r", options={"format_whitelist": CONTAINERS})
+    for stream in container.streams.video:  # frames of a stream may be larger than its header says
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+    return container
 
 
 def _frame_rate(stream: av.VideoStream) -> float:

@@ -7,6 +7,7 @@ header and raw little-endian bytes. Reading takes any path of `epath` (`gs://buc
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -29,6 +30,7 @@ from kimi_jax.untrusted import (
     open_regular,
     parse_object,
     read_json,
+    refusing,
 )
 
 INDEX = "model.safetensors.index.json"
@@ -69,7 +71,7 @@ class Directory:
         self.path = epath.Path(path)
         self.tensors: dict[str, Stored] = {}
         self.metadata: dict[str, dict[str, str]] = {}
-        self._open: dict[str, int] = {}
+        self._open: dict[str, io.BufferedIOBase] = {}
         self._lock = threading.Lock()
         names, promised = _file_names(self.path)
         problems: list[str] = []
@@ -92,7 +94,7 @@ class Directory:
                 with file.open("rb") as stream:
                     header, start = _parse_header(stream.read, name, size)
             else:
-                with os.fdopen(open_regular(file, CheckpointError), "rb") as stream:
+                with refusing(CheckpointError), open_regular(file) as stream:
                     size = os.fstat(stream.fileno()).st_size
                     header, start = _parse_header(stream.read, name, size)
         except FileNotFoundError:
@@ -159,13 +161,14 @@ class Directory:
     def _descriptor(self, file: str) -> int:
         with self._lock:
             if file not in self._open:
-                self._open[file] = open_regular(self.path / file, CheckpointError)
-            return self._open[file]
+                with refusing(CheckpointError):
+                    self._open[file] = open_regular(self.path / file)
+            return self._open[file].fileno()
 
     def close(self) -> None:
         """Lets go of the files."""
-        for descriptor in self._open.values():
-            os.close(descriptor)
+        for file in self._open.values():
+            file.close()
         self._open.clear()
 
 

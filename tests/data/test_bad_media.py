@@ -4,6 +4,7 @@ crash, a hang, or a file or address that nobody asked for."""
 import io
 import os
 import threading
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kimi_jax as kimi
+from kimi_jax.data import video
 from kimi_jax.data.video import Video, process_video, read_video
 from tests.data.test_image import encoded, noise, png_header
 from tests.data.test_video import movie
@@ -164,6 +166,31 @@ def test_sound_without_a_picture_and_a_video_without_frames():
         stream.width = stream.height = 64
         container.start_encoding()
     assert reason(kimi.process_video, buffer.getvalue()) in ("empty", "broken_video")
+
+
+def test_pixels_decoded_of_one_video_are_bounded(monkeypatch):
+    """Six frames of 64x48 against a bound of five: refused after the sixth, whatever the header counts."""
+    data = movie(6, rate=10)
+    monkeypatch.setattr(video, "MAX_DECODED", 6 * 64 * 48)
+    read_video(data)
+    monkeypatch.setattr(video, "MAX_DECODED", 5 * 64 * 48)
+    assert reason(read_video, data) == "too_long"
+
+
+def test_frames_that_outgrow_their_header_are_refused_inside_the_decoder(monkeypatch):
+    """Motion JPEG declared as 64x48 whose second picture has 640x480: FFmpeg itself does not allocate it."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="avi") as container:
+        stream = container.add_stream("mjpeg", rate=2)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+        for i, (width, height) in enumerate([(64, 48), (640, 480)]):
+            packet = av.Packet(encoded(noise(width, height), "JPEG"))
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, i, i, stream.time_base or Fraction(1, 2)
+            container.mux(packet)
+    assert reason(read_video, file.getvalue()) == "broken_video"
+    monkeypatch.setattr(video, "MAX_PIXELS", 100 * 100)
+    with pytest.raises(kimi.BadRecord, match="avcodec|Invalid|InvalidData|empty|without frames"):
+        read_video(file.getvalue())
 
 
 def test_there_is_an_end_to_frames_and_memory():

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from kimi_jax.config import ConfigError, DataConfig, SourceConfig, freeze, preset
 from kimi_jax.data import DataError
+from kimi_jax.data.bins import check_bins
 from kimi_jax.data.example import Encoded, MediaItem
 from kimi_jax.data.mixture import Mixture, ratio_at
-from kimi_jax.data.packing import check_bins
 from kimi_jax.data.shard import Shard
 from tests.data.synthetic import tokenizer
 
@@ -24,6 +24,12 @@ SOURCES = {
     "vqa": SourceConfig(weight=5.0, vision=True),
     "clips": SourceConfig(weight=2.0, vision=True),
 }
+
+
+def draw(mixture: Mixture, name: str, tokens: int, media: int, ratio: float) -> None:
+    """A draw that is delivered at once, so that text counts when it is drawn."""
+    mixture.drew(name, tokens, media, ratio)
+    mixture.delivered(name, tokens, ratio)
 
 
 def run(mixture: Mixture, schedule, draws: int, rng: np.random.Generator, bad: float = 0.0) -> list[tuple]:
@@ -36,7 +42,7 @@ def run(mixture: Mixture, schedule, draws: int, rng: np.random.Generator, bad: f
         media = int(tokens * rng.uniform(0.6, 0.9)) if SOURCES[name].vision else 0
         if rng.random() < bad:
             tokens = media = 0
-        mixture.drew(name, tokens, media, ratio)
+        draw(mixture, name, tokens, media, ratio)
         out.append((name, tokens, media, ratio))
     return out
 
@@ -78,7 +84,7 @@ def test_sources_of_a_modality_get_their_weight_of_the_draws(weights):
     counts = dict.fromkeys(sources, 0)
     for i in range(1, 200):
         name = mixture.choose()
-        mixture.drew(name, 10, 0, 0.0)
+        draw(mixture, name, 10, 0, 0.0)
         counts[name] += 1
         for j, w in enumerate(weights):
             # below its share by less than one example; above it only by what the others lack
@@ -124,14 +130,14 @@ def test_a_ratio_out_of_reach_is_an_error_that_names_the_share(share):
     with pytest.raises(DataError, match=rf"cannot be reached: media are only {share:.1%}"):
         for _ in range(500):
             name = mixture.choose()
-            mixture.drew(name, 100, int(100 * share) if SOURCES[name].vision else 0, 0.4)
+            draw(mixture, name, 100, int(100 * share) if SOURCES[name].vision else 0, 0.4)
 
 
 def test_a_ratio_just_within_reach_is_no_error():
     mixture = Mixture(SOURCES, ((0.0, 0.4),))
     for _ in range(3000):
         name = mixture.choose()
-        mixture.drew(name, 100, 41 if SOURCES[name].vision else 0, 0.4)
+        draw(mixture, name, 100, 41 if SOURCES[name].vision else 0, 0.4)
     assert abs(mixture.excess) <= 100
 
 
@@ -144,7 +150,7 @@ def test_scatter_is_not_taken_for_a_ratio_out_of_reach():
         vision = SOURCES[mixture.choose()].vision
         v = int(rng.choice([4, 9, 16, 60], p=[0.4, 0.35, 0.15, 0.1])) if vision else 0
         n = v + 47 if vision else 150
-        mixture.drew("vqa" if vision else "wiki", n, v, 0.2)
+        draw(mixture, "vqa" if vision else "wiki", n, v, 0.2)
         tokens, media = tokens + n, media + v
     assert abs(media / tokens - 0.2) < 0.002
 
@@ -156,7 +162,7 @@ def test_slightly_out_of_reach_is_noticed_in_the_end():
         for _ in range(10_000):
             vision = SOURCES[mixture.choose()].vision
             v = int(rng.choice([4, 9, 16, 60], p=[0.4, 0.35, 0.15, 0.1])) if vision else 0
-            mixture.drew("vqa" if vision else "wiki", v + 47 if vision else 150, v, 0.24)
+            draw(mixture, "vqa" if vision else "wiki", v + 47 if vision else 150, v, 0.24)
 
 
 def test_a_rare_source_with_large_pictures_is_waited_for():
@@ -169,8 +175,26 @@ def test_a_rare_source_with_large_pictures_is_waited_for():
     for _ in range(5000):
         name = mixture.choose()
         tokens, media = {"text": (100, 0), "small": (50, 5), "large": (4000, 3900)}[name]
-        mixture.drew(name, tokens, media, 0.2)
+        draw(mixture, name, tokens, media, 0.2)
     assert abs(mixture.excess) <= 4000
+
+
+def test_text_that_waits_asks_for_no_vision_tokens_until_it_is_delivered():
+    """500 texts drawn while nothing is delivered, as where text fills rows for want of bins, leave the share alone."""
+    mixture = Mixture(SOURCES, ((0.0, 0.2),))
+    for _ in range(500):
+        mixture.drew("wiki", 100, 0, 0.2)
+    assert mixture.excess == 0 and not SOURCES[mixture.choose()].vision
+    mixture.delivered("wiki", 100, 0.2)
+    assert mixture.excess == pytest.approx(-20) and SOURCES[mixture.choose()].vision
+    assert not SOURCES[mixture.choose(text_only=True)].vision
+
+
+def test_text_that_the_next_pack_takes_asks_for_vision_tokens_ahead():
+    mixture = Mixture(SOURCES, ((0.0, 0.2),))
+    assert not SOURCES[mixture.choose()].vision and SOURCES[mixture.choose(owed=20.0)].vision
+    mixture.drew("vqa", 25, 25, 0.2)
+    assert not SOURCES[mixture.choose(owed=20.0)].vision
 
 
 def test_vision_only_and_text_only():

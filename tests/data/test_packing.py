@@ -55,7 +55,7 @@ def pack_all(examples: list[Encoded], lookahead: int = 8) -> list[dict]:
     groups = []
     packed = 0
     while packed < len(examples):
-        group = fill_group(SHAPE, pool, draw, lookahead)
+        group, _ = fill_group(SHAPE, pool, draw, lookahead)
         groups.append(group.arrays())
         packed += sum(len(d.tokens) > 1 or d.tokens[0] != 1 for d in unpack(groups[-1]))
     return groups
@@ -182,7 +182,7 @@ def test_rows_are_at_least_97_percent_full(rows, length, bins):
     pool: list[Waiting] = []
     tokens, patches = 0, np.zeros(len(bins))
     for _ in range(40):
-        used = fill_group(shape, pool, lambda: [Waiting(next(stream), ())], 64).used()
+        used = fill_group(shape, pool, lambda: [Waiting(next(stream), ())], 64)[0].used()
         tokens += used["tokens"]
         patches += used["patches"]
         assert len(pool) <= 64
@@ -218,7 +218,7 @@ def test_bins_that_are_full_let_text_fill_the_rows():
     pool: list[Waiting] = []
     seen = []
     for _ in range(10):
-        group = fill_group(SHAPE, pool, lambda: [Waiting(next(stream), ())], 16)
+        group, _ = fill_group(SHAPE, pool, lambda: [Waiting(next(stream), ())], 16)
         documents = list(unpack(group.arrays()))
         seen += [d.media[0] for d in documents if d.media]
         assert sum(bool(d.media) for d in documents) == 1
@@ -238,7 +238,7 @@ def test_speed():
     stream = itertools.cycle(examples)
     pool: list[Waiting] = []
     start = time.process_time()
-    used = [fill_group(shape, pool, lambda: [Waiting(next(stream), ())], 64).used() for _ in range(20)]
+    used = [fill_group(shape, pool, lambda: [Waiting(next(stream), ())], 64)[0].used() for _ in range(20)]
     seconds = time.process_time() - start
     assert sum(u["tokens"] for u in used) / seconds > 200_000
     assert sum(sum(u["patches"]) for u in used) / seconds > 20_000

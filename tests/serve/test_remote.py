@@ -1,14 +1,20 @@
 """Remote media: which addresses are reached, for how long, and that every failure is told alike."""
 
 import asyncio
+import base64
+import dataclasses
 import ipaddress
 import socket
 import threading
 
+import openai
 import pytest
 
+from kimi_jax.config import preset
 from kimi_jax.data import BadRecord
+from kimi_jax.serve.app import MAX_REMOTE
 from kimi_jax.serve.remote import Fetcher, is_public
+from tests.serve.server import ScriptedEngine, byte_tokenizer, client, picture_uri, serving
 
 LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"),)
 PATIENCE = 60
@@ -197,3 +203,35 @@ def test_slow_names_hold_only_their_own_threads(monkeypatch):
         fetcher.close()
 
     asyncio.run(run())
+
+
+def ask(address, urls):
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": "what is it?"}]}]
+    with client(address) as api:
+        return api.chat.completions.create(model="tiny", messages=messages, max_tokens=32)
+
+
+def test_request_with_a_remote_picture_is_answered_only_by_a_server_that_allows_its_network(site):
+    """From request to prompt: the same bytes as a data URI give the same prompt; nothing is fetched where it is not
+    allowed, and more addresses than a call may have are refused before any is."""
+    data_uri = picture_uri()
+    site.answers = {"/a.png": response(body=base64.b64decode(data_uri.partition(",")[2]))}
+    tokenizer = byte_tokenizer()
+    config = dataclasses.replace(preset("demo"), media_placeholder_token_id=tokenizer.media_pad_id)
+    url = f"{site.address}/a.png"
+    engine = ScriptedEngine(tokenizer, lambda _: tokenizer.encode("</think>a square", allow_special_tokens=True))
+    with serving(engine, tokenizer, config, remote=True, allowed_networks=LOOPBACK) as address:
+        assert ask(address, [url]).choices[0].message.content == "a square"
+        ask(address, [data_uri])
+        assert list(engine.requests[0].token_ids) == list(engine.requests[1].token_ids)
+        assert len(site.requests) == 1
+        with pytest.raises(openai.BadRequestError, match=f"more than {MAX_REMOTE} remote addresses"):
+            ask(address, [f"{url}?{i}" for i in range(MAX_REMOTE + 1)])
+    with serving(engine, tokenizer, config, remote=True) as address:
+        with pytest.raises(openai.BadRequestError):
+            ask(address, [url])
+    with serving(engine, tokenizer, config) as address:
+        with pytest.raises(openai.BadRequestError, match="allow_remote_media"):
+            ask(address, [url])
+    assert len(site.requests) == 1

@@ -30,8 +30,8 @@ from etils import epath
 from kimi_jax.config import ConfigError
 from kimi_jax.data import BadRecord
 from kimi_jax.data.example import Example, Text
-from kimi_jax.data.files import open_regular
 from kimi_jax.data.sources.record import MEDIA_KINDS, Media, Record, decode
+from kimi_jax.untrusted import open_regular
 
 _CHUNK = 1 << 24  # bytes read at a time for the index
 MAX_LINE = 1 << 28  # bytes; media stand beside the file, so that a line is text

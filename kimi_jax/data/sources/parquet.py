@@ -27,9 +27,9 @@ from etils import epath
 from kimi_jax.config import ConfigError
 from kimi_jax.data import BadRecord
 from kimi_jax.data.example import Example
-from kimi_jax.data.files import open_regular
 from kimi_jax.data.sources.record import Media, Record, decode
 from kimi_jax.data.sources.template import Column, Template, check_columns, split_path
+from kimi_jax.untrusted import open_regular
 
 CACHE_BYTES = 1 << 29
 MAX_GROUP_BYTES = 1 << 30  # of the template's columns in one row group, decoded

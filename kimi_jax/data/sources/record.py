@@ -24,9 +24,10 @@ from typing import Any, NamedTuple
 
 from kimi_jax.data import BadRecord
 from kimi_jax.data.example import Example, Image, Text, Video
-from kimi_jax.data.files import bad_file_reason, read_regular
+from kimi_jax.data.files import MAX_MEDIA_BYTES, bad_file_reason
 from kimi_jax.data.image import open_image
 from kimi_jax.data.video import read_video
+from kimi_jax.untrusted import read_regular
 
 MEDIA_KINDS = ("image", "video")
 
@@ -46,7 +47,7 @@ class Media:
             return self.data
         assert self.path is not None, "Media needs data or a path"
         try:
-            return read_regular(self.path)
+            return read_regular(self.path, MAX_MEDIA_BYTES)
         except OSError as e:
             raise BadRecord(bad_file_reason(e), key, f"{self.kind} {self.name!r}: {e.strerror or e}") from e
 
