@@ -242,7 +242,7 @@ GYM = {
 
 @dataclass(frozen=True)
 class ReasoningGym:
-    """Problems of one family of the package reasoning-gym (`pip install reasoning-gym`), generated from a seed."""
+    """Problems of one family of the package reasoning-gym (extra [tasks]), generated from a seed."""
 
     family: str
     size: int = 1 << 20
@@ -254,7 +254,7 @@ class ReasoningGym:
         try:
             import reasoning_gym
         except ImportError as problem:
-            raise ConfigError("this task needs the package reasoning-gym: pip install reasoning-gym") from problem
+            raise ConfigError("this task needs reasoning-gym: pip install 'kimi_jax[tasks]'") from problem
         data = reasoning_gym.create_dataset(self.family, size=self.size, seed=self.seed)
         object.__setattr__(self, "_data", data)
 
