@@ -75,7 +75,7 @@ def run_tool(session: Session, arguments: str | Mapping[str, Any]) -> list[dict[
 
 
 def message_parts(result: Result) -> list[dict[str, Any]]:
-    """Texts and pictures of a result as parts of a message (`data.chat`); pictures are uint8 [h, w, 3]."""
+    """Texts and pictures of a result as parts of a message (`data.conversation`); pictures are uint8 [h, w, 3]."""
     parts: list[dict[str, Any]] = []
     for part in result.parts:
         is_text = isinstance(part, str)

@@ -13,7 +13,7 @@ from kimi_jax.agents.model import EndpointModel, ModelError, RateLimited, Reques
 from kimi_jax.agents.swarm import Swarm
 from kimi_jax.agents.trajectory import trajectory
 from kimi_jax.config import preset
-from kimi_jax.data.chat import ARGUMENTS, CALL, CALL_END, CALLS, CALLS_END
+from kimi_jax.data.conversation import ARGUMENTS, CALL, CALL_END, CALLS, CALLS_END
 from kimi_jax.infer.engine import Engine
 from tests.agents.scripts import orchestrator
 from tests.serve.server import ScriptedEngine, byte_tokenizer, load_checkpoint, serving

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_jax.data import BadRecord
-from kimi_jax.data.chat import apply_chat_template
+from kimi_jax.data.conversation import apply_chat_template
 from kimi_jax.data.tool_declaration import declare_tools
 from kimi_jax.sandbox import walls
 from kimi_jax.sandbox.limits import Limits, SandboxError
