@@ -4,7 +4,8 @@ Run:     make sft-demo      (after make demo; or)
          python -m kimi_jax.train --config=configs/sft/demo.py
          python -m kimi_jax.eval.conversations --before=runs/demo --after=runs/sft_demo
 Needs:   runs/demo, which `make demo` writes.
-Expect:  before, the model has never seen a token of the template and answers nothing that can be read; see docs/sft.md.
+Expect:  the second command prints the numbers, before and after, beside a white image as the control. This run has not
+         been made at full length yet, so there are none to compare with.
 """
 
 import dataclasses
