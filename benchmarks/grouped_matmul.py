@@ -106,15 +106,19 @@ def sides(shape: Shape, skewed: bool, dtype: str) -> tuple[dict[str, Callable[[]
 
     M = shape.N * shape.k
     x, gates = normal(shape.N, shape.D), jnp.ones((shape.N, shape.k), jnp.float32)
-    banks = normal(shape.E, shape.D, shape.F), normal(shape.E, shape.D, shape.F), normal(shape.E, shape.F, shape.D)
+    expert_weights = (
+        normal(shape.E, shape.D, shape.F),
+        normal(shape.E, shape.D, shape.F),
+        normal(shape.E, shape.F, shape.D),
+    )
     plan = jax.jit(plan_blocks, static_argnums=1)(experts, shape.E)
     rows, blocked_grad = dispatch(x, plan), normal(plan.source.shape[0], shape.D)
     sorted_rows, grad = normal(M, shape.D), normal(M, shape.D)
-    one = tuple(bank[0] for bank in banks)
+    one = tuple(expert_weight[0] for expert_weight in expert_weights)
     timed = {
-        "blocks": functools.partial(both_ways(grouped_swiglu), (rows, *banks), blocked_grad, plan),
-        "layer": functools.partial(both_ways(layer), (x, gates, *banks), grad[: shape.N], experts),
-        "ragged_dot": functools.partial(both_ways(ragged), (sorted_rows, *banks), grad, plan.counts),
+        "blocks": functools.partial(both_ways(grouped_swiglu), (rows, *expert_weights), blocked_grad, plan),
+        "layer": functools.partial(both_ways(layer), (x, gates, *expert_weights), grad[: shape.N], experts),
+        "ragged_dot": functools.partial(both_ways(ragged), (sorted_rows, *expert_weights), grad, plan.counts),
         "dense": functools.partial(both_ways(dense), (sorted_rows, *one), grad),
     }
     return timed, float(plan.counts.max() / plan.counts.mean())

@@ -114,7 +114,7 @@ def text_only(topology: Topology, sequences: int) -> TrainConfig:
     pods = runpy.run_path(str(Path(__file__).parents[1] / "configs" / "pods.py"))
     config = freeze(pods["get_config"](f"kimi_k2_5@{our_plan.PODS[topology.name]}"))
     data = dataclasses.replace(
-        config.data, num_groups=topology.devices, rows_per_group=sequences, sequence_length=4096, vision_bins=()
+        config.data, num_packs=topology.devices, rows_per_pack=sequences, sequence_length=4096, vision_bins=()
     )
     return dataclasses.replace(config, data=data)
 

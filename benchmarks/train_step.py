@@ -72,7 +72,7 @@ def model_config(dtype: str) -> ModelConfig:
 def train_config(model: ModelConfig, rows: int, tokens: int) -> TrainConfig:
     """A run of that model on one group of rows; the learning rate is small, so that the loss stays where it is."""
     optimizer = OptimizerConfig(peak_lr=1e-5, final_lr=1e-6, warmup_steps=0, decay_fraction=0.0)
-    data = DataConfig(sequence_length=tokens, num_groups=1, rows_per_group=rows)
+    data = DataConfig(sequence_length=tokens, num_packs=1, rows_per_pack=rows)
     return TrainConfig(model=model, data=data, optimizer=optimizer)
 
 

@@ -43,11 +43,11 @@ SIDES = 56, 308  # of a square picture of the least and of the largest area
 DATA = DataConfig(
     sources={"wiki": SourceConfig(path="wiki"), "photos": SourceConfig(vision=True)},
     sequence_length=512,
-    rows_per_group=16,
-    num_groups=1,
+    rows_per_pack=16,
+    num_packs=1,
     vision_bins=((128, 2), (256, 3), (512, 5)),
     vision_ratio=((0.0, 0.1),),
-    lookahead=128,
+    buffer_size=128,
     num_workers=0,
     prefetch=0,
 )
@@ -111,8 +111,8 @@ def vision_flops(model: ModelConfig, counts: dict[str, Any]) -> float:
 
 def padded_counts(data: DataConfig) -> dict[str, int]:
     """Of a batch whose bins are full, each of one picture."""
-    patches = sum(p * v for p, v in data.vision_bins) * data.num_groups
-    pairs = sum(p * p * v for p, v in data.vision_bins) * data.num_groups
+    patches = sum(p * v for p, v in data.vision_bins) * data.num_packs
+    pairs = sum(p * p * v for p, v in data.vision_bins) * data.num_packs
     return {"patches": patches, "patch_pairs": pairs, "features": patches // 4}
 
 

@@ -30,7 +30,7 @@ def _source(name: str, weight: float | tuple[float, float], vision: bool) -> c.S
     schedule = ((LOOKED, then),) if then != first else ()
     least = EVERY_BATCH.get(name, 0)
     return c.SourceConfig(
-        kind="demo", path=name, weight=first, weight_schedule=schedule, min_per_group=least, vision=vision
+        kind="demo", path=name, weight=first, weight_schedule=schedule, min_per_pack=least, vision=vision
     )
 
 
@@ -47,11 +47,11 @@ def get_config() -> ml_collections.ConfigDict:
                 sources=sources,
                 tokenizer="runs/demo/tokenizer.json",
                 sequence_length=256,
-                num_groups=1,
-                rows_per_group=12,
+                num_packs=1,
+                rows_per_pack=12,
                 vision_bins=((144, 16), (256, 3)),
                 vision_ratio=((0.0, VISION_RATIO[0]), (LOOKED, VISION_RATIO[1])),
-                lookahead=128,
+                buffer_size=128,
             ),
             optimizer=c.OptimizerConfig(peak_lr=8e-3, final_lr=1e-4, warmup_steps=25, decay_fraction=0.6),
             checkpoint=c.CheckpointConfig(interval=100, keep=2),

@@ -26,7 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
                     "vision": c.SourceConfig(kind="array_record", vision=True),
                 },
                 sequence_length=8192,
-                num_groups=256,
+                num_packs=256,
                 vision_bins=((4096, 2),),
                 vision_ratio=((0.0, 0.2),),
                 num_workers=8,

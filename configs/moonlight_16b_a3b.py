@@ -22,7 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
             data=c.DataConfig(
                 sources={"text": c.SourceConfig(kind="array_record")},
                 sequence_length=8192,
-                num_groups=256,
+                num_packs=256,
                 vision_bins=(),
                 vision_ratio=((0.0, 0.0),),
                 num_workers=8,

@@ -31,7 +31,7 @@ TOPOLOGIES = {
 EXPERT = {"kimi_k2_5": 64, "kimi_vl_a3b": 8, "moonlight_16b_a3b": 8, "small": 2, "demo": 2}
 BYTES_A_PARAMETER = 12
 # Where these take more than so much of the memory, an expert's device has room for half as many arriving rows, and the
-# usual load takes two rounds; elsewhere each layer keeps one array more, so that less is made again
+# usual load takes two rounds; elsewhere each layer keeps one array more, so that less is recomputed
 TIGHT, HALF_ROOM = 0.4, 0.64
 ROWS_A_DEVICE = 4
 # a quarter more patches than the vision ratio asks of four rows: 6,554 (K2.5, a tenth), 26,214 (Kimi-VL, a fifth)
@@ -49,13 +49,13 @@ def get_config(name: str = "kimi_k2_5@v5p-1024") -> ml_collections.ConfigDict:
     devices = fitting(config.model, topology)
     mesh = c.MeshConfig(expert=EXPERT[model_name], fsdp=devices // EXPERT[model_name])
     sharding.mesh_sizes(mesh, devices)
-    data = dataclasses.replace(config.data, num_groups=devices)
+    data = dataclasses.replace(config.data, num_packs=devices)
     if model_name not in ("demo", "small"):
         bins = BINS_OF_FOUR_ROWS.get(model_name, config.data.vision_bins)
-        data = dataclasses.replace(data, rows_per_group=ROWS_A_DEVICE, vision_bins=bins)
+        data = dataclasses.replace(data, rows_per_pack=ROWS_A_DEVICE, vision_bins=bins)
     memory, model = config.memory, config.model
     if _parameters(config.model) * BYTES_A_PARAMETER > TIGHT * devices * TOPOLOGIES[topology][1] * 1e9:
-        memory = dataclasses.replace(memory, expert_buffer=HALF_ROOM)
+        memory = dataclasses.replace(memory, expert_capacity_factor=HALF_ROOM)
     elif model.remat:
         model = dataclasses.replace(model, remat_policy="attention_sum")
     workdir = f"runs/{model_name}-{topology}"

@@ -160,19 +160,19 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Shapes, mixture, workers. A group is the unit of packing: `rows_per_group` rows and the bins beside it."""
+    """Shapes, mixture, workers. A pack is the unit of packing: `rows_per_pack` rows and the bins beside it."""
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     tokenizer: str = ""  # path of a tokenizer file (`.json` of `tokenizers`, or a released `tiktoken.model`)
     sequence_length: Annotated[int, Range(2, LARGEST)] = 4096  # S, tokens a row
-    rows_per_group: Count = 1  # R
-    num_groups: Count = 8  # G: logical shards of the stream; global batch G * R rows. A multiple of the device count
-    vision_bins: tuple[tuple[Count, Count], ...] = ((4096, 1),)  # (P patches, bins a group), ascending P
+    rows_per_pack: Count = 1  # R
+    num_packs: Count = 8  # G: logical shards of the stream; global batch G * R rows. A multiple of the device count
+    vision_bins: tuple[tuple[Count, Count], ...] = ((4096, 1),)  # (P patches, bins a pack), ascending P
     vision_ratio: tuple[tuple[Share, Share], ...] = ((0.0, 0.1),)  # (from this share of training, vision token share)
     exact_vision_ratio: bool = False  # every pack delivers its share of vision tokens: kimi_jax.data.vision_budget
-    lookahead: Count = 64  # examples that may wait for a group with room
+    buffer_size: Count = 64  # examples that may wait for a pack with room
     num_workers: Natural = 1  # worker processes a host; 0 reads in the training process
-    prefetch: Natural = 4  # groups each worker keeps ready
+    prefetch: Natural = 4  # packs each worker keeps ready
     max_bad_fraction: Share = 0.01  # a run with a larger share of unusable records stops
     seed: Seed = 0
 
@@ -181,8 +181,8 @@ class DataConfig:
         begins = [begin for begin, _ in self.vision_ratio]
         if begins != sorted(begins):
             return f"the parts of vision_ratio must begin one after the other, not {begins}"
-        if self.exact_vision_ratio and any(source.min_per_group for source in self.sources.values()):
-            return "exact_vision_ratio leaves no room for a min_per_group of a source"
+        if self.exact_vision_ratio and any(source.min_per_pack for source in self.sources.values()):
+            return "exact_vision_ratio leaves no room for a min_per_pack of a source"
         return ""
 
 
@@ -267,7 +267,9 @@ class MemoryConfig:
     """What is traded for room on a device. What is recomputed: `ModelConfig.remat`, `remat_policy`."""
 
     microbatches: Count = 1  # parts of a batch that are computed one after the other, their gradients added up
-    expert_buffer: Positive = 1.25  # room for arriving rows over the mean; what does not fit takes further rounds
+    expert_capacity_factor: Positive = (
+        1.25  # room for arriving rows over the mean; what does not fit takes further rounds
+    )
     # In which dtype devices sum gradients of weights and, over `tensor` and `context`, parts of activations. Rounding
     # at every hop of a ring grows with the mesh, and Kimi K2 (arXiv:2507.20534) sums gradients in float32; "bfloat16"
     # sends half the bytes.

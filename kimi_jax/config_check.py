@@ -1,6 +1,6 @@
 """What the settings of a run have to keep to together, beyond the range of each: checked before anything long starts.
 
-Each rule stands with what it is about (`packing.GroupShape`, `mixture.Mixture`, `data.sources`,
+Each rule stands with what it is about (`packing.PackShape`, `mixture.Mixture`, `data.sources`,
 `config.check_schedule`); `check_run` asks them all. Nothing here needs jax or opens a file.
 """
 
@@ -16,7 +16,7 @@ def check_run(config: TrainConfig) -> None:
     """Raises ConfigError for the first rule that the settings of a run break."""
     from kimi_jax.data import DataError, sources
     from kimi_jax.data.mixture import Mixture
-    from kimi_jax.data.packing import GroupShape
+    from kimi_jax.data.packing import PackShape
 
     check_schedule(config.optimizer, config.steps)
     # Weights alone do not need these ids (converted checkpoints of small vocabularies exist); packing does.
@@ -27,12 +27,12 @@ def check_run(config: TrainConfig) -> None:
     if config.lora is not None and any(dataclasses.astuple(config.init_from)):
         raise ConfigError("config.init_from and config.lora exclude each other: adapters start from config.lora.base")
     parts = config.memory.microbatches
-    if parts < 1 or config.data.num_groups % parts:
+    if parts < 1 or config.data.num_packs % parts:
         raise ConfigError(
-            f"config.memory.microbatches = {parts} does not divide config.data.num_groups = {config.data.num_groups}"
+            f"config.memory.microbatches = {parts} does not divide config.data.num_packs = {config.data.num_packs}"
         )
     try:
-        GroupShape.of(config.data, config.model)
+        PackShape.of(config.data, config.model)
         for name, source in config.data.sources.items():
             sources.check_kind(source, f"config.data.sources.{name}.kind: ")
         if config.data.sources:  # a run whose batches come from elsewhere has none; the data stream refuses that

@@ -119,13 +119,13 @@ class Model:
     def generate(
         self, messages: Sequence[Message], *, max_new_tokens: int = 256, temperature: float = 1.0, top_p: float = 0.95,
         seed: int | None = None, tools: Sequence[Mapping[str, Any]] | None = None, thinking: bool = True,
-        stop: Sequence[str] = (), open_address: Callable[[str], bytes] | None = None,
+        stop: Sequence[str] = (), open_url: Callable[[str], bytes] | None = None,
     ) -> Reply:  # fmt: skip
         """The answer to a conversation, taken apart (`.content`, `.reasoning`, `.tool_calls`, `.message()`).
 
         messages: as in `data.conversation`, with pictures and videos in their parts (`data.media_part`). temperature 0
         is greedy; the defaults are the release's for thinking (0.6 without). seed: the same one gives the same answer.
-        stop: strings that end the answer and are not part of it. open_address: opens addresses that are not data URIs.
+        stop: strings that end the answer and are not part of it. open_url: opens addresses that are not data URIs.
         Raises ValueError, BadRecord for what cannot be answered, FileNotFoundError without a tokenizer.
 
         One conversation at a time; `kimi_jax.infer.engine.Engine` runs many.
@@ -134,7 +134,7 @@ class Model:
         from kimi_jax.infer.engine import Engine
 
         sampling = Sampling(temperature, top_p, seed, max_new_tokens)
-        chat = generate.Chat(messages, tools, thinking, open_address=open_address)
+        chat = generate.Chat(messages, tools, thinking, open_url=open_url)
         request = generate.chat_request(chat, self.tokenizer, self.config, sampling)
         length = _bucket(len(request.token_ids) + max_new_tokens, LEAST_CACHE)
         made_for, engine = self._engine or (None, None)
@@ -144,14 +144,14 @@ class Model:
         return generate.answer(engine, request, self.tokenizer, chat.reasons, stop)
 
     def logits(
-        self, input_ids: Any, pixel_values: Any = None, grid_thws: Any = None, *, router_picks: Any = None
+        self, input_ids: Any, pixel_values: Any = None, grid_thws: Any = None, *, routed_experts: Any = None
     ) -> np.ndarray:
         """Next-token logits, float32 [B, S, V].
 
         input_ids: ints [B, S], each picture or video chunk as as many media pads as it has features; pixel_values:
         [N, 3, p, p], floats in [-1, 1] or uint8 as in the image, all items one after the other in order of appearance,
         patches in raster order;
-        grid_thws: [items, 3]. router_picks [MoE layers, B, S, k] pins the experts, for comparisons across dtypes.
+        grid_thws: [items, 3]. routed_experts [MoE layers, B, S, k] pins the experts, for comparisons across dtypes.
         Raises ValueError for shapes, ids or counts that do not fit together.
         """
         tokens = self._check_tokens(input_ids)
@@ -176,8 +176,8 @@ class Model:
             index = np.full(tokens.shape, -1, np.int32)
             index[pads] = places
             batch["feature_index"] = _pad(index, padded, -1)
-        if router_picks is not None:
-            batch["router_picks"] = self._check_picks(router_picks, tokens.shape, padded)
+        if routed_experts is not None:
+            batch["routed_experts"] = self._check_routed_experts(routed_experts, tokens.shape, padded)
         return np.asarray(self._logits(self.params, batch)[:rows, :length])
 
     def vision_features(self, pixel_values: Any, grid_thws: Any) -> np.ndarray:
@@ -242,13 +242,13 @@ class Model:
         flat = np.split(pixels.reshape(len(pixels), 3 * size * size), np.cumsum(counts)[:-1])
         return [(patches, tuple(map(int, grid))) for patches, grid in zip(flat, grids, strict=True)]  # type: ignore[misc]
 
-    def _check_picks(self, picks: Any, shape: tuple[int, ...], padded: tuple[int, int]) -> np.ndarray:
+    def _check_routed_experts(self, experts: Any, shape: tuple[int, ...], padded: tuple[int, int]) -> np.ndarray:
         moe = self.config.moe
-        picks = np.asarray(picks, np.int32)
+        experts = np.asarray(experts, np.int32)
         want = (self.config.num_moe_layers, *shape, moe.num_experts_per_tok if moe else 0)
-        if picks.shape != want:
-            raise ValueError(f"router_picks must be {want} (MoE layers, B, S, k), not {picks.shape}")
-        return np.stack([_pad(layer, (*padded, want[-1]), 0) for layer in picks])
+        if experts.shape != want:
+            raise ValueError(f"routed_experts must be {want} (MoE layers, B, S, k), not {experts.shape}")
+        return np.stack([_pad(layer, (*padded, want[-1]), 0) for layer in experts])
 
 
 def _bucket(n: int, least: int) -> int:

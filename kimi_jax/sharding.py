@@ -6,11 +6,11 @@ the model names those of activations at the edges of blocks; this file decides w
 
     replica   copies of all weights, the only axis across slices: one all-reduce of the gradients a step on the slow net
     fsdp      cuts rows of the batch and every weight
-    expert    cuts rows of the batch too; the routed experts live on it and tokens travel to them
+    expert    cuts rows of the batch too; the routed experts live on it and tokens are sent to them
     context   cuts the tokens of a row (long sequences); keys' latents are gathered
     tensor    cuts heads and inner widths; activations at block edges are whole
 
-Rows and the vision bins beside them are cut by whole groups, so no feature crosses devices.
+Rows and the vision bins beside them are sharded by whole groups, so no feature crosses devices.
 
 G  groups of the batch, a multiple of the devices along its axes
 """
@@ -32,7 +32,7 @@ from kimi_jax.nn.layout import Layout, ShardingError
 from kimi_jax.nn.param import ParamInfo
 
 AXES = ("replica", "fsdp", "expert", "context", "tensor")  # outermost first: neighbours on the chip net come last
-SPREAD = ("fsdp", "expert", "context")  # what a weight may be cut by just to need less room
+FSDP_AXES = ("fsdp", "expert", "context")  # what a weight may be sharded by just to need less room
 
 # Logical name -> mesh axes. The order is a preference: of the axes of one array that want the same mesh axis, the first
 # entry whose size divides gets it. (): never cut.
@@ -45,11 +45,11 @@ RULES: dict[str, tuple[str, ...]] = {
     # matrices that are zero elsewhere instead of gathering such parts, which sends twice as much
     "embed": ("fsdp", "context"),
     "heads": ("tensor", "expert"),
-    "vision_embed": SPREAD,
+    "vision_embed": FSDP_AXES,
     "mlp": ("tensor", "expert", "fsdp", "context"),
-    "expert_mlp": ("tensor", *SPREAD),
-    "vision_mlp": ("tensor", *SPREAD),
-    "merged": SPREAD,
+    "expert_mlp": ("tensor", *FSDP_AXES),
+    "vision_mlp": ("tensor", *FSDP_AXES),
+    "merged": FSDP_AXES,
     "q_lora": ("expert", "fsdp", "context"),
     "kv_lora": ("expert", "fsdp", "context"),
     "vocab": ("tensor", "expert", "fsdp", "context"),
@@ -88,7 +88,8 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh. Of several TPU slices the replicas lie across the slices, everything else within one.
 
-    Raises ConfigError if the sizes do not multiply to the number of devices, or replicas cannot be dealt to slices.
+    Raises ConfigError if the sizes do not multiply to the number of devices, or replicas cannot be distributed to
+    slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = mesh_sizes(config, len(devices))
@@ -140,7 +141,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Axis 0 of every array of a batch is cut by whole groups."""
+    """Axis 0 of every array of a batch is sharded by whole groups."""
     return NamedSharding(mesh, PartitionSpec(layout(mesh).axes("batch")))
 
 
@@ -149,25 +150,25 @@ def batch_parts(mesh: Mesh | AbstractMesh) -> int:
     return layout(mesh).parts("batch")
 
 
-def check_groups(num_groups: int, mesh: Mesh | AbstractMesh, microbatches: int = 1) -> None:
+def check_packs(num_packs: int, mesh: Mesh | AbstractMesh, microbatches: int = 1) -> None:
     """Raises ShardingError unless every device gets the same number of whole groups, in every microbatch."""
     parts = batch_parts(mesh)
-    if num_groups % (parts * microbatches):
+    if num_packs % (parts * microbatches):
         times = f" in {microbatches} microbatches" if microbatches > 1 else ""
         raise ShardingError(
-            f"config.data.num_groups={num_groups} cannot be cut over {parts} devices{times}; "
+            f"config.data.num_packs={num_packs} cannot be cut over {parts} devices{times}; "
             f"make it a multiple of {parts * microbatches}, or use fewer devices"
         )
 
 
-def local_groups(num_groups: int, mesh: Mesh) -> list[int]:
+def local_packs(num_packs: int, mesh: Mesh) -> list[int]:
     """The groups of a batch that the devices of this host hold, ascending: what its part of the data stream makes."""
-    cut = batch_sharding(mesh).addressable_devices_indices_map((num_groups,))
-    return sorted({group for (part,) in cut.values() for group in range(num_groups)[part]})
+    cut = batch_sharding(mesh).addressable_devices_indices_map((num_packs,))
+    return sorted({group for (part,) in cut.values() for group in range(num_packs)[part]})
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """The host's rows of a packed batch as global device arrays, axis 0 cut by groups."""
+    """The host's rows of a packed batch as global device arrays, axis 0 sharded by groups."""
     sharding = batch_sharding(mesh)
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)

@@ -18,7 +18,7 @@ def write_run(folder: Path, steps: int = 600, seed: int = 0) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     config = TrainConfig(workdir=str(folder), steps=steps, model=preset("demo"))
     sources = {"wiki": SourceConfig(path="wiki"), "vqa": SourceConfig(path="vqa", vision=True)}
-    data = dataclasses.replace(config.data, sequence_length=512, rows_per_group=4, num_groups=2, sources=sources)
+    data = dataclasses.replace(config.data, sequence_length=512, rows_per_pack=4, num_packs=2, sources=sources)
     config = dataclasses.replace(config, data=data)
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     lines = [json.dumps(_row(step, steps, rng)) for step in range(1, steps + 1, max(1, steps // 200))]

@@ -91,11 +91,11 @@ def test_sections_and_values_that_are_off_stay_off():
 def test_diff_names_exactly_what_differs():
     base = c.TrainConfig()
     other = dataclasses.replace(
-        base, steps=7, model=dataclasses.replace(base.model, vision=None), data=c.DataConfig(num_groups=2)
+        base, steps=7, model=dataclasses.replace(base.model, vision=None), data=c.DataConfig(num_packs=2)
     )
     lines = c.diff(other, base)
     assert [line.split(" = ")[0] for line in lines] == [
-        "config.steps", "config.model.vision", "config.data.num_groups"
+        "config.steps", "config.model.vision", "config.data.num_packs"
     ]  # fmt: skip
     assert lines[0] == "config.steps = 7 (default 1000)"
     assert c.diff(base, base) == []
@@ -190,7 +190,7 @@ def test_command_line_sets_new_sources_sections_and_tuples():
     "arguments, message",
     [
         (["--config=configs/demo.py", "--config.data.sources.wiky.weight=2"], "did you mean 'wiki'"),
-        (["--config=configs/demo.py", "--config.memory.microbatches=7"], "does not divide config.data.num_groups"),
+        (["--config=configs/demo.py", "--config.memory.microbatches=7"], "does not divide config.data.num_packs"),
         (["--config=configs/nothing.py"], "configs/nothing.py"),
         (["--config=configs/pods.py:demo@v5p-3"], "demo@v5p-3: no topology 'v5p-3'"),
         ([], "which settings"),
@@ -253,7 +253,7 @@ def test_override_of_what_does_not_exist_or_fit_is_refused(changes, message):
     [
         ({"steps": 100}, r"warmup_steps=500 and a decay of 35 steps"),
         ({"optimizer.final_lr": 1.0}, r"final_lr between 0 and it"),
-        ({"memory.microbatches": 3}, r"config\.memory\.microbatches = 3 does not divide config\.data\.num_groups = 8"),
+        ({"memory.microbatches": 3}, r"config\.memory\.microbatches = 3 does not divide config\.data\.num_packs = 8"),
         ({"data.vision_bins": ((66, 1),)}, r"data\.vision_bins\[0\].*multiple of 4"),
         ({"data.vision_bins": ((64, 1), (64, 2))}, r"data\.vision_bins must ascend"),
         ({"data.sources.wiki.kind": "jsnl"}, r"config\.data\.sources\.wiki\.kind: .*did you mean 'jsonl'"),

@@ -65,9 +65,9 @@ def test_fixture_in_float32(model, io, media):
 
 def test_pinned_to_the_released_picks_nothing_changes(model, io, media):
     """The picks are the router's own, so pinning them proves that the pin reaches the right layers and tokens."""
-    pinned = model.logits(io["mm.input_ids"], *media, router_picks=picks(io, "mm"))
+    pinned = model.logits(io["mm.input_ids"], *media, routed_experts=picks(io, "mm"))
     assert error(pinned, io["mm.logits"]) <= EXACT
-    other = model.logits(io["mm.input_ids"], *media, router_picks=picks(io, "mm")[::-1])
+    other = model.logits(io["mm.input_ids"], *media, routed_experts=picks(io, "mm")[::-1])
     assert error(other, io["mm.logits"]) > 0.01
 
 
@@ -76,7 +76,7 @@ def test_bfloat16_pinned(io, media):
     assert model.params["embed"]["embedding"].dtype == ml_dtypes.bfloat16
     assert model.params["moe_layers"]["mlp"]["router"]["bias"].dtype == np.float32
     assert error(model.vision_features(*media), io["vision.features"]) <= BF16
-    pinned = model.logits(io["mm.input_ids"], *media, router_picks=picks(io, "mm"))
+    pinned = model.logits(io["mm.input_ids"], *media, routed_experts=picks(io, "mm"))
     assert error(pinned, io["mm.logits"]) <= BF16
 
 

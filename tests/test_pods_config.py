@@ -32,7 +32,7 @@ def test_a_layout_wherever_it_fits(model):
         config = freeze(PODS["get_config"](f"{model}@{topology}"))
         sizes = sharding.mesh_sizes(config.mesh, devices)
         mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-        sharding.check_groups(config.data.num_groups, mesh)
+        sharding.check_packs(config.data.num_packs, mesh)
         assert config.model.moe.n_routed_experts % sizes["expert"] == 0
 
 

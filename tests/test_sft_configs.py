@@ -17,7 +17,7 @@ TOPOLOGIES = K2_5["PODS"]["TOPOLOGIES"]
 def layout(config, topology: str) -> dict[str, int]:
     """The mesh over the devices of a topology, checked against the batch."""
     sizes = sharding.mesh_sizes(config.mesh, TOPOLOGIES[topology][0])
-    sharding.check_groups(config.data.num_groups, AbstractMesh(tuple(sizes.values()), tuple(sizes)))
+    sharding.check_packs(config.data.num_packs, AbstractMesh(tuple(sizes.values()), tuple(sizes)))
     return sizes
 
 

@@ -64,7 +64,8 @@ def test_an_array_is_cut_once_by_preference_and_only_where_it_divides(mesh):
 
 
 def test_axes_share_an_array_by_preference():
-    """A bank lives on `expert`; the rest of it is cut like any weight. One mesh axis never cuts an array twice."""
+    """A expert weight lives on `expert`; the rest of it is cut like any weight. One mesh axis never cuts an array
+    twice."""
     mesh = sharding.make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
 
     def cut(axes, shape):
@@ -113,11 +114,11 @@ def test_rows_and_the_bins_beside_them_are_on_the_same_device(mesh):
 
 
 def test_uneven_groups_are_refused(mesh):
-    sharding.check_groups(16, mesh)
+    sharding.check_packs(16, mesh)
     with pytest.raises(sharding.ShardingError, match="multiple of 8"):
-        sharding.check_groups(12, mesh)
+        sharding.check_packs(12, mesh)
     with pytest.raises(sharding.ShardingError, match="8 devices in 4 microbatches; make it a multiple of 32"):
-        sharding.check_groups(16, mesh, microbatches=4)
+        sharding.check_packs(16, mesh, microbatches=4)
 
 
 def test_weights_do_not_depend_on_the_mesh():

@@ -41,8 +41,8 @@ def get_config(name: str = "full@v5p-1024") -> ml_collections.ConfigDict:
         config.data,
         sources={"chat": c.SourceConfig(kind="chat", path="data/train-*.parquet", vision=True)},
         sequence_length=16384,
-        rows_per_group=1,
-        num_groups=devices,
+        rows_per_pack=1,
+        num_packs=devices,
         vision_bins=((1024, 2), (4096, 3)),
     )
     return c.thaw(

@@ -27,7 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
             data=c.DataConfig(
                 sources={"chat": c.SourceConfig(kind="chat", path="data/train-*.parquet", vision=True)},
                 sequence_length=32768,
-                num_groups=64,
+                num_packs=64,
                 vision_bins=((1024, 8), (4096, 4), (16384, 2)),
                 num_workers=8,
             ),

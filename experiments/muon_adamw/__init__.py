@@ -39,8 +39,8 @@ def base(steps: int = 160) -> c.TrainConfig:
         steps=steps,
         model=dataclasses.replace(model(), vision=None),
         data=c.DataConfig(
-            sources=sources, tokenizer=str(DATA / "tokenizer.json"), sequence_length=1024, rows_per_group=1,
-            num_groups=1, vision_ratio=((0.0, 0.0),), lookahead=96, num_workers=0,
+            sources=sources, tokenizer=str(DATA / "tokenizer.json"), sequence_length=1024, rows_per_pack=1,
+            num_packs=1, vision_ratio=((0.0, 0.0),), buffer_size=96, num_workers=0,
         ),
         optimizer=c.OptimizerConfig(peak_lr=8e-3, final_lr=0.0, warmup_steps=min(20, steps // 4), decay_fraction=0.0),
         checkpoint=c.CheckpointConfig(interval=max(1, steps // 2), keep=1),

@@ -38,7 +38,7 @@ def check_bins(data: DataConfig, model: ModelConfig) -> None:
     if not model.vision or not _mixed(data):
         return
     ratio = max((ratio for _, ratio in data.vision_ratio), default=0.0)
-    tokens = data.rows_per_group * data.sequence_length
+    tokens = data.rows_per_pack * data.sequence_length
     held = sum(patches * count for patches, count in data.vision_bins)
     needed = math.ceil(4 * ratio * tokens * BIN_SLACK)
     if held < needed:
@@ -78,18 +78,18 @@ def share_held(data: DataConfig, sample: Mapping[str, Sequence[Encoded]], fracti
 
     Packs whole examples of the sample, in the order in which the mixture would draw them at this fraction of training.
     """
-    vision = {name: replace(data.sources[name], min_per_group=0) for name, examples in sample.items() if examples}
+    vision = {name: replace(data.sources[name], min_per_pack=0) for name, examples in sample.items() if examples}
     mixture = Mixture(vision, ((0.0, 1.0),))
     cycles = {name: itertools.cycle(sample[name]) for name in vision}
     waiting: list[Encoded] = []
     delivered = 0
-    tokens = data.rows_per_group * data.sequence_length
+    tokens = data.rows_per_pack * data.sequence_length
     for pack in range(PACKS):
         free = [[patches] * count for patches, count in data.vision_bins]
         room, left = tokens, []
-        while len(waiting) < data.lookahead:
+        while len(waiting) < data.buffer_size:
             name = mixture.choose(fraction)
-            mixture.drew(name, 1, 1, 1.0, fraction)
+            mixture.record_draw(name, 1, 1, 1.0, fraction)
             waiting.append(next(cycles[name]))
         for example in waiting:
             places = place_items([len(item.patches) for item in example.media], free)

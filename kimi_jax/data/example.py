@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checka
 import numpy as np
 
 from kimi_jax.data import BadRecord, DataError
-from kimi_jax.data.image import Image, Plan, decode, fit_image, image_size, picture_patches
+from kimi_jax.data.image import Image, Plan, decode, fit_image, image_patches_of, image_size
 from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.data.video import Video, chunk_patches, chunks, fit_frame, timestamp, video_size
 
@@ -175,7 +175,7 @@ class _Picture:
     def items(self, plan: Plan, patch_size: int, key: str) -> list[MediaItem]:
         """Decoded, resized, cut."""
         if isinstance(self.part, Image):
-            patches = picture_patches(decode(self.part.image, key), plan, patch_size)
+            patches = image_patches_of(decode(self.part.image, key), plan, patch_size)
             return [MediaItem(patches, (1, plan.h, plan.w))]
         return [MediaItem(*chunk_patches(self.part, chunk, plan, patch_size)) for chunk in chunks(self.part)]
 

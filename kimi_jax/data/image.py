@@ -199,7 +199,7 @@ def decode(image: PIL.Image.Image | np.ndarray, key: str = "") -> PIL.Image.Imag
         raise BadRecord("broken_image", key, f"{type(error).__name__}: {error}") from error
 
 
-def picture_patches(rgb: PIL.Image.Image, plan: Plan, patch_size: int = 14) -> np.ndarray:
+def image_patches_of(rgb: PIL.Image.Image, plan: Plan, patch_size: int = 14) -> np.ndarray:
     """Resizes, pads and cuts one RGB picture. Returns uint8 [h*w, C], rasters of (channel, y, x) patches."""
     if rgb.size != (plan.width, plan.height):
         rgb = rgb.resize((plan.width, plan.height), PIL.Image.Resampling.BICUBIC)
@@ -226,7 +226,7 @@ def image_patches(
     """
     if plan is None:
         plan = plan_image(*image_size(image, key), patch_size=patch_size)
-    return picture_patches(decode(image, key), plan, patch_size), (1, plan.h, plan.w)
+    return image_patches_of(decode(image, key), plan, patch_size), (1, plan.h, plan.w)
 
 
 def normalise(patches: np.ndarray, patch_size: int = 14) -> np.ndarray:

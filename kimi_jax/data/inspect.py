@@ -21,7 +21,7 @@ from rich.table import Table
 from kimi_jax import cli
 from kimi_jax.config import ConfigError, TrainConfig
 from kimi_jax.data import DataError
-from kimi_jax.data.inspect_picture import draw, items_of
+from kimi_jax.data.inspect_plot import draw, items_of
 from kimi_jax.data.inspect_text import draw_text
 from kimi_jax.data.mixture import ratio_at
 from kimi_jax.data.pipeline import BatchStream
@@ -37,7 +37,7 @@ def define_flags() -> None:
     flags.DEFINE_string("out", "", "Draws sample packs into this file (.png, .pdf, .svg).")
     flags.DEFINE_string("text_out", "", "Draws the loss mask over the text of documents into this file.")
     flags.DEFINE_integer("documents", 8, "Documents of the first batch that --text_out draws.", lower_bound=1)
-    flags.DEFINE_integer("groups", 4, "Groups of the first batch that are drawn.", lower_bound=1)
+    flags.DEFINE_integer("packs", 4, "Packs of the first batch that are drawn.", lower_bound=1)
 
 
 def main(argv: list[str]) -> None:
@@ -47,11 +47,11 @@ def main(argv: list[str]) -> None:
     config, f = cli.settings(), flags.FLAGS
     try:
         tokenizer = _tokenizer(config)
-        findings, first = look(config, f.batches)
+        findings, first = summarise(config, f.batches)
         show(config, findings, Console())
         if f.out:
-            draw(config, first, tokenizer, f.groups, f.out)
-            print(f"{f.out}: the first {min(f.groups, config.data.num_groups)} groups of the first batch")
+            draw(config, first, tokenizer, f.packs, f.out)
+            print(f"{f.out}: the first {min(f.packs, config.data.num_packs)} packs of the first batch")
         if f.text_out:
             count = draw_text(config, first, tokenizer, f.documents, f.text_out)
             print(f"{f.text_out}: the loss mask of the first {count} documents of the first batch")
@@ -76,7 +76,7 @@ class Findings:
     tokens_by_batch: list[int] = field(default_factory=list)
 
 
-def look(config: TrainConfig, batches: int) -> tuple[Findings, dict]:
+def summarise(config: TrainConfig, batches: int) -> tuple[Findings, dict]:
     """Reads the first batches of the run; (findings, first batch). Raises ConfigError, DataError."""
     data = dataclasses.replace(config.data, num_workers=0, prefetch=0)  # the same batches whatever the workers
     found = Findings()
@@ -143,11 +143,11 @@ def show(config: TrainConfig, found: Findings, console: Console) -> None:
 
 def _batch_table(config: TrainConfig, found: Findings) -> Table:
     d, report = config.data, found.report
-    rows = d.num_groups * d.rows_per_group
+    rows = d.num_packs * d.rows_per_pack
     table = _table(f"a batch (mean of {found.batches})", "", "")
     low, high = min(found.tokens_by_batch), max(found.tokens_by_batch)
     table.add_row("rows x tokens", f"{rows} x {d.sequence_length:,} = {rows * d.sequence_length:,}")
-    table.add_row("groups", f"{d.num_groups} of {d.rows_per_group} row(s)")
+    table.add_row("packs", f"{d.num_packs} of {d.rows_per_pack} row(s)")
     table.add_row("real tokens", f"{found.tokens / found.batches:,.0f}   ({low:,} to {high:,})")
     table.add_row("token fill", f"{report['token_fill']:.2%}")
     table.add_row("tokens learned", f"{found.learned / found.batches:,.0f}   ({found.learned / found.tokens:.1%})")
@@ -167,8 +167,8 @@ def _vision_table(config: TrainConfig, found: Findings) -> Table:
     d = config.data
     table = _table("vision", "", "")
     for (patches, bins), fill in zip(d.vision_bins, found.report["patch_fill"], strict=True):
-        count = bins * d.num_groups
-        table.add_row(f"bins of {patches:,} patches", f"{count} a batch ({bins} a group), fill {fill:.1%}")
+        count = bins * d.num_packs
+        table.add_row(f"bins of {patches:,} patches", f"{count} a batch ({bins} a pack), fill {fill:.1%}")
     images = sum(n for (t, _, _), n in found.items.items() if t == 1)
     frames = Counter(dict.fromkeys((2, 3, 4), 0))
     for (t, _, _), n in found.items.items():

@@ -79,7 +79,7 @@ def draw_text(config: TrainConfig, batch: dict, tokenizer: Tokenizer, documents:
     from matplotlib import rc_context  # a second to import, and only this function needs it
     from matplotlib.figure import Figure
 
-    chosen = list(itertools.islice(unpack(batch, config.data.num_groups), documents))
+    chosen = list(itertools.islice(unpack(batch, config.data.num_packs), documents))
     texts = [lines_of(list(pieces_of(document, tokenizer))) for document in chosen]
     height = HEAD + sum((min(len(lines), MOST_LINES) + 2) * DOWN for lines in texts) + MARGIN
     width = COLUMNS * ACROSS + 2 * MARGIN

@@ -37,7 +37,7 @@ def media_value(part: Mapping[str, Any]) -> Any:
     return value.get("url") if isinstance(value, Mapping) else value
 
 
-def media_addresses(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+def media_urls(messages: Sequence[Mapping[str, Any]]) -> list[str]:
     """Whatever stands as a string where a media part has its address, in order; other parts are passed over."""
     found = []
     for message in messages:
@@ -48,11 +48,11 @@ def media_addresses(messages: Sequence[Mapping[str, Any]]) -> list[str]:
     return [value for value in found if isinstance(value, str)]
 
 
-def read_part(part: Mapping[str, Any], open_address: Callable[[str], bytes] | None = None) -> tuple[Any, str]:
+def read_part(part: Mapping[str, Any], open_url: Callable[[str], bytes] | None = None) -> tuple[Any, str]:
     """(what a media part holds, addresses replaced by the bytes behind them; how messages call it).
 
-    Raises ValueError for a part that holds nothing, and BadRecord: refused (an address without `open_address`),
-    broken_image (a malformed data URI), and what `open_address` raises.
+    Raises ValueError for a part that holds nothing, and BadRecord: refused (an address without `open_url`),
+    broken_image (a malformed data URI), and what `open_url` raises.
     """
     kind, value = part["type"], media_value(part)
     if value is None:
@@ -62,9 +62,9 @@ def read_part(part: Mapping[str, Any], open_address: Callable[[str], bytes] | No
     shown = value if len(value) < 60 else value[:57] + "..."
     if value[:5].lower() == "data:":
         return read_data_uri(value, shown), shown
-    if open_address is None:
+    if open_url is None:
         raise BadRecord("refused", shown, "only data URIs are opened here, neither files nor remote addresses")
-    return open_address(value), shown
+    return open_url(value), shown
 
 
 def open_part(part: Mapping[str, Any]) -> Image | Video:

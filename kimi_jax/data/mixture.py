@@ -10,7 +10,7 @@ reach the model is the one asked for. An example with media is drawn while e < r
 Inside a modality a source gets its weight of the *drawn examples* (tokens would favour sources of short ones), by a
 deficit: every draw owes each source its share of it, the source drawn has had a whole one. No random numbers: the order
 follows from the counters alone, which are the whole state. Schedules change r and the shares from then on, and leave e
-and what is owed as they are. Draws that `min_per_group` forces (kimi_jax.data.shard) are counted like all others, and
+and what is owed as they are. Draws that `min_per_pack` forces (kimi_jax.data.shard) are counted like all others, and
 made up for afterwards: by so many examples may e be off besides.
 
 When the bins cannot hold the share that is asked for, pictures pile up in the packing buffer. Then text is drawn
@@ -54,7 +54,8 @@ def _last_begun(schedule: Sequence[tuple[float, float]], fraction: float, curren
 
 
 class Mixture:
-    """Chooses sources. `choose` names the next one, `drew` tells what came of it, `delivered` that a pack holds it.
+    """Chooses sources. `choose` names the next one, `record_draw` tells what came of it, `delivered` that a pack holds
+    it.
 
     `state` is JSON-able.
 
@@ -89,7 +90,7 @@ class Mixture:
         vision_weights = [s.weight for s in self._sources[True].values()]
         # long enough to meet every source with media twice, so that a rare one with large pictures is not missed
         self._patience = max(PATIENCE, *(2 * sum(vision_weights) / w for w in vision_weights), 0)
-        self._owed = dict.fromkeys(sources, 0.0)  # draws that are its share of those made, less its own
+        self._deficit = dict.fromkeys(sources, 0.0)  # draws that are its share of those made, less its own
         self._max_deficit = max_deficit
         self._excess = 0.0  # e
         self._streak = 0  # vision examples since the last text-only one
@@ -100,18 +101,18 @@ class Mixture:
         """e: media tokens above the share asked for (below, if negative) of what counts so far."""
         return self._excess
 
-    def choose(self, fraction: float = 0.0, owed: float = 0.0, text_only: bool = False) -> str:
+    def choose(self, fraction: float = 0.0, ahead: float = 0.0, text_only: bool = False) -> str:
         """Name of the source to draw from next, at this fraction of training; `text_only` overrides the share.
 
-        owed: media tokens, r * ahead, that the text which waits for the next pack will ask for.
+        ahead: media tokens, r * ahead, that the text which waits for the next pack will ask for.
         """
-        vision = self._excess < owed and not text_only
+        vision = self._excess < ahead and not text_only
         return self.choose_within(vision if self._sources[vision] else not vision, fraction)
 
     def choose_within(self, vision: bool, fraction: float = 0.0) -> str:
         """Name of the source of one modality to draw from next."""
         shares = self._shares(vision, fraction)
-        return max(shares, key=lambda name: shares[name] + self._owed[name])
+        return max(shares, key=lambda name: shares[name] + self._deficit[name])
 
     def _shares(self, vision: bool, fraction: float) -> dict[str, float]:
         """Share of the draws of this modality that each of its sources gets at this fraction of training."""
@@ -122,14 +123,14 @@ class Mixture:
             raise DataError(f"every source {kind} media has weight 0 at {fraction:.0%} of training; leave one above 0")
         return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
-    def drew(self, source: str, tokens: int, media_tokens: int, ratio: float, fraction: float = 0.0) -> None:
+    def record_draw(self, source: str, tokens: int, media_tokens: int, ratio: float, fraction: float = 0.0) -> None:
         """Counts a draw: its tokens, those of them that are media, the ratio at the time. A bad record has 0 tokens.
 
         Raises DataError when the ratio is out of reach, naming the share that is not.
         """
         for name, share in self._shares(source in self._sources[True], fraction).items():
-            self._owed[name] += share
-        self._owed[source] -= 1
+            self._deficit[name] += share
+        self._deficit[source] -= 1
         if not self._sources[False]:
             return  # nothing to mix with
         if source in self._sources[False]:
@@ -143,7 +144,7 @@ class Mixture:
             self._streak_sums = [a + b for a, b in zip(self._streak_sums, drawn, strict=True)]
         if source in self._sources[True]:
             self._excess += media_tokens - ratio * tokens
-        if self._hopeless():
+        if self._unreachable():
             share = self._streak_sums[0] / self._streak_sums[1]
             raise DataError(
                 f"data.vision_ratio = {ratio:g} cannot be reached: media are only {share:.1%} of the tokens of the "
@@ -156,7 +157,7 @@ class Mixture:
         if source in self._sources[False] and self._sources[True]:
             self._excess = max(self._excess - ratio * tokens, -self._max_deficit)
 
-    def _hopeless(self) -> bool:
+    def _unreachable(self) -> bool:
         lost = -self._streak_sums[2]
         beyond_chance = self._streak >= self._patience and lost > SCATTER * math.sqrt(self._streak_sums[3])
         return beyond_chance or (self._streak >= LONGEST * self._patience and lost > 0)
@@ -164,14 +165,14 @@ class Mixture:
     def state(self) -> dict:
         """All counters, JSON-able."""
         return {
-            "owed": dict(self._owed),
+            "deficit": dict(self._deficit),
             "excess": self._excess,
             "streak": [self._streak, *self._streak_sums],
         }
 
     def restore(self, state: dict) -> None:
         """Continues from `state()`."""
-        self._owed = dict(state["owed"])
+        self._deficit = dict(state["deficit"])
         self._excess = state["excess"]
         self._streak, *self._streak_sums = state["streak"]
 

@@ -2,19 +2,19 @@
 
 Source: docs/architecture.md section 3.
 
-R, S       rows of a group, tokens of a row
+R, S       rows of a pack, tokens of a row
 K          bin classes; class k has v_k bins of P_k patches, W_k = P_k/4 windows (one feature each)
 n, N       tokens of an example, patches of an item
 C          3 * patch_size^2
-F          features of a group, sum of v_k * W_k
+F          features of a pack, sum of v_k * W_k
 
-A group is the unit of packing: an example takes a stretch of one row, and each of its items a stretch of one bin of the
-same group, so no feature ever leaves the group. Static shapes; what is not used is padding. An item that several
-examples of a group hold (the same object, as the samples of one prompt do) lies there once and is encoded once.
+A pack is the unit of packing: an example takes a stretch of one row, and each of its items a stretch of one bin of the
+same pack, so no feature ever leaves the pack. Static shapes; what is not used is padding. An item that several
+examples of a pack hold (the same object, as the samples of one prompt do) lies there once and is encoded once.
 
-Examples wait in a pool. A group takes the oldest first, then fills row after row with the subset of the pool that fills
-it best, older ones preferred, skipping what the bins have no room for. So rows are nearly full even where they are
-short, the pool stays bounded, and nobody waits for more groups than the pool has places.
+Examples wait in a buffer. A pack takes the oldest first, then fills row after row with the subset of the buffer that
+fills it best, older ones preferred, skipping what the bins have no room for. So rows are nearly full even where they
+are short, the buffer stays bounded, and nobody waits for more packs than the buffer has places.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ Batch = dict  # the packed batch: arrays by name, "vision" a tuple of dicts of a
 
 
 @dataclass(frozen=True)
-class GroupShape:
-    """Static shape of a group."""
+class PackShape:
+    """Static shape of a pack."""
 
     rows: int
     sequence_length: int
@@ -44,7 +44,7 @@ class GroupShape:
     patch_size: int = 14
 
     @classmethod
-    def of(cls, data: DataConfig, model: ModelConfig) -> GroupShape:
+    def of(cls, data: DataConfig, model: ModelConfig) -> PackShape:
         """The shape a run's settings ask for. Raises ConfigError for bins that cannot work."""
         bins = data.vision_bins if model.vision else ()
         for i, (patches, count) in enumerate(bins):
@@ -55,11 +55,11 @@ class GroupShape:
                 )
             if i and patches <= bins[i - 1][0]:
                 raise ConfigError(f"data.vision_bins must ascend in patches, not {bins}")
-        if data.rows_per_group < 1 or data.sequence_length < 2:
-            raise ConfigError("data.rows_per_group must be at least 1 and data.sequence_length at least 2")
+        if data.rows_per_pack < 1 or data.sequence_length < 2:
+            raise ConfigError("data.rows_per_pack must be at least 1 and data.sequence_length at least 2")
         patch_size = model.vision.patch_size if model.vision else 14
         return cls(
-            data.rows_per_group,
+            data.rows_per_pack,
             data.sequence_length,
             bins,
             model.pad_token_id,
@@ -69,18 +69,18 @@ class GroupShape:
 
     @property
     def bin_offsets(self) -> tuple[int, ...]:
-        """Where the features of each class begin among the F features of a group."""
+        """Where the features of each class begin among the F features of a pack."""
         return tuple(int(o) for o in np.cumsum([0] + [p // 4 * v for p, v in self.bins]))[:-1]
 
 
-class Group:
-    """One group while it is filled. `add` takes an example or says that there is no room; `arrays` is the result.
+class Pack:
+    """One pack while it is filled. `add` takes an example or says that there is no room; `arrays` is the result.
 
     columns: names of further float32 [R, S] arrays, which lie as `loss_weights` does: beside the target that a value is
     about, 0 elsewhere.
     """
 
-    def __init__(self, shape: GroupShape, columns: Sequence[str] = ()):
+    def __init__(self, shape: PackShape, columns: Sequence[str] = ()):
         self.shape = shape
         rows = (shape.rows, shape.sequence_length)
         self._tokens = np.full(rows, shape.pad_id, np.int32)
@@ -110,8 +110,8 @@ class Group:
     def add(self, example: Encoded, row: int, columns: Mapping[str, np.ndarray] | None = None) -> bool:
         """Packs the example into the row and returns True, or changes nothing and returns False for lack of room.
 
-        columns: float32 [n] for each name of the group's, beside the example's tokens as its loss weights are.
-        Raises ValueError for an example that does not fit an empty group.
+        columns: float32 [n] for each name of the pack's, beside the example's tokens as its loss weights are.
+        Raises ValueError for an example that does not fit an empty pack.
         """
         n = len(example.tokens)
         new = list({id(m): m for m in example.media if not self.holds(m)}.values())
@@ -120,7 +120,7 @@ class Group:
             if self.documents == 0:
                 raise ValueError(
                     f"example {example.key} ({n} tokens, items of {[len(m.patches) for m in example.media]} patches) "
-                    f"does not fit an empty group of {self.shape}; encode it with the limits of the group"
+                    f"does not fit an empty pack of {self.shape}; encode it with the limits of the pack"
                 )
             return False
         for item, (k, b) in zip(new, places, strict=True):
@@ -167,7 +167,7 @@ class Group:
         return first + np.arange(num_features(item.grid), dtype=np.int32)
 
     def arrays(self) -> Batch:
-        """The group in the layout of a batch: rows on axis 0, bins of each class on axis 0."""
+        """The pack in the layout of a batch: rows on axis 0, bins of each class on axis 0."""
         return {
             "tokens": self._tokens,
             "targets": self._targets,
@@ -191,59 +191,59 @@ class Group:
         }
 
 
-class Waiting(NamedTuple):
-    """An encoded example in the pool, and what its shard needs to find it again."""
+class BufferedExample(NamedTuple):
+    """An encoded example in the buffer, and what its shard needs to find it again."""
 
     example: Encoded
     reference: tuple
 
 
-def fill_group(
-    shape: GroupShape,
-    pool: list[Waiting],
-    draw: Callable[[], list[Waiting]],
-    lookahead: int,
-    first: Sequence[Waiting] = (),
-) -> tuple[Group, list[Waiting]]:
-    """The next group and what it holds. `pool` (oldest first) is changed in place; `draw` yields what comes next.
+def fill_pack(
+    shape: PackShape,
+    buffer: list[BufferedExample],
+    draw: Callable[[], list[BufferedExample]],
+    buffer_size: int,
+    first: Sequence[BufferedExample] = (),
+) -> tuple[Pack, list[BufferedExample]]:
+    """The next pack and what it holds. `buffer` (oldest first) is changed in place; `draw` yields what comes next.
 
-    The pool is kept at `lookahead` examples; one draw may take it above (a long text in pieces), or yield nothing.
-    Every call takes at least the oldest example, so none waits for more than `lookahead` groups. Then come `first`
-    (examples of the pool), then others with media, into up to half of each row, so that no bin stays empty because text
-    has taken the rows; then row after row is filled as well as the pool allows.
+    The buffer is kept at `buffer_size` examples; one draw may take it above (a long text in pieces), or yield nothing.
+    Every call takes at least the oldest example, so none waits for more than `buffer_size` packs. Then come `first`
+    (examples of the buffer), then others with media, into up to half of each row, so that no bin stays empty because
+    text has taken the rows; then row after row is filled as well as the buffer allows.
     """
-    group = Group(shape)
-    packed: list[Waiting] = []
+    pack = Pack(shape)
+    packed: list[BufferedExample] = []
 
-    def take(chosen: Sequence[Waiting], rows: Sequence[int], least: int = 0) -> None:
+    def take(chosen: Sequence[BufferedExample], rows: Sequence[int], least: int = 0) -> None:
         """Packs what there is room for; `least`: tokens that must be left in a row that holds something."""
         for waiting in chosen:
-            left = {row: group.room(row) - len(waiting.example.tokens) for row in rows}
-            able = [r for r in rows if left[r] >= least or group.room(r) == shape.sequence_length]
+            left = {row: pack.room(row) - len(waiting.example.tokens) for row in rows}
+            able = [r for r in rows if left[r] >= least or pack.room(r) == shape.sequence_length]
             # where there is most room, which leaves every row some choice of texts
-            if any(group.add(waiting.example, row) for row in sorted(able, key=lambda r: -left[r])):
+            if any(pack.add(waiting.example, row) for row in sorted(able, key=lambda r: -left[r])):
                 packed.append(waiting)
         held = {id(w) for w in packed}
-        pool[:] = [w for w in pool if id(w) not in held]
+        buffer[:] = [w for w in buffer if id(w) not in held]
 
-    while len(pool) < lookahead:
-        pool += draw()
+    while len(buffer) < buffer_size:
+        buffer += draw()
     everywhere = range(shape.rows)
-    take([pool[0]], everywhere)
-    take([w for w in first if any(w is waiting for waiting in pool)], everywhere)
-    take([w for w in pool if w.example.media], everywhere, shape.sequence_length // 2)
-    refused: set[int] = set()  # no room in the bins, and there will be none before the next group
+    take([buffer[0]], everywhere)
+    take([w for w in first if any(w is waiting for waiting in buffer)], everywhere)
+    take([w for w in buffer if w.example.media], everywhere, shape.sequence_length // 2)
+    refused: set[int] = set()  # no room in the bins, and there will be none before the next pack
     for row in range(shape.rows):
-        while group.room(row):
-            while len(pool) < lookahead:
-                pool += draw()
-            able = [w for w in pool if id(w) not in refused]
-            chosen = [able[i] for i in best_subset([len(w.example.tokens) for w in able], group.room(row))]
+        while pack.room(row):
+            while len(buffer) < buffer_size:
+                buffer += draw()
+            able = [w for w in buffer if id(w) not in refused]
+            chosen = [able[i] for i in best_subset([len(w.example.tokens) for w in able], pack.room(row))]
             if not chosen:
                 break
             take(chosen, [row])
-            refused |= {id(w) for w in chosen if any(w is waiting for waiting in pool)}
-    return group, packed
+            refused |= {id(w) for w in chosen if any(w is waiting for waiting in buffer)}
+    return pack, packed
 
 
 def best_subset(lengths: Sequence[int], room: int) -> list[int]:
@@ -279,7 +279,7 @@ def _empty_bins(patches: int, count: int, pixels: int) -> dict[str, np.ndarray]:
 
 
 def concatenate(batches: list[Batch]) -> Batch:
-    """Groups, or batches of groups, one behind the other along axis 0."""
+    """Packs, or batches of packs, one behind the other along axis 0."""
     if len(batches) == 1:
         return batches[0]
     out: Batch = {name: np.concatenate([b[name] for b in batches]) for name in batches[0] if name != "vision"}
@@ -288,9 +288,9 @@ def concatenate(batches: list[Batch]) -> Batch:
     return out
 
 
-def empty_batch(shape: GroupShape, num_groups: int = 1, columns: Sequence[str] = ()) -> Batch:
-    """A batch of padding only, `num_groups` groups: what shapes and dtypes a run has."""
-    return concatenate([Group(shape, columns).arrays() for _ in range(num_groups)])
+def empty_batch(shape: PackShape, num_packs: int = 1, columns: Sequence[str] = ()) -> Batch:
+    """A batch of padding only, `num_packs` packs: what shapes and dtypes a run has."""
+    return concatenate([Pack(shape, columns).arrays() for _ in range(num_packs)])
 
 
 @dataclass(frozen=True)
@@ -312,14 +312,14 @@ class Document:
     places: tuple[tuple[int, int], ...]
 
 
-def unpack(batch: Batch, num_groups: int = 1) -> Iterator[Document]:
+def unpack(batch: Batch, num_packs: int = 1) -> Iterator[Document]:
     """The documents of a batch, row by row: the inverse of packing, for tests and for looking at a batch."""
-    rows = len(batch["tokens"]) // num_groups
+    rows = len(batch["tokens"]) // num_packs
     for row, segments in enumerate(batch["segment_ids"]):
         for segment in range(1, int(segments.max()) + 1):
             where = np.flatnonzero(segments == segment)
             index = batch["feature_index"][row][where]
-            media, places = _media_of(batch, num_groups, row // rows, index[index >= 0])
+            media, places = _media_of(batch, num_packs, row // rows, index[index >= 0])
             yield Document(
                 row,
                 int(where[0]),
@@ -334,12 +334,12 @@ def unpack(batch: Batch, num_groups: int = 1) -> Iterator[Document]:
 
 
 def _media_of(
-    batch: Batch, num_groups: int, group: int, features: np.ndarray
+    batch: Batch, num_packs: int, pack: int, features: np.ndarray
 ) -> tuple[tuple[MediaItem, ...], tuple[tuple[int, int], ...]]:
     media, places = [], []
     at = 0
     while at < len(features):
-        k, b, window = _locate(batch["vision"], num_groups, group, int(features[at]))
+        k, b, window = _locate(batch["vision"], num_packs, pack, int(features[at]))
         arrays = batch["vision"][k]
         t, h, w = (int(x) for x in arrays["grids"][b, 4 * window])
         grid = (t, h, w)
@@ -352,10 +352,10 @@ def _media_of(
     return tuple(media), tuple(places)
 
 
-def _locate(vision: tuple, num_groups: int, group: int, feature: int) -> tuple[int, int, int]:
+def _locate(vision: tuple, num_packs: int, pack: int, feature: int) -> tuple[int, int, int]:
     for k, arrays in enumerate(vision):
-        bins, windows = len(arrays["feature_slots"]) // num_groups, arrays["feature_slots"].shape[1]
+        bins, windows = len(arrays["feature_slots"]) // num_packs, arrays["feature_slots"].shape[1]
         if feature < bins * windows:
-            return k, group * bins + feature // windows, feature % windows
+            return k, pack * bins + feature // windows, feature % windows
         feature -= bins * windows
-    raise ValueError(f"feature index {feature} lies beyond the bins of group {group}")
+    raise ValueError(f"feature index {feature} lies beyond the bins of pack {pack}")

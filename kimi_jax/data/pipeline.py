@@ -1,11 +1,11 @@
 """The data stream of a run: logical shards in worker processes, batches, and the state of the batch last delivered.
 
-G   logical shards (groups of the global batch); this host serves some of them
-B   rows of a local batch: (shards of this host) * rows_per_group
+G   logical shards (packs of the global batch); this host serves some of them
+B   rows of a local batch: (shards of this host) * rows_per_pack
 
-Each worker process (Grain `mp_prefetch`) owns some of the shards and makes one group of each at a time. Every group
+Each worker process (Grain `mp_prefetch`) owns some of the shards and makes one pack of each at a time. Every pack
 travels with the state its shard had right after it, so `state()` belongs to the batch last delivered, however much was
-prefetched. Shards know nothing of workers or hosts: any split of them gives the same groups (docs/architecture.md
+prefetched. Shards know nothing of workers or hosts: any split of them gives the same packs (docs/architecture.md
 section 3).
 
 What Grain 0.2.18 does about a worker that goes wrong: an exception is raised again here with the worker's traceback; a
@@ -39,18 +39,18 @@ from kimi_jax.config import ConfigError, DataConfig, ModelConfig
 from kimi_jax.data import DataError
 from kimi_jax.data.bins import check_bins
 from kimi_jax.data.example import Source
-from kimi_jax.data.packing import Batch, GroupShape, concatenate
+from kimi_jax.data.packing import Batch, PackShape, concatenate
 from kimi_jax.data.shard import NAMED, Quarantine, Shard, check_bad, wholly_masked
 from kimi_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 VERSION = 3  # of the state; 2 counted text for the vision ratio when it was drawn
-LOOKS = 4  # at what a worker reads, in the stall time; one that has moved on to another record is slow, and not stuck
+POLLS = 4  # at what a worker reads, in the stall time; one that has moved on to another record is slow, and not stuck
 START_UP = 9  # times the stall time that a worker may take besides until it reads its first record, or from one on
 log = logging.getLogger(__name__)
 
 
 class _Shards(grain.IterDataset):
-    """Some logical shards as a Grain dataset. An element holds one group of each of them, and their states as JSON."""
+    """Some logical shards as a Grain dataset. An element holds one pack of each of them, and their states as JSON."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class _ShardsIterator(grain.DatasetIterator):
     def __next__(self) -> dict:
         if self._opened is None:
             self._opened = self._dataset.open()
-        batch = concatenate([shard.next_group() for shard in self._opened])
+        batch = concatenate([shard.next_pack() for shard in self._opened])
         states = {str(k): s.state() for k, s in zip(self._dataset._shards, self._opened, strict=True)}
         return {"batch": batch, "states": json.dumps(states)}
 
@@ -150,7 +150,7 @@ def _follow(parent: multiprocessing.process.BaseProcess) -> None:
 
 
 class BatchStream:
-    """Endless iterator over packed batches of this host's shards (the layout is that of `packing.Group`).
+    """Endless iterator over packed batches of this host's shards (the layout is that of `packing.Pack`).
 
     shards: logical shards of this host, default all; rows come in ascending order of them.
     state:  of `state()`, or `merge_states` of those of all hosts; continues with exactly the next batch.
@@ -158,7 +158,7 @@ class BatchStream:
     stall_seconds: a worker that delivers nothing for so long is given up.
     gather: gives every host what all of them passed (`train.hosts.gather`); state and report are then of all hosts.
 
-    `data.num_workers` processes share the shards; 0 makes batches here, in a thread `data.prefetch` groups ahead
+    `data.num_workers` processes share the shards; 0 makes batches here, in a thread `data.prefetch` packs ahead
     (`prefetch=0`: no thread). Raises ConfigError and DataError, at once for settings, from `next` for data.
     """
 
@@ -175,7 +175,7 @@ class BatchStream:
         stall_seconds: float = 600.0,
         gather: Callable[[Any], list[Any]] = lambda value: [value],
     ):
-        self._data, self._shape = data, GroupShape.of(data, model)
+        self._data, self._shape = data, PackShape.of(data, model)
         check_bins(data, model)
         self._shards = _check_shards(data, shards)
         _check_tokenizer(tokenizer or load_tokenizer(data.tokenizer), model)
@@ -189,7 +189,7 @@ class BatchStream:
         parts = [list(map(int, p)) for p in np.array_split(self._shards, max(1, workers))]
         self._parts, self._at, self._stuck = parts, 0, ""
         self._patience = 0  # looks that are left; 0: nobody waits for a worker
-        self._looking = threading.Lock()
+        self._polling = threading.Lock()
         self._folder = tempfile.TemporaryDirectory(prefix="kimi_data_")
         notes = [os.path.join(self._folder.name, str(n)) for n in range(len(parts))]
         for note in notes:
@@ -228,15 +228,15 @@ class BatchStream:
         """
         if self._closed:
             raise ValueError("this BatchStream is closed")
-        with self._looking:
-            self._patience, self._same, self._seen = (START_UP + 1) * LOOKS, 0, ""
+        with self._polling:
+            self._patience, self._same, self._seen = (START_UP + 1) * POLLS, 0, ""
             self._watch()
         try:
             elements = [self._element(n) for n in range(len(self._iterators))]
         except Exception as error:
             raise (DataError(self._stuck) if self._stuck else error) from error
         finally:
-            with self._looking:
+            with self._polling:
                 self._timer.cancel()
                 self._patience = 0
         self._workers = self._own_workers()
@@ -251,19 +251,19 @@ class BatchStream:
         return next(self._iterators[number])
 
     def _watch(self) -> None:
-        self._timer = threading.Timer(self._stall_seconds / LOOKS, self._look)
+        self._timer = threading.Timer(self._stall_seconds / POLLS, self._poll_workers)
         self._timer.daemon = True
         self._timer.start()
 
-    def _look(self) -> None:
-        with self._looking:
+    def _poll_workers(self) -> None:
+        with self._polling:
             if not self._patience or threading.current_thread() is not self._timer:
                 return  # the batch came while this look began
             reading = self._notes[self._at].read()
             self._same = self._same + 1 if reading and reading == self._seen else 0
             self._patience -= 1
             self._seen = reading
-            if self._same < LOOKS and self._patience:
+            if self._same < POLLS and self._patience:
                 self._watch()
             else:
                 self._give_up(reading)
@@ -323,7 +323,7 @@ class BatchStream:
         """The state that belongs to the batch last delivered, JSON-able; of the shards of all hosts with `gather`."""
         own = {
             "version": VERSION,
-            "num_groups": self._data.num_groups,
+            "num_packs": self._data.num_packs,
             "seed": self._data.seed,
             "shards": json.loads(json.dumps(self._states)),
         }
@@ -345,18 +345,18 @@ class BatchStream:
         used = [state["used"] for state in states]
         tokens = sum(u["tokens"] for u in used)
         vision = sum(u["vision_tokens"] for u in used)
-        groups = sum(state["step"] for state in states)
+        packs = sum(state["step"] for state in states)
         patches = [sum(u["patches"][k] for u in used) for k in range(len(self._shape.bins))]
         sources = {name: self._of_source(name, states) for name in self._data.sources}
-        share = len(states or self._shards) / self._data.num_groups
+        share = len(states or self._shards) / self._data.num_packs
         return {
             "batches": max((state["step"] for state in states), default=0),
             "tokens": tokens,
             "vision_tokens": vision,
             "documents": sum(u["documents"] for u in used),
             "ratio": vision / max(1, tokens),
-            "token_fill": tokens / max(1, groups * self._shape.rows * self._shape.sequence_length),
-            "patch_fill": [n / max(1, groups * p * v) for n, (p, v) in zip(patches, self._shape.bins, strict=True)],
+            "token_fill": tokens / max(1, packs * self._shape.rows * self._shape.sequence_length),
+            "patch_fill": [n / max(1, packs * p * v) for n, (p, v) in zip(patches, self._shape.bins, strict=True)],
             "bad": {name: bad for name, (_, _, bad, _) in sources.items() if bad},
             "bad_examples": {name: named for name, (_, _, _, named) in sources.items() if named},
             "quarantined": {name: met for name in self._data.sources if (met := _quarantined(name, states))},
@@ -386,7 +386,7 @@ def merge_states(states: Sequence[dict]) -> dict:
         raise DataError("no data states to merge")
     merged = {**states[0], "shards": {}}
     for state in states:
-        same = all(state[key] == merged[key] for key in ("version", "num_groups", "seed"))
+        same = all(state[key] == merged[key] for key in ("version", "num_packs", "seed"))
         twice = set(state["shards"]) & set(merged["shards"])
         if not same or twice:
             raise DataError(f"data states of different streams, or shards {sorted(twice)} twice; merge one run's hosts")
@@ -436,11 +436,11 @@ def _plain(array: np.ndarray) -> np.ndarray:
 
 
 def _check_shards(data: DataConfig, shards: Sequence[int] | None) -> list[int]:
-    chosen = sorted(range(data.num_groups) if shards is None else (int(k) for k in shards))
-    if not chosen or len(set(chosen)) != len(chosen) or chosen[0] < 0 or chosen[-1] >= data.num_groups:
-        raise ConfigError(f"shards {chosen} of a stream with data.num_groups = {data.num_groups}")
-    if data.lookahead < 1 or data.num_workers < 0 or data.prefetch < 0:
-        raise ConfigError("data.lookahead must be at least 1; data.num_workers and data.prefetch not negative")
+    chosen = sorted(range(data.num_packs) if shards is None else (int(k) for k in shards))
+    if not chosen or len(set(chosen)) != len(chosen) or chosen[0] < 0 or chosen[-1] >= data.num_packs:
+        raise ConfigError(f"shards {chosen} of a stream with data.num_packs = {data.num_packs}")
+    if data.buffer_size < 1 or data.num_workers < 0 or data.prefetch < 0:
+        raise ConfigError("data.buffer_size must be at least 1; data.num_workers and data.prefetch not negative")
     return chosen
 
 
@@ -460,7 +460,7 @@ def _check_tokenizer(tokenizer: Tokenizer, model: ModelConfig) -> None:
 def _check_state(state: dict | None, data: DataConfig, shards: list[int]) -> dict[str, dict]:
     if state is None or not state["shards"]:
         return {}
-    for key, wanted in (("version", VERSION), ("num_groups", data.num_groups), ("seed", data.seed)):
+    for key, wanted in (("version", VERSION), ("num_packs", data.num_packs), ("seed", data.seed)):
         if state[key] != wanted:
             raise DataError(f"the data state has {key} {state[key]}, this run {wanted}; it cannot continue that stream")
     missing = [k for k in shards if str(k) not in state["shards"]]

@@ -90,12 +90,12 @@ def prepare(
     thinking: bool = True,
     preserve_thinking: bool = False,
     add_generation_prompt: bool | None = None,
-    open_address: Callable[[str], bytes] | None = None,
+    open_url: Callable[[str], bytes] | None = None,
     limits: Limits | None = None,
 ) -> Prompt:
     """Encodes a conversation (see `conversation.encode`), opens its media and expands their pads.
 
-    An image stands in its part as `media_part` says. Data URIs are read here; any other address goes to `open_address`,
+    An image stands in its part as `media_part` says. Data URIs are read here; any other address goes to `open_url`,
     and is refused without one. limits: checked before media are decoded; None for no limits.
     Raises BadRecord: those of `plan_media` and `MediaPlan.decode`; refused. Raises ValueError for a message of another
     form or a prompt beyond the limits.
@@ -104,7 +104,7 @@ def prepare(
 
     def plan(part: Mapping[str, Any]) -> MediaPlan:
         nonlocal planned_tokens
-        source, shown = read_part(part, open_address)
+        source, shown = read_part(part, open_url)
         found = plan_media(source, part["type"] in VIDEO_TYPES, shown)
         planned_tokens += sum(num_features(grid) + MARKS_OF_AN_ITEM for grid in found.grids)
         if limits:  # after each one: a body may hold a million of them

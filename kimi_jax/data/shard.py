@@ -7,7 +7,7 @@ n   records of a source
 
 Read i of a source in shard k is number i*G + k of the endless stream of that source: its records in an order that is
 shuffled anew each epoch and reached by computation, not by reading ahead. So a shard's state is a few counters, the
-mixture, and *references* to the examples that wait in the pool; restoring encodes those again. Nothing in it knows of
+mixture, and *references* to the examples that wait in the buffer; restoring encodes those again. Nothing in it knows of
 hosts or workers, which is why a run continues exactly on any number of either.
 """
 
@@ -25,19 +25,19 @@ from kimi_jax.data import BadRecord, DataError
 from kimi_jax.data.bins import SAMPLE, check_sizes
 from kimi_jax.data.example import Encoded, Limits, Source, encode, split
 from kimi_jax.data.mixture import Mixture, ratio_at
-from kimi_jax.data.packing import Batch, Group, GroupShape, Waiting, fill_group
+from kimi_jax.data.packing import Batch, BufferedExample, Pack, PackShape, fill_pack
 from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.data.vision_budget import VisionBudget
 
 NAMED = 5  # bad records that are remembered by name, for each source
 QUARANTINED = 1000  # bad records of a source that a shard remembers, so as not to open them again
-MOST_DRAWS = 8  # for one example that `min_per_group` asks for; with so many bad ones a group goes without it
+MOST_DRAWS = 8  # for one example that `min_per_pack` asks for; with so many bad ones a pack goes without it
 MOST_PACKS = 2  # packs' bins that waiting pictures may fill while less text waits than as many packs' rows hold
 JUDGED = 100  # draws after which the share of bad records of a source is judged; fewer if it has fewer records
 
 
 def limits_of(data: DataConfig, model: ModelConfig) -> Limits:
-    """What one example may take so that it fits an empty group of this run."""
+    """What one example may take so that it fits an empty pack of this run."""
     return Limits(data.sequence_length, data.vision_bins if model.vision else ())
 
 
@@ -108,7 +108,7 @@ class _Reader:
     def _index(self, read: int) -> int:
         return int(self._order[read * self._num_shards + self._shard])
 
-    def peek(self, read: int, tokenizer: Tokenizer, limits: Limits, shape: GroupShape) -> list[Encoded]:
+    def peek(self, read: int, tokenizer: Tokenizer, limits: Limits, shape: PackShape) -> list[Encoded]:
         """Pieces of read number `read`, without a trace. Raises BadRecord, and DataError naming source and record."""
         index = self._index(read)
         self._quarantine.reading(self.name, index)
@@ -119,7 +119,7 @@ class _Reader:
         except Exception as error:
             raise DataError(f"source {self.name!r}, record {index}: {type(error).__name__}: {error}") from error
 
-    def encode(self, read: int, tokenizer: Tokenizer, limits: Limits, shape: GroupShape) -> list[Encoded]:
+    def encode(self, read: int, tokenizer: Tokenizer, limits: Limits, shape: PackShape) -> list[Encoded]:
         """Pieces of read number `read`, a bad one remembered. Raises BadRecord, and DataError for other errors."""
         index = self._index(read)
         if known := self._quarantine.bad.get((self.name, index)):
@@ -168,9 +168,9 @@ class _Reader:
 
 
 class Shard:
-    """Logical shard `index` of `data.num_groups`: an endless sequence of groups.
+    """Logical shard `index` of `data.num_packs`: an endless sequence of packs.
 
-    sources: the opened sources by name, as in `data.sources`. state: of `state()`, to continue after that group.
+    sources: the opened sources by name, as in `data.sources`. state: of `state()`, to continue after that pack.
     quarantine: shared with the other shards of this process.
     Raises DataError for settings or a state that cannot work.
     """
@@ -189,59 +189,59 @@ class Shard:
         quarantine = quarantine or Quarantine()
         self._data, self._total_steps, self._tokenizer = data, total_steps, tokenizer
         self._limits = limits_of(data, model)
-        self._shape = GroupShape.of(data, model)
+        self._shape = PackShape.of(data, model)
         self._patches = sum(patches * count for patches, count in self._shape.bins)
         ratio = data.vision_ratio if model.vision else ((0.0, 0.0),)
         self._mixture = Mixture(data.sources, ratio, MOST_PACKS * self._patches / 4)
         self._readers = {
-            name: _Reader(name, sources[name], index, data.num_groups, data.seed, quarantine) for name in data.sources
+            name: _Reader(name, sources[name], index, data.num_packs, data.seed, quarantine) for name in data.sources
         }
-        self._pool: list[Waiting] = []
+        self._buffer: list[BufferedExample] = []
         exact = data.exact_vision_ratio and model.vision is not None
-        positions = data.rows_per_group * data.sequence_length
-        self._budget = VisionBudget(positions, data.lookahead // 4) if exact else None
+        positions = data.rows_per_pack * data.sequence_length
+        self._budget = VisionBudget(positions, data.buffer_size // 4) if exact else None
         self._step = 0
         self._used: dict = {"tokens": 0, "vision_tokens": 0, "documents": 0, "patches": [0] * len(self._shape.bins)}
         if state is not None:
             self._restore(state)
 
-    def next_group(self) -> Batch:
-        """The arrays of the next group. Raises DataError."""
+    def next_pack(self) -> Batch:
+        """The arrays of the next pack. Raises DataError."""
         ratio = ratio_at(self._data.vision_ratio, self._fraction())
         if self._budget:
-            group, packed = self._exact_group(self._budget, ratio)
+            pack, packed = self._exact_group(self._budget, ratio)
         else:
-            first = [w for name, source in self._data.sources.items() for w in self._wanted(name, source.min_per_group)]
-            group, packed = fill_group(self._shape, self._pool, self._draw, self._data.lookahead, first)
+            first = [w for name, source in self._data.sources.items() for w in self._wanted(name, source.min_per_pack)]
+            pack, packed = fill_pack(self._shape, self._buffer, self._draw, self._data.buffer_size, first)
         for waiting in packed:
             self._mixture.delivered(waiting.reference[0], len(waiting.example.tokens), ratio)
-        used = group.used()
+        used = pack.used()
         for name in ("tokens", "vision_tokens", "documents"):
             self._used[name] += used[name]
         self._used["patches"] = [a + b for a, b in zip(self._used["patches"], used["patches"], strict=True)]
         self._step += 1
-        return group.arrays()
+        return pack.arrays()
 
-    def _exact_group(self, budget: VisionBudget, ratio: float) -> tuple[Group, list[Waiting]]:
-        """A group of exactly the vision tokens that are due, and what it holds; text fills what they leave of it."""
+    def _exact_group(self, budget: VisionBudget, ratio: float) -> tuple[Pack, list[BufferedExample]]:
+        """A pack of exactly the vision tokens that are due, and what it holds; text fills what they leave of it."""
         fraction = self._fraction()
         chosen = budget.choose(ratio, lambda: self._draw(self._mixture.choose_within(True, fraction)))
-        self._pool = chosen + self._pool  # before the oldest text, which might leave them too little room
+        self._buffer = chosen + self._buffer  # before the oldest text, which might leave them too little room
         draw_text = lambda: self._draw(self._mixture.choose_within(False, fraction))  # noqa: E731
-        group, packed = fill_group(self._shape, self._pool, draw_text, self._data.lookahead, chosen)
+        pack, packed = fill_pack(self._shape, self._buffer, draw_text, self._data.buffer_size, chosen)
         held = {id(waiting) for waiting in packed}
         left_over = [waiting for waiting in chosen if id(waiting) not in held]
-        self._pool = [waiting for waiting in self._pool if not any(waiting is one for one in left_over)]
+        self._buffer = [waiting for waiting in self._buffer if not any(waiting is one for one in left_over)]
         budget.delivered(chosen, left_over)
-        return group, packed
+        return pack, packed
 
-    def _wanted(self, name: str, count: int) -> list[Waiting]:
-        """The `count` oldest examples of a source in the pool, drawn ahead of the mixture if fewer wait there."""
+    def _wanted(self, name: str, count: int) -> list[BufferedExample]:
+        """The `count` oldest examples of a source in the buffer, drawn ahead of the mixture if fewer wait there."""
         for _ in range(MOST_DRAWS * count):
-            if sum(waiting.reference[0] == name for waiting in self._pool) >= count:
+            if sum(waiting.reference[0] == name for waiting in self._buffer) >= count:
                 break
-            self._pool += self._draw(name)
-        return [waiting for waiting in self._pool if waiting.reference[0] == name][:count]
+            self._buffer += self._draw(name)
+        return [waiting for waiting in self._buffer if waiting.reference[0] == name][:count]
 
     def _fraction(self) -> float:
         return self._step / max(1, self._total_steps)
@@ -249,12 +249,12 @@ class Shard:
     def _choose(self, fraction: float, ratio: float) -> str:
         """The source to draw from; text when pictures for the bins of MOST_PACKS packs wait, and text for fewer."""
         rows = self._shape.rows * self._shape.sequence_length
-        text = sum(len(w.example.tokens) for w in self._pool if not self._data.sources[w.reference[0]].vision)
-        patches = sum(len(item.patches) for waiting in self._pool for item in waiting.example.media)
+        text = sum(len(w.example.tokens) for w in self._buffer if not self._data.sources[w.reference[0]].vision)
+        patches = sum(len(item.patches) for waiting in self._buffer for item in waiting.example.media)
         short_of_bins = patches > MOST_PACKS * self._patches and text < MOST_PACKS * rows
         return self._mixture.choose(fraction, ratio * min(text, rows), short_of_bins)
 
-    def _draw(self, source: str | None = None) -> list[Waiting]:
+    def _draw(self, source: str | None = None) -> list[BufferedExample]:
         fraction = self._fraction()
         ratio = ratio_at(self._data.vision_ratio, fraction)
         name = source or self._choose(fraction, ratio)
@@ -264,15 +264,15 @@ class Shard:
         try:
             pieces = reader.encode(read, self._tokenizer, self._limits, self._shape)
         except BadRecord as bad:
-            self._mixture.drew(name, 0, 0, ratio, fraction)
+            self._mixture.record_draw(name, 0, 0, ratio, fraction)
             reader.count_bad(bad, self._data.max_bad_fraction)
             return []
         reader.learned += any(piece.loss_weights.any() for piece in pieces)
         reader.shortened += any(piece.shortened for piece in pieces)
         tokens = sum(len(piece.tokens) for piece in pieces)
         media = sum(item.grid[1] * item.grid[2] // 4 for piece in pieces for item in piece.media)
-        self._mixture.drew(name, tokens, media, ratio, fraction)
-        return [Waiting(piece, (name, read, i)) for i, piece in enumerate(pieces)]
+        self._mixture.record_draw(name, tokens, media, ratio, fraction)
+        return [BufferedExample(piece, (name, read, i)) for i, piece in enumerate(pieces)]
 
     def check_sizes(self) -> None:
         """Raises ConfigError if the bins do not hold the vision ratio with images of the sizes that the sources have.
@@ -289,18 +289,18 @@ class Shard:
         check_sizes(self._data, sample)
 
     def state(self) -> dict:
-        """The state after the last group, JSON-able: counters, mixture, references of the waiting examples."""
+        """The state after the last pack, JSON-able: counters, mixture, references of the waiting examples."""
         return {
             "step": self._step,
             "sources": {name: reader.state() for name, reader in self._readers.items()},
             "mixture": self._mixture.state(),
-            "pool": [list(waiting.reference) for waiting in self._pool],
+            "buffer": [list(waiting.reference) for waiting in self._buffer],
             "used": {**self._used, "patches": list(self._used["patches"])},
             **({"budget": self._budget_state(self._budget)} if self._budget else {}),
         }
 
     def _budget_state(self, budget: VisionBudget) -> dict:
-        return {"left": budget.left, "pool": [list(waiting.reference) for waiting in budget.pool]}
+        return {"left": budget.left, "buffer": [list(waiting.reference) for waiting in budget.buffer]}
 
     def _restore(self, state: dict) -> None:
         if set(state["sources"]) != set(self._readers):
@@ -313,20 +313,20 @@ class Shard:
         self._mixture.restore(state["mixture"])
         self._step = state["step"]
         self._used = {**state["used"], "patches": list(state["used"]["patches"])}
-        self._pool = self._waiting(state["pool"])
+        self._buffer = self._waiting(state["buffer"])
         if (self._budget is not None) != ("budget" in state):
             raise DataError("data.exact_vision_ratio was another one when the state was written; put it back")
         if self._budget:
             self._budget.left = state["budget"]["left"]
-            self._budget.pool = self._waiting(state["budget"]["pool"])
+            self._budget.buffer = self._waiting(state["budget"]["buffer"])
 
-    def _waiting(self, references: Iterable[list]) -> list[Waiting]:
+    def _waiting(self, references: Iterable[list]) -> list[BufferedExample]:
         """The examples of a packing buffer, encoded once more."""
         encoded: dict[tuple[str, int], list[Encoded]] = {}
         for name, read, _ in references:
             if (name, read) not in encoded:
                 encoded[name, read] = self._again(name, read)
-        return [Waiting(encoded[name, read][piece], (name, read, piece)) for name, read, piece in references]
+        return [BufferedExample(encoded[name, read][piece], (name, read, piece)) for name, read, piece in references]
 
     def _again(self, name: str, read: int) -> list[Encoded]:
         try:

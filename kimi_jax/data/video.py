@@ -40,9 +40,9 @@ from kimi_jax.data.image import (
     SIDE_LIMIT,
     Plan,
     decode,
+    image_patches_of,
     largest,
     normalise,
-    picture_patches,
     plan_image,
 )
 from kimi_jax.untrusted import open_regular
@@ -161,7 +161,7 @@ def chunk_patches(
 ) -> tuple[np.ndarray, tuple[int, int, int]]:
     """Patches of one chunk: (uint8 [t*h*w, C] frame by frame in raster order, grid (t, h, w))."""
     start, end = chunk
-    frames = [picture_patches(decode(video.frames[i]), plan, patch_size) for i in range(start, end)]
+    frames = [image_patches_of(decode(video.frames[i]), plan, patch_size) for i in range(start, end)]
     return np.concatenate(frames), (end - start, plan.h, plan.w)
 
 

@@ -17,13 +17,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kimi_jax.data import DataError
-from kimi_jax.data.packing import Waiting, best_subset
+from kimi_jax.data.packing import BufferedExample, best_subset
 
 MOST_EMPTY_DRAWS = 256  # vision examples in a row without any vision token (bad records) before the stream gives up
 MOST_BEHIND = 4  # packs' worth of vision tokens that may be missing before the ratio counts as unreachable
 
 
-def vision_tokens(waiting: Waiting) -> int:
+def vision_tokens(waiting: BufferedExample) -> int:
     """Tokens of a waiting example that stand for vision features."""
     return sum(item.grid[1] * item.grid[2] // 4 for item in waiting.example.media)
 
@@ -31,16 +31,16 @@ def vision_tokens(waiting: Waiting) -> int:
 class VisionBudget:
     """b and the examples with media that wait. `state` is JSON-able without them; their owner refers to them.
 
-    positions: R * S. lookahead: examples with media that may wait, at least; so many more as a pack needs.
+    positions: R * S. buffer_size: examples with media that may wait, at least; so many more as a pack needs.
     """
 
-    def __init__(self, positions: int, lookahead: int):
-        self.pool: list[Waiting] = []
+    def __init__(self, positions: int, buffer_size: int):
+        self.buffer: list[BufferedExample] = []
         self.left = 0.0
-        self._positions, self._lookahead = positions, lookahead
+        self._positions, self._lookahead = positions, buffer_size
 
-    def choose(self, ratio: float, draw: Callable[[], list[Waiting]]) -> list[Waiting]:
-        """Takes the examples of the next pack out of the pool, drawing new ones while too few wait.
+    def choose(self, ratio: float, draw: Callable[[], list[BufferedExample]]) -> list[BufferedExample]:
+        """Takes the examples of the next pack out of the buffer, drawing new ones while too few wait.
 
         Raises DataError if the packs before could not hold what they were asked for, or no example has media.
         """
@@ -52,20 +52,21 @@ class VisionBudget:
             )
         empty = 0
         while ratio and (
-            len(self.pool) < self._lookahead or sum(map(vision_tokens, self.pool)) < self.left + self._positions * ratio
+            len(self.buffer) < self._lookahead
+            or sum(map(vision_tokens, self.buffer)) < self.left + self._positions * ratio
         ):
             drawn = draw()
             empty = 0 if any(map(vision_tokens, drawn)) else empty + 1
             if empty > MOST_EMPTY_DRAWS:
                 raise DataError(f"{empty} examples in a row from sources with media had no image or video that is used")
-            self.pool += drawn
-        taken = {id(self.pool[i]) for i in best_subset(list(map(vision_tokens, self.pool)), max(0, int(self.left)))}
-        chosen = [waiting for waiting in self.pool if id(waiting) in taken]
-        self.pool = [waiting for waiting in self.pool if id(waiting) not in taken]
+            self.buffer += drawn
+        taken = {id(self.buffer[i]) for i in best_subset(list(map(vision_tokens, self.buffer)), max(0, int(self.left)))}
+        chosen = [waiting for waiting in self.buffer if id(waiting) in taken]
+        self.buffer = [waiting for waiting in self.buffer if id(waiting) not in taken]
         return chosen
 
-    def delivered(self, chosen: list[Waiting], left_over: list[Waiting]) -> None:
+    def delivered(self, chosen: list[BufferedExample], left_over: list[BufferedExample]) -> None:
         """Counts the examples that `choose` gave and the pack has taken; those it had no room for wait on."""
         unused = {id(waiting) for waiting in left_over}
         self.left -= sum(vision_tokens(waiting) for waiting in chosen if id(waiting) not in unused)
-        self.pool = left_over + self.pool
+        self.buffer = left_over + self.buffer

@@ -23,7 +23,7 @@ import numpy as np
 from kimi_jax import sharding
 from kimi_jax.config import MeshConfig, ModelConfig, TrainConfig
 from kimi_jax.data.example import Encoded, Example, Limits, Text, encode, split
-from kimi_jax.data.packing import Batch, Group, GroupShape, concatenate
+from kimi_jax.data.packing import Batch, Pack, PackShape, concatenate
 from kimi_jax.data.tokenizer import Tokenizer, load_tokenizer
 from kimi_jax.eval import scorers
 from kimi_jax.eval.tasks import Part, Question
@@ -55,16 +55,16 @@ class Scored:
 
 
 @functools.lru_cache(maxsize=4)
-def make_apply(config: ModelConfig, num_groups: int, mesh_config: MeshConfig) -> Apply:
+def make_apply(config: ModelConfig, num_packs: int, mesh_config: MeshConfig) -> Apply:
     """The compiled function (variables of KimiK25, batch, ends int32 [N], candidates int32 [N, A]) -> (nll f32 [B, S],
     likeliest int32 [B, S], log-probabilities f32 [N, A]), all on every device. `ends` index the flat [B*S] positions.
     """
     mesh = sharding.make_mesh(mesh_config)
-    sharding.check_groups(num_groups, mesh)
+    sharding.check_packs(num_packs, mesh)
     model = KimiK25(config, sharding.layout(mesh) if mesh.size > 1 else None)
 
     def apply(variables: Any, batch: Batch, ends: jax.Array, candidates: jax.Array) -> tuple[jax.Array, ...]:
-        x, _ = model.apply(variables, batch, num_groups=num_groups, method=model.hidden)
+        x, _ = model.apply(variables, batch, num_packs=num_packs, method=model.hidden)
         kernel = variables["params"]["lm_head"]["kernel"]
         flat = x.reshape(-1, x.shape[-1])
 
@@ -93,7 +93,7 @@ def make_apply(config: ModelConfig, num_groups: int, mesh_config: MeshConfig) ->
 
 
 def _place(batch: Batch, cut: Any) -> Batch:
-    """Host arrays that every process holds whole, as global arrays cut by groups."""
+    """Host arrays that every process holds whole, as global arrays sharded by packs."""
     return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, cut, lambda index: a[index]), batch)
 
 
@@ -112,9 +112,9 @@ class Scorer:
     ):  # fmt: skip
         self.tokenizer = tokenizer or load_tokenizer(config.data.tokenizer)
         self._variables = lora.variables(params, frozen, config.lora)
-        self._apply = apply or make_apply(config.model, config.data.num_groups, config.mesh)
-        self._shape = GroupShape.of(config.data, config.model)
-        self._num_groups = config.data.num_groups
+        self._apply = apply or make_apply(config.model, config.data.num_packs, config.mesh)
+        self._shape = PackShape.of(config.data, config.model)
+        self._num_packs = config.data.num_packs
         self._limits = Limits(sequence_length=self._shape.sequence_length, bins=self._shape.bins)
         self._ends = max(8, min(256, 2**22 // config.model.vocab_size))
         self.length = self._shape.sequence_length
@@ -140,33 +140,33 @@ class Scorer:
     def score(self, documents: Sequence[Encoded], candidates: Sequence[Sequence[int]] | None = None) -> list[Scored]:
         """Scores documents in as few batches as first fit finds; `candidates`: tokens to compare at each one's end.
 
-        Raises ValueError for a document that does not fit a group, or for more than MAX_CANDIDATES candidates.
+        Raises ValueError for a document that does not fit a pack, or for more than MAX_CANDIDATES candidates.
         """
         results: list[Scored | None] = [None] * len(documents)
         waiting = list(range(len(documents)))
         while waiting:
-            groups = [Group(self._shape) for _ in range(self._num_groups)]
+            packs = [Pack(self._shape) for _ in range(self._num_packs)]
             placed: list[tuple[int, int, int]] = []  # document, row of the batch, start
             left = []
             for i in waiting:
-                place = _add(groups, documents[i]) if len(placed) < self._ends else None
+                place = _add(packs, documents[i]) if len(placed) < self._ends else None
                 if place is None:
                     left.append(i)
                 else:
                     placed.append((i, *place))
-                if len(left) > 4 * self._num_groups:  # the groups are as good as full
+                if len(left) > 4 * self._num_packs:  # the packs are as good as full
                     left += waiting[waiting.index(i) + 1 :]
                     break
             waiting = left
             asked = [candidates[i] if candidates else () for i, _, _ in placed]
-            for (i, *_), scored in zip(placed, self._run(groups, documents, placed, asked), strict=True):
+            for (i, *_), scored in zip(placed, self._run(packs, documents, placed, asked), strict=True):
                 results[i] = scored
         return [r for r in results if r is not None]
 
     def _run(
-        self, groups: list[Group], documents: Sequence[Encoded], placed: list, asked: list[Sequence[int]]
+        self, packs: list[Pack], documents: Sequence[Encoded], placed: list, asked: list[Sequence[int]]
     ) -> list[Scored]:
-        batch = concatenate([group.arrays() for group in groups])
+        batch = concatenate([pack.arrays() for pack in packs])
         ends = np.zeros(self._ends, np.int32)
         wanted = np.zeros((self._ends, MAX_CANDIDATES), np.int32)
         for k, (i, row, start) in enumerate(placed):
@@ -245,13 +245,13 @@ class Scorer:
         return dataclasses.replace(whole, tokens=whole.tokens[:-1], loss_weights=whole.loss_weights[:-1])
 
 
-def _add(groups: list[Group], document: Encoded) -> tuple[int, int] | None:
-    """Packs into the first row and group with room; (row of the batch, start), or None."""
-    for g, group in enumerate(groups):
-        for row in range(group.shape.rows):
-            start = group.shape.sequence_length - group.room(row)
-            if group.add(document, row):
-                return g * group.shape.rows + row, start
+def _add(packs: list[Pack], document: Encoded) -> tuple[int, int] | None:
+    """Packs into the first row and pack with room; (row of the batch, start), or None."""
+    for g, pack in enumerate(packs):
+        for row in range(pack.shape.rows):
+            start = pack.shape.sequence_length - pack.room(row)
+            if pack.add(document, row):
+                return g * pack.shape.rows + row, start
     return None
 
 

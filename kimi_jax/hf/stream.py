@@ -216,8 +216,8 @@ def load(
     """(config, parameters) of a released directory; every weight in `dtype` (default: as config.json says).
 
     The router bias is float32 always. keep_int4: the routed experts stay the words and scales that the files hold, and
-    the configuration says so. mesh: every array is cut by the rules of `kimi_jax.sharding`; this process reads what its
-    devices hold, and each of them gets its own part only. On the host stand the parts of one leaf at a time.
+    the configuration says so. mesh: every array is sharded by the rules of `kimi_jax.sharding`; this process reads what
+    its devices hold, and each of them gets its own part only. On the host stand the parts of one leaf at a time.
     parts: names at the top of the tree (`vision`, `lm_head`), of which alone anything is read; default all.
     Raises what `Released` raises, ConfigError for `keep_int4` without INT4 experts.
     """

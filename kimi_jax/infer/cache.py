@@ -25,7 +25,7 @@ from kimi_jax.data.example import MediaItem
 
 # The layers' pages. An array each: XLA copies a common one whenever a layer writes after another has read.
 Cache: TypeAlias = tuple[Float[Array, "P s C"], ...]
-NOWHERE = 0  # the page that padding and idle slots write to; never handed out
+NULL_PAGE = 0  # the page that padding and idle slots write to; never handed out
 
 
 def empty_cache(config: ModelConfig, num_pages: int, page_size: int) -> Cache:
@@ -68,7 +68,7 @@ class PagePool:
         if num_pages < 2:
             raise ValueError(f"num_pages must be at least 2 (page 0 is never handed out), not {num_pages}")
         self.capacity = num_pages - 1
-        self._free = list(range(num_pages - 1, NOWHERE, -1))
+        self._free = list(range(num_pages - 1, NULL_PAGE, -1))
         self._users = [0] * num_pages
         self._key: dict[int, bytes] = {}
         self._page: dict[bytes, int] = {}
@@ -101,7 +101,7 @@ class PagePool:
             known.append(page)
         return known
 
-    def reserve(self, keys: Sequence[bytes], count: int, decoded: bool = True) -> tuple[list[int], int] | None:
+    def allocate(self, keys: Sequence[bytes], count: int, decoded: bool = True) -> tuple[list[int], int] | None:
         """`count` pages for a sequence whose first pages have these keys, and how many of them already hold its tokens.
 
         The pages that `find` finds are shared, the others are new. None, and nothing changes, if there are not enough.
@@ -132,7 +132,7 @@ class PagePool:
         self._users[page] = 1
         return page
 
-    def keep(self, page: int, key: bytes, decoded: bool = False) -> None:
+    def insert(self, page: int, key: bytes, decoded: bool = False) -> None:
         """This page is full and holds what `key` stands for. decoded: that decoding had a part in it.
 
         If another page already holds the same, that one stays known, unless only the other was decoded.
@@ -167,7 +167,7 @@ class PagePool:
                 else:
                     self._free.append(page)
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """No page is known any more (the weights changed). Those in use stay with their users."""
         self._free += self._unused
         self._unused.clear()

@@ -21,7 +21,7 @@ the others begin at its last token.
 Weights: `set_params` says what becomes of answers that are not complete, and every token carries the version that drew
 it. `unfinished`, `take` and `resume` make values of such answers, which a checkpoint can hold, and answers of values.
 
-Under a mesh the weights are cut by `kimi_jax.sharding`, the pages and the slots along the axis of the batch.
+Under a mesh the weights are sharded by `kimi_jax.sharding`, the pages and the slots along the axis of the batch.
 
 B slots   P pages   s tokens a page   A alternatives listed   L MoE layers   k experts of a token
 """
@@ -268,7 +268,7 @@ class Engine:
         for answer in self._slots:
             if answer is not None:
                 answer.stale = True
-        self._pages.forget()
+        self._pages.clear()
 
     def _evict(self) -> None:
         """Those who run go back to the head of the line, in their order; what they have so far will be read."""
@@ -375,7 +375,7 @@ class Engine:
         if answer.slot >= 0:
             self._slots[answer.slot] = None
             if keep:
-                self._pages.keep(answer, answer.page_keys(answer.filled, self.page_size))
+                self._pages.insert(answer, answer.page_keys(answer.filled, self.page_size))
             self._pool.release(answer.pages)
             answer.slot = -1
         if answer.group is not None and answer.group.reader is answer:
@@ -407,7 +407,7 @@ class Engine:
                 answer.add_scores(start + 1, drawn.scores[row, :count])
             if drawn.experts is not None:
                 answer.add_experts(start, drawn.experts[row, :count])
-            self._pages.keep(answer, answer.keys)
+            self._pages.insert(answer, answer.keys)
             if answer.reading:
                 continue
             answer.features = None

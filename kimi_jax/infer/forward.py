@@ -9,7 +9,7 @@ data, so one program serves all lengths), and the absorbed form of attention: wi
 so that decoding reads the latents as they lie and never makes a key or a value. A chunk of many queries is cheaper with
 keys and values expanded: the chunk's own at once, then those before it a block of pages at a time.
 
-Over a mesh the chunk's tokens travel to the routed experts (`kernels.expert_parallel`); the rest is the compiler's.
+Over a mesh the chunk's tokens are sent to the routed experts (`kernels.expert_parallel`); the rest is the compiler's.
 
 B rows   T tokens of a row's chunk   L layers   P pages   s tokens a page   W pages in a row's table   D width   H heads
 n, r, v  widths of a head without rotary, its rotary part, its values    R = kv_lora_rank    C = R + r    E experts
@@ -29,7 +29,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from kimi_jax.config import ModelConfig
-from kimi_jax.infer.cache import NOWHERE, Cache
+from kimi_jax.infer.cache import NULL_PAGE, Cache
 from kimi_jax.kernels.expert_parallel import expert_parallel
 from kimi_jax.kernels.single_rows import single_rows_swiglu
 from kimi_jax.nn.decoder import DENSE, MOE
@@ -37,7 +37,7 @@ from kimi_jax.nn.kimi import Embedding, Head
 from kimi_jax.nn.layers import SwiGLU, precision, rms_norm
 from kimi_jax.nn.layout import Layout
 from kimi_jax.nn.mla import MLA
-from kimi_jax.nn.moe import Banks, Experts, ExpertsOut, MoE, cut_experts, run_experts
+from kimi_jax.nn.moe import Experts, ExpertsOut, ExpertWeights, MoE, run_experts, shard_experts
 from kimi_jax.nn.rope import softmax_scale
 
 KEYS = 256  # most tokens of a block of pages; fewer where sequences are short, see `_attend`
@@ -51,7 +51,9 @@ class Weights(NamedTuple):
 
     embed: dict[str, Any]
     layers: tuple[dict[str, Any], ...]  # each layer's own: norms, attention, dense MLP or router and shared experts
-    banks: Banks | None  # the routed experts of all layers, stacked [Lmoe, E, ...] as the model holds them
+    expert_weights: (
+        ExpertWeights | None
+    )  # the routed experts of all layers, stacked [Lmoe, E, ...] as the model holds them
     final_norm: dict[str, Any]
     lm_head: dict[str, Any]
 
@@ -62,17 +64,18 @@ class Chunk(NamedTuple):
     tokens: Int[Array, "B T"]
     start: Int[Array, " B"]  # position of the first one: a multiple of gcd(T, s)
     count: Int[Array, " B"]  # how many are real; the others are padding
-    table: Int[Array, "B W"]  # the row's pages in order; unused entries NOWHERE
+    table: Int[Array, "B W"]  # the row's pages in order; unused entries NULL_PAGE
     media: Float[Array, "B T D"] | None = None
     is_media: Bool[Array, "B T"] | None = None
 
 
 def prepare(config: ModelConfig, params: dict[str, Any], split: Callable | None = None) -> Weights:
-    """Cut the stacks of `params` (the plain tree of `nn.kimi`) into layers, once, in the activations' dtype.
+    """ExpertSharding the stacks of `params` (the plain tree of `nn.kimi`) into layers, once, in the activations' dtype.
 
-    XLA would copy a layer out of its stack in every step. The banks of routed experts, most of the weights, are not cut
-    or copied (if they have the right dtype), nor are embedding and head; the other weights of the layers exist twice as
-    long as the caller keeps `params`. kv_b is also kept as its two halves, transposed for the absorbed form. The router
+    XLA would copy a layer out of its stack in every step. The expert weights of routed experts, most of the weights,
+    are not cut or copied (if they have the right dtype), nor are embedding and head; the other weights of the layers
+    exist twice as long as the caller keeps `params`. kv_b is also kept as its two halves, transposed for the absorbed
+    form. The router
     stays as it is: it computes in float32. split: `split_layers` for this configuration, compiled by whoever calls this
     again and again; what is not cut must stay outside, since jax copies what a compiled function passes through.
     """
@@ -81,12 +84,12 @@ def prepare(config: ModelConfig, params: dict[str, Any], split: Callable | None 
         if name in params:
             stacks[name] = {**params[name], "mlp": {k: v for k, v in params[name]["mlp"].items() if k != "experts"}}
     layers = (split or functools.partial(split_layers, config))(stacks)
-    banks = None
+    expert_weights = None
     if config.num_moe_layers:
         experts = params[MOE]["mlp"]["experts"]
-        banks = jax.vmap(lambda p: Experts(config).apply({"params": p}, method="banks"))(experts)
+        expert_weights = jax.vmap(lambda p: Experts(config).apply({"params": p}, method="expert_weights"))(experts)
     embed, norm, head = (_cast(params[name], config.dtype) for name in ("embed", "final_norm", "lm_head"))
-    return Weights(embed, layers, banks, norm, head)
+    return Weights(embed, layers, expert_weights, norm, head)
 
 
 def split_layers(config: ModelConfig, stacks: dict[str, Any]) -> tuple[dict[str, Any], ...]:
@@ -157,12 +160,12 @@ def logits(config: ModelConfig, weights: Weights, hidden: Float[Array, "*b D"]) 
 
 
 def write(pages: Float[Array, "P s C"], latent: Float[Array, "B T C"], chunk: Chunk) -> Float[Array, "P s C"]:
-    """Put the chunk's latents where its rows' tables say, by windows within a page; beyond the table: NOWHERE."""
+    """Put the chunk's latents where its rows' tables say, by windows within a page; beyond the table: NULL_PAGE."""
     num, size, width = pages.shape
     rows, length = chunk.tokens.shape
     window = math.gcd(length, size)
     first = chunk.start[:, None] + window * jnp.arange(length // window, dtype=jnp.int32)
-    page = jnp.take_along_axis(chunk.table, first // size, axis=1, mode="fill", fill_value=NOWHERE)
+    page = jnp.take_along_axis(chunk.table, first // size, axis=1, mode="fill", fill_value=NULL_PAGE)
     view = pages.reshape(num, size // window, window, width)
     return view.at[page, first % size // window].set(latent.reshape(rows, -1, window, width)).reshape(pages.shape)
 
@@ -203,7 +206,7 @@ def _attend(config: ModelConfig, q: Array, look: Callable, axes: str, width: int
     size, length = keys.pages.shape[1], q.shape[2]
     start, table = keys.chunk.start, keys.chunk.table
     together = max(min(KEYS, table.shape[1] * size // SHARE) // size, 1)
-    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % together)), constant_values=NOWHERE)
+    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % together)), constant_values=NULL_PAGE)
     block = together * size
     scale, dot = softmax_scale(config), precision(config.dtype)
 
@@ -243,8 +246,12 @@ def _mlp(
     own, moe = {"params": weights.layers[number]["mlp"]}, config.moe
     if moe is None or number < config.num_dense_layers:
         return SwiGLU(config, config.intermediate_size).apply(own, x)
-    banks, layer = cast(Banks, weights.banks), number - config.num_dense_layers
-    run = _on_one_device(banks, layer, moe.n_routed_experts) if layout is None else _over(layout, banks, layer)
+    expert_weights, layer = cast(ExpertWeights, weights.expert_weights), number - config.num_dense_layers
+    run = (
+        _on_one_device(expert_weights, layer, moe.n_routed_experts)
+        if layout is None
+        else _over(layout, expert_weights, layer)
+    )
     if chosen is not None:
         run = _recorded(run, chosen, x.shape[:2])
     return MoE(config).apply(own, x, real, None, run)[0]
@@ -261,18 +268,18 @@ def _recorded(run: RunExperts, chosen: list[Array], shape: tuple[int, ...]) -> R
 RunExperts = Callable[[Array, Array, Array], ExpertsOut]  # rows [N, D], their choices and gates [N, k]
 
 
-def _on_one_device(banks: Banks, layer: int, num: int) -> RunExperts:
-    """All layers' experts are one bank, a view of the stack, and the layer's a range of it."""
-    banks = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), banks)
+def _on_one_device(expert_weights: ExpertWeights, layer: int, num: int) -> RunExperts:
+    """All layers' experts are one stack, a view of the stack, and the layer's a range of it."""
+    expert_weights = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), expert_weights)
     first = num * layer
 
     def blocks(rows: Array, chosen: Array, gates: Array) -> ExpertsOut:
         block = FEW_ROWS if chosen.size < FEW_ROWS * num else None
-        return run_experts(rows, chosen, gates, banks, num, first, block)
+        return run_experts(rows, chosen, gates, expert_weights, num, first, block)
 
     def singly(rows: Array, chosen: Array, gates: Array) -> ExpertsOut:
         load = jnp.bincount(chosen.reshape(-1), length=num).astype(jnp.int32)
-        return single_rows_swiglu(rows, chosen, gates, banks, num, first), load, load.sum()
+        return single_rows_swiglu(rows, chosen, gates, expert_weights, num, first), load, load.sum()
 
     def experts(rows: Array, chosen: Array, gates: Array) -> ExpertsOut:
         if chosen.size > num:
@@ -282,9 +289,10 @@ def _on_one_device(banks: Banks, layer: int, num: int) -> RunExperts:
     return experts
 
 
-def _over(layout: Layout, banks: Banks, layer: int) -> RunExperts:
-    """The rows, wherever they lie, are dealt to all devices evenly, so that a piece of one prompt is everyone's too."""
-    parts, num = layout.parts("batch"), jax.tree.leaves(banks)[0].shape[1]
+def _over(layout: Layout, expert_weights: ExpertWeights, layer: int) -> RunExperts:
+    """The rows, wherever they lie, are distributed to all devices evenly, so that a piece of one prompt is everyone's
+    too."""
+    parts, num = layout.parts("batch"), jax.tree.leaves(expert_weights)[0].shape[1]
 
     def experts(rows: Array, chosen: Array, gates: Array) -> ExpertsOut:
         count = rows.shape[0]
@@ -294,8 +302,8 @@ def _over(layout: Layout, banks: Banks, layer: int) -> RunExperts:
             return jnp.pad(a, ((0, padding), (0, 0)), constant_values=fill).reshape(parts, -1, a.shape[1])
 
         x = dealt(rows)
-        cut = cut_experts(layout, x.shape, banks, layer)
-        y, report = expert_parallel(cut, x, dealt(chosen, num), dealt(gates), tuple(banks))
+        cut = shard_experts(layout, x.shape, expert_weights, layer)
+        y, report = expert_parallel(cut, x, dealt(chosen, num), dealt(gates), tuple(expert_weights))
         return y.reshape(-1, rows.shape[1])[:count], report.load, report.computed
 
     return experts

@@ -34,7 +34,7 @@ class Chat:
 
     messages, tools: see `data.conversation`; tool calls may carry ids of any program, the model sees the released ones.
     thinking: whether the model reasons first. preserve_thinking: keeps the reasoning of earlier answers.
-    open_address: opens addresses of pictures that are not data URIs; without it those are refused.
+    open_url: opens addresses of pictures that are not data URIs; without it those are refused.
     limits: of the prompt, checked before media are decoded; None for no limits.
     """
 
@@ -42,7 +42,7 @@ class Chat:
     tools: Sequence[Mapping[str, Any]] | None = None
     thinking: bool = True
     preserve_thinking: bool = False
-    open_address: Callable[[str], bytes] | None = None
+    open_url: Callable[[str], bytes] | None = None
     limits: Limits | None = None
 
     @property
@@ -64,7 +64,7 @@ def chat_request(chat: Chat, tokenizer: Tokenizer, config: ModelConfig, sampling
         chat.thinking,
         chat.preserve_thinking,
         add_generation_prompt=True,
-        open_address=chat.open_address,
+        open_url=chat.open_url,
         limits=chat.limits,
     )
     if prompt.media:

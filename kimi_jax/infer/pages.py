@@ -104,21 +104,21 @@ class Pages:
 
     # -------------------------------------------------------------------------------------------------------- keeping
 
-    def keep(self, sequence: Sequence, keys: list[bytes]) -> None:
+    def insert(self, sequence: Sequence, keys: list[bytes]) -> None:
         """Its full pages, which have these keys, are known from now on; unless part of them is of earlier weights."""
         if sequence.stale:
             return
         size = self.page_size
         full = keys[: sequence.filled // size]
         for i, (page, key) in enumerate(zip(sequence.pages, full, strict=False), 1):
-            self.pool.keep(page, key, decoded=i * size > sequence.read)
+            self.pool.insert(page, key, decoded=i * size > sequence.read)
             if sequence.sampling.routed_experts and sequence.goal <= sequence.prompt and page not in self._experts:
                 self._experts[page] = np.array(sequence.experts[(i - 1) * size : i * size])
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """The weights changed: no page is known any more."""
         self.drop_groups()
-        self.pool.forget()
+        self.pool.clear()
         self._experts.clear()
 
     # --------------------------------------------------------------------------------------------------------- groups

@@ -22,7 +22,7 @@ from kimi_jax import sharding
 from kimi_jax.config import ModelConfig
 from kimi_jax.infer import forward as decoder
 from kimi_jax.infer import sequence as state
-from kimi_jax.infer.cache import NOWHERE, Cache, empty_cache
+from kimi_jax.infer.cache import NULL_PAGE, Cache, empty_cache
 from kimi_jax.infer.sampler import Settings
 from kimi_jax.infer.step import Decoded, Drawn, Ends, copy_pages, cut, decode_tokens, next_tokens
 from kimi_jax.nn.kimi import abstract_params
@@ -67,7 +67,7 @@ class Programs:
     # ------------------------------------------------------------------------------------------------------- weights
 
     def place(self, params: dict[str, Any]) -> dict[str, Any]:
-        """The parameters cut over the mesh, if there is one."""
+        """The parameters sharded over the mesh, if there is one."""
         if self.mesh is None:
             return params
         boxed = abstract_params(self.config)
@@ -170,7 +170,7 @@ class Programs:
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies pages, at most as many as there are slots: (from, to)."""
-        source, target = np.full((2, self.sizes.slots), NOWHERE, np.int32)
+        source, target = np.full((2, self.sizes.slots), NULL_PAGE, np.int32)
         for i, (old, new) in enumerate(pairs):
             source[i], target[i] = old, new
         self.cache = self._copy(self.cache, source, target)
@@ -179,7 +179,7 @@ class Programs:
         self, placed: Mapping[int, state.Sequence], rows: int, position: np.ndarray
     ) -> tuple[np.ndarray, Settings]:
         """Tables and settings of the sequences at these rows; the others are idle. position: of the new token."""
-        table = np.full((rows, self.sizes.width), NOWHERE, np.int32)
+        table = np.full((rows, self.sizes.width), NULL_PAGE, np.int32)
         settings = Settings(
             np.zeros(rows, np.float32), np.ones(rows, np.float32), np.zeros(rows, np.uint32), position,
             np.zeros(rows, np.int32),

@@ -67,7 +67,7 @@ def next_tokens(
 ) -> tuple[Cache, Drawn]:
     """The cache with the chunk in it, and what is sampled after the last token of every row.
 
-    A chunk of one token a row decodes all slots: absorbed projections, slots cut over the mesh. In a longer one the
+    A chunk of one token a row decodes all slots: absorbed projections, slots sharded over the mesh. In a longer one the
     rows are pieces of prompts. targets: the tokens that follow, to be scored. record: return the experts.
     """
     rows, length = chunk.tokens.shape
@@ -75,7 +75,7 @@ def next_tokens(
     if mesh is not None and decoding:
         chunk, settings = jax.lax.with_sharding_constraint((chunk, settings), cut(mesh, rows))
     # a few rows: room for all of them at any expert device, so that they travel in one round
-    layout = None if mesh is None else sharding.layout(mesh, expert_buffer=float(mesh.shape["expert"]))
+    layout = None if mesh is None else sharding.layout(mesh, expert_capacity_factor=float(mesh.shape["expert"]))
     chosen: list[Array] | None = [] if record else None
     hidden, cache = decoder.forward(config, weights, cache, chunk, absorbed=decoding, layout=layout, chosen=chosen)
     last = jnp.take_along_axis(hidden, jnp.maximum(chunk.count - 1, 0)[:, None, None], axis=1)[:, 0]

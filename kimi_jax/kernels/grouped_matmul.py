@@ -28,7 +28,15 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kimi_jax.kernels import sorted_kernels
-from kimi_jax.kernels.banks import Adapted, Bank, Int4, add_gradient, finish_gradient, matrix, zero_gradient
+from kimi_jax.kernels.expert_weights import (
+    ExpertWeight,
+    Int4,
+    LoRAWeights,
+    add_gradient,
+    finish_gradient,
+    matrix,
+    zero_gradient,
+)
 
 MAX_BLOCK = 256  # measured on 2 cores: 256 is the fastest of 64, 128, 256 for 1024 and for 512 rows an expert
 MIN_BLOCK = 8
@@ -39,10 +47,10 @@ class Plan(NamedTuple):
 
     source: Int[Array, " R"]  # assignment that fills each row; M for padding rows
     row: Int[Array, "N k"]  # row of each assignment; R for assignments that go nowhere
-    expert: Int[Array, " nb"]  # expert of each block, its number in the banks
+    expert: Int[Array, " nb"]  # expert of each block, its number in the expert weights
     used: Int[Array, ""]  # blocks that hold at least one row; the others are not computed
     counts: Int[Array, " E"]  # rows of each expert without padding
-    first: Int[Array, ""]  # number of expert 0 in the banks, which may hold more than these experts
+    first: Int[Array, ""]  # number of expert 0 in the expert weights, which may hold more than these experts
 
 
 def block_size(assignments: int, num_experts: int) -> int:
@@ -116,9 +124,9 @@ def _combine_fwd(rows: Array, gates: Array, plan: Plan) -> tuple[Array, tuple]:
 
 def _combine_bwd(residuals: tuple, grad: Array) -> tuple[Array, Array, None]:
     rows, gates, plan = residuals
-    picks = gates.shape[1]
+    choices = gates.shape[1]
     gate_rows = _take(gates.reshape(-1), plan.source)[:, None].astype(jnp.float32)
-    grad_rows = gate_rows * _take(grad, plan.source // picks)
+    grad_rows = gate_rows * _take(grad, plan.source // choices)
     grad_gates = jnp.einsum("nkd,nd->nk", _take(rows, plan.row).astype(jnp.float32), grad)
     return grad_rows.astype(rows.dtype), grad_gates.astype(gates.dtype), None
 
@@ -132,31 +140,33 @@ combine.defvjp(_combine_fwd, _combine_bwd)
 @jax.custom_vjp
 def grouped_swiglu(
     rows: Float[Array, "R D"],
-    gate: Float[Array, "E D F"] | Int4 | Adapted,
-    up: Float[Array, "E D F"] | Int4 | Adapted,
-    down: Float[Array, "E F D"] | Int4 | Adapted,
+    gate: Float[Array, "E D F"] | Int4 | LoRAWeights,
+    up: Float[Array, "E D F"] | Int4 | LoRAWeights,
+    down: Float[Array, "E F D"] | Int4 | LoRAWeights,
     plan: Plan,
 ) -> Float[Array, "R D"]:
     """(silu(row @ gate[e]) * (row @ up[e])) @ down[e], e the row's expert. Float32 is true float32.
 
-    The banks may be INT4 or adapted (`kernels.banks`); what is frozen gets no gradient.
+    The expert weights may be INT4 or adapted (`kernels.expert_weights`); what is frozen gets no gradient.
 
     CPU: one loop over the used blocks does all three products of a block while it is in cache, and the backward pass
     makes the inner values again (a third less time than one loop a product, and nothing [R, F] is stored). Other
     platforms: three `ragged_dot`, the seam for megablox. Rows of unused blocks are zeros on CPU, unspecified elsewhere.
-    INT4 and adapted banks, of which `ragged_dot` would need floats: the kernels of `sorted_kernels` on TPU in bfloat16,
-    else the loop, which makes floats of one expert's matrix at a time, forward and backward.
+    INT4 and adapted expert weights, of which `ragged_dot` would need floats: the kernels of `sorted_kernels` on TPU in
+    bfloat16, else the loop, which makes floats of one expert's matrix at a time, forward and backward.
     """
     return _run(_Ways(_blocked, _ragged, _kernel), rows, (gate, up, down), plan)
 
 
-def _swiglu_fwd(rows: Array, gate: Bank, up: Bank, down: Bank, plan: Plan) -> tuple[Array, tuple]:
+def _swiglu_fwd(
+    rows: Array, gate: ExpertWeight, up: ExpertWeight, down: ExpertWeight, plan: Plan
+) -> tuple[Array, tuple]:
     return grouped_swiglu(rows, gate, up, down, plan), (rows, gate, up, down, plan)
 
 
 def _swiglu_bwd(residuals: tuple, grad: Array) -> tuple[Any, ...]:
-    rows, *banks, plan = residuals
-    return *_run(_Ways(_blocked_grads, _ragged_grads, _kernel_grads), rows, tuple(banks), plan, grad), None
+    rows, *expert_weights, plan = residuals
+    return *_run(_Ways(_blocked_grads, _ragged_grads, _kernel_grads), rows, tuple(expert_weights), plan, grad), None
 
 
 grouped_swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
@@ -170,12 +180,12 @@ class _Ways(NamedTuple):
     kernel: Callable[..., Any]
 
 
-def _run(ways: _Ways, rows: Array, banks: tuple[Bank, ...], *rest: Any) -> Any:
-    if all(isinstance(bank, jax.Array) for bank in banks):
-        return lax.platform_dependent(rows, *banks, *rest, cpu=ways.blocked, default=ways.ragged)
-    if sorted_kernels.takes(rows, banks):
-        return lax.platform_dependent(rows, *banks, *rest, tpu=ways.kernel, default=ways.blocked)
-    return ways.blocked(rows, *banks, *rest)
+def _run(ways: _Ways, rows: Array, expert_weights: tuple[ExpertWeight, ...], *rest: Any) -> Any:
+    if all(isinstance(expert_weight, jax.Array) for expert_weight in expert_weights):
+        return lax.platform_dependent(rows, *expert_weights, *rest, cpu=ways.blocked, default=ways.ragged)
+    if sorted_kernels.supports(rows, expert_weights):
+        return lax.platform_dependent(rows, *expert_weights, *rest, tpu=ways.kernel, default=ways.blocked)
+    return ways.blocked(rows, *expert_weights, *rest)
 
 
 _dot = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
@@ -185,7 +195,7 @@ def _blocks(x: Array, plan: Plan) -> Array:
     return x.reshape(plan.expert.shape[0], -1, x.shape[-1])
 
 
-def _blocked(rows: Array, gate: Bank, up: Bank, down: Bank, plan: Plan) -> Array:
+def _blocked(rows: Array, gate: ExpertWeight, up: ExpertWeight, down: ExpertWeight, plan: Plan) -> Array:
     x = _blocks(rows, plan)
 
     def step(i: Array, out: Array) -> Array:
@@ -196,7 +206,9 @@ def _blocked(rows: Array, gate: Bank, up: Bank, down: Bank, plan: Plan) -> Array
     return lax.fori_loop(0, plan.used, step, jnp.zeros_like(x)).reshape(rows.shape)
 
 
-def _blocked_grads(rows: Array, gate: Bank, up: Bank, down: Bank, plan: Plan, grad: Array) -> tuple[Any, ...]:
+def _blocked_grads(
+    rows: Array, gate: ExpertWeight, up: ExpertWeight, down: ExpertWeight, plan: Plan, grad: Array
+) -> tuple[Any, ...]:
     """With a = x gate, b = x up, h = silu(a): y = (h b) down. Weight gradients are summed in float32."""
     x, dy = _blocks(rows, plan), _blocks(grad, plan)
 
@@ -214,9 +226,9 @@ def _blocked_grads(rows: Array, gate: Bank, up: Bank, down: Bank, plan: Plan, gr
         dup = add_gradient(dup, up, e, x[i], db)
         return dx, dgate, dup, add_gradient(ddown, down, e, h * b, dy[i])
 
-    banks = gate, up, down
-    dx, *totals = lax.fori_loop(0, plan.used, step, (jnp.zeros_like(x), *map(zero_gradient, banks)))
-    return dx.reshape(rows.shape), *map(finish_gradient, totals, banks)
+    expert_weights = gate, up, down
+    dx, *totals = lax.fori_loop(0, plan.used, step, (jnp.zeros_like(x), *map(zero_gradient, expert_weights)))
+    return dx.reshape(rows.shape), *map(finish_gradient, totals, expert_weights)
 
 
 def _sizes(rows: Array, plan: Plan) -> Array:
@@ -239,12 +251,16 @@ def _ragged_grads(rows: Array, gate: Array, up: Array, down: Array, plan: Plan, 
     return pullback(grad)
 
 
-def _kernel(rows: Array, gate: Bank, up: Bank, down: Bank, plan: Plan) -> Array:
+def _kernel(rows: Array, gate: ExpertWeight, up: ExpertWeight, down: ExpertWeight, plan: Plan) -> Array:
     return sorted_kernels.swiglu(rows, _sizes(rows, plan), (gate, up, down), plan.first)
 
 
-def _kernel_grads(rows: Array, gate: Bank, up: Bank, down: Bank, plan: Plan, grad: Array) -> tuple[Any, ...]:
-    banks, ones = (gate, up, down), jnp.ones(rows.shape[0], jnp.float32)
-    totals = tuple(map(zero_gradient, banks))
-    dx, _, totals = sorted_kernels.swiglu_grads(rows, ones, _sizes(rows, plan), banks, grad, totals, plan.first)
-    return dx, *map(finish_gradient, totals, banks)
+def _kernel_grads(
+    rows: Array, gate: ExpertWeight, up: ExpertWeight, down: ExpertWeight, plan: Plan, grad: Array
+) -> tuple[Any, ...]:
+    expert_weights, ones = (gate, up, down), jnp.ones(rows.shape[0], jnp.float32)
+    totals = tuple(map(zero_gradient, expert_weights))
+    dx, _, totals = sorted_kernels.swiglu_grads(
+        rows, ones, _sizes(rows, plan), expert_weights, grad, totals, plan.first
+    )
+    return dx, *map(finish_gradient, totals, expert_weights)

@@ -2,11 +2,11 @@
 
 Source: the structure is megablox' (`jax.experimental.pallas.ops.tpu.megablox`: a grid over the pairs of
 a tile of rows and an expert that has rows in it), whose table of such pairs is used as it is. What a word means is
-`kernels.banks.dequantise`, to the bit: code * scale in float32, rounded once to the bfloat16 of the scales.
+`kernels.expert_weights.dequantise`, to the bit: code * scale in float32, rounded once to the bfloat16 of the scales.
 
 A tile is made of floats anew for every tile of rows, so what is stored and what is read from HBM are 4.5 bits a weight.
 
-W rows   E experts of the banks, of which n from `first` on have rows   C inputs, O outputs of a matrix
+W rows   E experts of the expert weights, of which n from `first` on have rows   C inputs, O outputs of a matrix
 C8 = C / 8 words   G = C / group scales   m, c, o rows, inputs, outputs of a tile   t visits of a tile by an expert
 """
 
@@ -23,22 +23,22 @@ from jax.experimental.pallas.ops.tpu.megablox.gmm import make_group_metadata
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from kimi_jax.kernels.banks import CODES, Int4
+from kimi_jax.kernels.expert_weights import CODES, Int4
 
 # Widest tile. Of 16 MB of VMEM: rows, words and results twice, their sum, a tile of floats.
 ROWS, WIDTH = 512, 1024
 LEAST_ROWS = 128  # fewer do not make the matrix unit faster
 
 
-def takes(rows: Array, bank: Int4) -> bool:
+def supports(rows: Array, expert_weight: Int4) -> bool:
     """Whether `int4_gmm` can do it: bfloat16 rows and scales."""
-    return rows.dtype == jnp.bfloat16 and bank.scales.dtype == jnp.bfloat16
+    return rows.dtype == jnp.bfloat16 and expert_weight.scales.dtype == jnp.bfloat16
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "transpose", "interpret", "width"))
 def int4_gmm(
     rows: Float[Array, "W C"],
-    bank: Int4,
+    expert_weight: Int4,
     sizes: Int[Array, " n"],
     first: Int[Array, ""] | int = 0,
     *,
@@ -47,17 +47,18 @@ def int4_gmm(
     interpret: bool = False,
     width: int = WIDTH,
 ) -> Float[Array, "W O"]:
-    """rows @ matrix: the first sizes[0] rows by number `first` of the bank, the next sizes[1] by the one after it, ...
+    """rows @ matrix: the first sizes[0] rows by number `first` of the expert weight, the next sizes[1] by the one after
+    it, ...
 
     rows: bfloat16 [W, C], or [W, O] for the product by the transposed matrices. Sums in float32, results in `dtype`
     ([W, O] or [W, C]). Rows beyond the last expert hold whatever memory held. width: most inputs and outputs of a tile.
     Raises ValueError for rows or scales that are not bfloat16, or widths that do not fit.
     """
-    inputs, outputs = bank.words.shape[1] * CODES, bank.words.shape[2]
-    group = inputs // bank.scales.shape[1]
+    inputs, outputs = expert_weight.words.shape[1] * CODES, expert_weight.words.shape[2]
+    group = inputs // expert_weight.scales.shape[1]
     given, made = (outputs, inputs) if transpose else (inputs, outputs)
-    if not takes(rows, bank):
-        raise ValueError(f"int4_gmm takes bfloat16 rows and scales, not {rows.dtype} and {bank.scales.dtype}")
+    if not supports(rows, expert_weight):
+        raise ValueError(f"int4_gmm takes bfloat16 rows and scales, not {rows.dtype} and {expert_weight.scales.dtype}")
     if rows.shape[1] != given or inputs % group or group % CODES or width % group:
         raise ValueError(
             f"rows {rows.shape} and INT4 matrices [{inputs}, {outputs}] in groups of {group} do not fit together"
@@ -91,10 +92,10 @@ def int4_gmm(
             scratch_shapes=[pltpu.VMEM((tile_m, tile_n), jnp.float32)],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
-        cost_estimate=_cost(rows, bank, sizes, dtype),
+        cost_estimate=_cost(rows, expert_weight, sizes, dtype),
         interpret=interpret,
         name="int4_gmm",
-    )(visits, jnp.asarray(first, jnp.int32).reshape(1), rows, *bank)
+    )(visits, jnp.asarray(first, jnp.int32).reshape(1), rows, *expert_weight)
 
 
 def row_tile(rows: int, experts: int) -> int:
@@ -103,9 +104,9 @@ def row_tile(rows: int, experts: int) -> int:
     return min(ROWS, max(LEAST_ROWS, 1 << (mean.bit_length() - 1)))
 
 
-def _cost(rows: Array, bank: Int4, sizes: Array, dtype: DTypeLike) -> pl.CostEstimate:
-    inputs, outputs = bank.words.shape[1] * CODES, bank.words.shape[2]
-    read = (bank.words[0].nbytes + bank.scales[0].nbytes) * sizes.shape[0]
+def _cost(rows: Array, expert_weight: Int4, sizes: Array, dtype: DTypeLike) -> pl.CostEstimate:
+    inputs, outputs = expert_weight.words.shape[1] * CODES, expert_weight.words.shape[2]
+    read = (expert_weight.words[0].nbytes + expert_weight.scales[0].nbytes) * sizes.shape[0]
     made = rows.shape[0] * (inputs + outputs - rows.shape[1]) * jnp.dtype(dtype).itemsize
     return pl.CostEstimate(
         flops=2 * rows.shape[0] * inputs * outputs, bytes_accessed=rows.nbytes + read + made, transcendentals=0
@@ -133,7 +134,8 @@ def _kernel(visits, first, rows, words, scales, out, total, *, given: int, trans
 
 
 def dequantised(words: Int[Array, "c8 o"], scales: Float[Array, "g o"]) -> Float[Array, "c o"]:
-    """`banks.dequantise` to the bfloat16 of the scales, in operations that the TPU compiler has for a kernel."""
+    """`expert_weights.dequantise` to the bfloat16 of the scales, in operations that the TPU compiler has for a
+    kernel."""
     height, outputs = words.shape
     shifts = 4 * lax.broadcasted_iota(jnp.int32, (height, CODES, outputs), 1)
     codes = ((words[:, None] >> shifts) & 15) - 8  # the sign that the shift brings in is masked out

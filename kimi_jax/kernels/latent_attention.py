@@ -1,4 +1,4 @@
-"""MLA's attention over a mesh: rows and heads are dealt to devices, and so are the tokens of long rows.
+"""MLA's attention over a mesh: rows and heads are distributed to devices, and so are the tokens of long rows.
 
 Source: docs/architecture.md section 9 (gather the latent, not keys and values: 302 MB a layer at 262,144 tokens). Every
 device of the `context` axis has a stretch of each row. It gathers the latents of all stretches, makes keys and values
@@ -30,11 +30,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from kimi_jax.kernels import latent_flash
+from kimi_jax.kernels.fsdp import all_gather, all_reduce, dot, reduce_scatter
 from kimi_jax.kernels.segment_attention import Piece, attend, attend_grads
-from kimi_jax.kernels.spread import all_reduce, dot, part_of_sum, whole
 
 
-class Cut(NamedTuple):
+class AttentionSharding(NamedTuple):
     """Mesh axes of rows, of the tokens of a row and of heads (None: not cut); how the two matrices lie; scale,
     exact_above: as in `Piece`; reduce_dtype: of sums over devices."""
 
@@ -78,7 +78,7 @@ def join_heads(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def latent_attention(
-    cut: Cut,
+    sharding: AttentionSharding,
     x: Float[Array, "B S I"],
     query: Float[Array, "I H d"],
     cos: Float[Array, "B S p"],
@@ -90,30 +90,30 @@ def latent_attention(
     """Causal `segment_attention` of the queries x @ query, turned by cos and sin, over the keys and values of latents.
 
     Returns the output and each head's largest scaled logit. Differentiable by x, latent and both matrices, which are
-    used in the dtype of x; their gradients are float32 products, summed in `cut.reduce_dtype`, and have their own.
+    used in the dtype of x; their gradients are float32 products, summed in `sharding.reduce_dtype`, and have their own.
     """
-    return _fwd(cut, x, query, cos, sin, latent, kernel, segment_ids)[0]
+    return _fwd(sharding, x, query, cos, sin, latent, kernel, segment_ids)[0]
 
 
-def _fwd(cut: Cut, *args: Array) -> tuple:
+def _fwd(sharding: AttentionSharding, *args: Array) -> tuple:
     out, lse, top = jax.shard_map(
-        functools.partial(_forward, cut),
-        mesh=cut.mesh,
-        in_specs=cut.inputs(),
-        out_specs=cut.outputs(),
+        functools.partial(_forward, sharding),
+        mesh=sharding.mesh,
+        in_specs=sharding.inputs(),
+        out_specs=sharding.outputs(),
         check_vma=False,
     )(*args)
     out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention")  # for policies of remat
     return (out, top), (*args, out, lse)
 
 
-def _bwd(cut: Cut, residuals: tuple, grads: tuple) -> tuple[Any, ...]:
-    inputs, (out, lse, _) = cut.inputs(), cut.outputs()
+def _bwd(sharding: AttentionSharding, residuals: tuple, grads: tuple) -> tuple[Any, ...]:
+    inputs, (out, lse, _) = sharding.inputs(), sharding.outputs()
     dx, dquery, dlatent, dkernel = jax.shard_map(
-        functools.partial(_backward, cut),
-        mesh=cut.mesh,
+        functools.partial(_backward, sharding),
+        mesh=sharding.mesh,
         in_specs=(*inputs, out, lse, out),
-        out_specs=(inputs[0], cut.query, inputs[4], cut.kernel),
+        out_specs=(inputs[0], sharding.query, inputs[4], sharding.kernel),
         check_vma=False,
     )(*residuals, grads[0])
     return dx, dquery, None, None, dlatent, dkernel, None
@@ -132,7 +132,7 @@ def _product(x: Float[Array, "B t I"], matrix: Float[Array, "I H w"]) -> Float[A
 def _queries(x: Float[Array, "B t I"], query: Float[Array, "I H d"], nope: int) -> Float[Array, "B t Hw"]:
     """Of each head: columns without rotary; first, then second members of the pairs; the same swapped, -second first.
 
-    As `nn.rope.rotate_to_halves` orders them.
+    As `nn.rope.apply_rope` orders them.
     """
     return _product(x, _columns(query, nope))
 
@@ -193,7 +193,7 @@ def _attend(call: _Call, *args: Array) -> tuple[Array, Array, Array]:
         out, lse, top = latent_flash.forward(call.flash(q, kv, rope), *arrays)
         return out.reshape(*q.shape[:2], call.heads, -1), lse, top.max(axis=(0, 2))
 
-    return lax.platform_dependent(*args, tpu=kernel if _fits(call, *args) else plain, default=plain)
+    return lax.platform_dependent(*args, tpu=kernel if _supports(call, *args) else plain, default=plain)
 
 
 def _attend_grads(call: _Call, *args: Array) -> tuple[Array, Array, Array]:
@@ -214,32 +214,39 @@ def _attend_grads(call: _Call, *args: Array) -> tuple[Array, Array, Array]:
         first, second = jnp.split(drope, 2, axis=-1)
         return dq, dkv, (first + second).astype(rope.dtype)
 
-    return lax.platform_dependent(*args, tpu=kernel if _fits(call, *args) else plain, default=plain)
+    return lax.platform_dependent(*args, tpu=kernel if _supports(call, *args) else plain, default=plain)
 
 
-def _fits(call: _Call, q: Array, cos: Array, sin: Array, kv: Array, rope: Array, *_: Array) -> bool:
-    return latent_flash.fits(call.flash(q, kv, rope), q.dtype)
+def _supports(call: _Call, q: Array, cos: Array, sin: Array, kv: Array, rope: Array, *_: Array) -> bool:
+    return latent_flash.supports(call.flash(q, kv, rope), q.dtype)
 
 
-def _gather(cut: Cut, x: Array) -> Array:
+def _gather(sharding: AttentionSharding, x: Array) -> Array:
     """[X, B, t, ...]: the stretches of all devices."""
-    return lax.all_gather(x, cut.context) if cut.context else x[None]
+    return lax.all_gather(x, sharding.context) if sharding.context else x[None]
 
 
-def _mine(cut: Cut) -> Array | int:
-    return lax.axis_index(cut.context) if cut.context else 0
+def _mine(sharding: AttentionSharding) -> Array | int:
+    return lax.axis_index(sharding.context) if sharding.context else 0
 
 
 def _forward(
-    cut: Cut, x: Array, query: Array, cos: Array, sin: Array, latent: Array, kernel: Array, ids: Array
+    sharding: AttentionSharding,
+    x: Array,
+    query: Array,
+    cos: Array,
+    sin: Array,
+    latent: Array,
+    kernel: Array,
+    ids: Array,
 ) -> tuple[Array, Array, Array]:
-    query, kernel = _matrices(cut, query, kernel, x.dtype)
-    latents, all_ids, me = _gather(cut, latent), _gather(cut, ids), _mine(cut)
+    query, kernel = _matrices(sharding, query, kernel, x.dtype)
+    latents, all_ids, me = _gather(sharding, latent), _gather(sharding, ids), _mine(sharding)
     nope = query.shape[-1] - 2 * cos.shape[-1]
     q = _queries(x, query, nope)
 
     def piece(i: Array | int, causal: bool) -> tuple[Array, Array, Array]:
-        call = _Call(Piece(causal, cut.scale, cut.exact_above), query.shape[1], nope)
+        call = _Call(Piece(causal, sharding.scale, sharding.exact_above), query.shape[1], nope)
         return _attend(call, q, cos, sin, *_keys(latents[i], kernel), ids, all_ids[i])
 
     def join(i: Array, carry: tuple) -> tuple:
@@ -253,26 +260,27 @@ def _forward(
         return out * share(lse) + more * share(more_lse), total, jnp.maximum(top, more_top)
 
     out, lse, top = piece(me, causal=True)
-    if cut.context:
+    if sharding.context:
         joined, lse, top = lax.fori_loop(0, me, join, (out.astype(jnp.float32), lse, top))
         out = joined.astype(q.dtype)
-    others = tuple(axis for axis in cut.mesh.axis_names if axis != cut.heads)
+    others = tuple(axis for axis in sharding.mesh.axis_names if axis != sharding.heads)
     return out, lse, lax.pmax(top, others)
 
 
 def _backward(
-    cut: Cut, x: Array, query: Array, cos: Array, sin: Array, latent: Array, kernel: Array, ids: Array,
+    sharding: AttentionSharding, x: Array, query: Array, cos: Array, sin: Array, latent: Array, kernel: Array, ids:
+    Array,
     out: Array, lse: Array, grad: Array,
 ) -> tuple[Array, Array, Array, Array]:  # fmt: skip
     stored = query.dtype, kernel.dtype
-    query, kernel = _matrices(cut, query, kernel, x.dtype)
-    latents, all_ids, me = _gather(cut, latent), _gather(cut, ids), _mine(cut)
+    query, kernel = _matrices(sharding, query, kernel, x.dtype)
+    latents, all_ids, me = _gather(sharding, latent), _gather(sharding, ids), _mine(sharding)
     nope = query.shape[-1] - 2 * cos.shape[-1]
     columns = _columns(query, nope)
     q = _product(x, columns)
 
     def piece(i: Array | int, causal: bool) -> tuple[Array, Array, Array]:
-        call = _Call(Piece(causal, cut.scale), query.shape[1], nope)
+        call = _Call(Piece(causal, sharding.scale), query.shape[1], nope)
         keys = _keys(latents[i], kernel)
         dq, dkv, drope = _attend_grads(call, q, cos, sin, *keys, ids, all_ids[i], out, lse, grad)
         dranked, dkernel = _product_grads(latents[i][..., : kernel.shape[0]], kernel, dkv)
@@ -284,27 +292,27 @@ def _backward(
         return dq + more, dlatents.at[i].set(dlatent.astype(dlatents.dtype)), dkernel + more_kernel
 
     dq, dlatent, dkernel = piece(me, causal=True)
-    if cut.context:
-        dlatents = jnp.zeros(latents.shape, cut.reduce_dtype).at[me].set(dlatent.astype(cut.reduce_dtype))
+    if sharding.context:
+        dlatents = jnp.zeros(latents.shape, sharding.reduce_dtype).at[me].set(dlatent.astype(sharding.reduce_dtype))
         start = dq.astype(jnp.float32), dlatents, dkernel
         dq, dlatents, dkernel = lax.fori_loop(0, me, add, start)
-        dlatent = lax.psum_scatter(dlatents, cut.context, scatter_dimension=0)
+        dlatent = lax.psum_scatter(dlatents, sharding.context, scatter_dimension=0)
     dx, dcolumns = _product_grads(x, columns, dq.astype(q.dtype))
     straight = jax.linear_transpose(
         functools.partial(_columns, nope=nope), jax.ShapeDtypeStruct(query.shape, jnp.float32)
     )
     (dquery,) = straight(dcolumns)
     # every group of heads had the whole latent, and the whole input of queries
-    dlatent, dx = (all_reduce(total, (cut.heads,), cut.reduce_dtype) for total in (dlatent, dx))
+    dlatent, dx = (all_reduce(total, (sharding.heads,), sharding.reduce_dtype) for total in (dlatent, dx))
     dquery, dkernel = (
-        part_of_sum(total, spec, (cut.heads,), cut.summed(), cut.reduce_dtype)
-        for total, spec in ((dquery, cut.query), (dkernel, cut.kernel))
+        reduce_scatter(total, spec, (sharding.heads,), sharding.summed(), sharding.reduce_dtype)
+        for total, spec in ((dquery, sharding.query), (dkernel, sharding.kernel))
     )
     return dx.astype(x.dtype), dquery.astype(stored[0]), dlatent.astype(latent.dtype), dkernel.astype(stored[1])
 
 
-def _matrices(cut: Cut, query: Array, kernel: Array, dtype: DTypeLike) -> tuple[Array, Array]:
+def _matrices(sharding: AttentionSharding, query: Array, kernel: Array, dtype: DTypeLike) -> tuple[Array, Array]:
     """Both, cast and then gathered along all mesh axes but that of heads."""
-    pairs = (query, cut.query), (kernel, cut.kernel)
-    gathered = [whole(matrix.astype(dtype), spec, (cut.heads,)) for matrix, spec in pairs]
+    pairs = (query, sharding.query), (kernel, sharding.kernel)
+    gathered = [all_gather(matrix.astype(dtype), spec, (sharding.heads,)) for matrix, spec in pairs]
     return gathered[0], gathered[1]

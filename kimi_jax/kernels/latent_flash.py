@@ -73,7 +73,7 @@ class Shape(NamedTuple):
         return q * sum(seen)
 
 
-def fits(shape: Shape, dtype: Any) -> bool:
+def supports(shape: Shape, dtype: Any) -> bool:
     """Whether the kernels take these sizes: whole vectors, bfloat16, rows that fit into VMEM."""
     widths = shape.nope, shape.rotary, shape.value, shape.queries, shape.keys
     longest = max(shape.queries, shape.keys)

@@ -1,9 +1,9 @@
 """The routed experts when there are fewer rows than experts, on a CPU: decoding.
 
 Source: profile in benchmarks/README.md, "Prefill and decoding". Then nothing counts but the weights that are read. So
-rows are taken in the order of their experts: an expert's matrices are cut out of the banks once, which XLA:CPU does by
-a copy into its cache, and multiplied by one row after the other. A product of one row is read off the matrix as it
-lies; for a few rows together XLA:CPU first packs the matrix, which costs more than the product.
+rows are taken in the order of their experts: an expert's matrices are cut out of the expert weights once, which XLA:CPU
+does by a copy into its cache, and multiplied by one row after the other. A product of one row is read off the matrix as
+it lies; for a few rows together XLA:CPU first packs the matrix, which costs more than the product.
 
 N tokens   k choices a token   M = N*k assignments   E experts   D, F widths
 """
@@ -17,20 +17,20 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kimi_jax.kernels.banks import Bank, matrix
+from kimi_jax.kernels.expert_weights import ExpertWeight, matrix
 
 
 def single_rows_swiglu(
     x: Float[Array, "N D"],
     experts: Int[Array, "N k"],
     gates: Float[Array, "N k"],
-    banks: tuple[Bank, Bank, Bank],
+    expert_weights: tuple[ExpertWeight, ExpertWeight, ExpertWeight],
     num_experts: int,
     first: Int[Array, ""] | int = 0,
 ) -> Float[Array, "N D"]:
-    """Sum over a token's choices of gate * expert(token), float32. Expert e is number first + e of the banks [*, C, O]
-    of gate, up and down; a number of `num_experts` or more means nowhere. Every product is in the dtype of x, as in
-    `grouped_swiglu`. Not differentiable.
+    """Sum over a token's choices of gate * expert(token), float32. Expert e is number first + e of the expert weights
+    [*, C, O] of gate, up and down; a number of `num_experts` or more means nowhere. Every product is in the dtype of x,
+    as in `grouped_swiglu`. Not differentiable.
     """
     ids, weights = experts.reshape(-1), gates.reshape(-1).astype(jnp.float32)
     order = jnp.argsort(ids)
@@ -41,7 +41,7 @@ def single_rows_swiglu(
         begin, out = carry
         expert = ids[order[begin]]
         end = begin + (ids == expert).sum()
-        gate, up, down = (matrix(bank, first + expert, x.dtype) for bank in banks)
+        gate, up, down = (matrix(expert_weight, first + expert, x.dtype) for expert_weight in expert_weights)
 
         def one_row(i: Array, out: Array) -> Array:
             token = order[i] // experts.shape[1]

@@ -2,10 +2,11 @@
 
 Source: docs/architecture.md section 6. Floats: megablox' grouped matmul (`gmm` forward, `tgmm` for the weights'
 gradients: XLA's own gradient of `ragged_dot` is dense on jax 0.10.2). INT4: `kernels.int4_matmul`; its matrices have no
-gradient. Adapters: rows @ a @ b beside the product by their base, so that no matrix of the sum is made. Banks may hold
-more experts than there are groups of rows; what rows beyond the last group hold is unspecified.
+gradient. Adapters: rows @ a @ b beside the product by their base, so that no matrix of the sum is made. ExpertWeights
+may hold more experts than there are groups of rows; what rows beyond the last group hold is unspecified.
 
-W rows   n groups of rows   E experts of the banks, of which group 0 belongs to number `first`   D, F widths   r rank
+W rows   n groups of rows   E experts of the expert weights, of which group 0 belongs to number `first`   D, F widths
+r rank
 """
 
 from __future__ import annotations
@@ -22,31 +23,34 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from kimi_jax.kernels import int4_matmul
-from kimi_jax.kernels.banks import Adapted, Bank, Int4
+from kimi_jax.kernels.expert_weights import ExpertWeight, Int4, LoRAWeights
 
 # rows, inputs, outputs of a tile. A v5p kernel has 16 MB of VMEM; `tgmm` accumulates inputs x outputs in float32
 TILES, OUTER_TILES = (512, 1024, 1024), (512, 1024, 512)
 INNER_ROWS = 256
 
 
-def takes(rows: Array, banks: tuple[Bank, ...]) -> bool:
+def supports(rows: Array, expert_weights: tuple[ExpertWeight, ...]) -> bool:
     """Whether the kernels can do it: they would multiply float32 as bfloat16, which float32 is not chosen for."""
-    bases = [bank.base if isinstance(bank, Adapted) else bank for bank in banks]
+    bases = [
+        expert_weight.base if isinstance(expert_weight, LoRAWeights) else expert_weight
+        for expert_weight in expert_weights
+    ]
     return rows.dtype == jnp.bfloat16 and all(
-        int4_matmul.takes(rows, base) if isinstance(base, Int4) else base.dtype == jnp.bfloat16 for base in bases
+        int4_matmul.supports(rows, base) if isinstance(base, Int4) else base.dtype == jnp.bfloat16 for base in bases
     )
 
 
 def swiglu(
     rows: Float[Array, "W D"],
     sizes: Int[Array, " n"],
-    banks: tuple[Bank, Bank, Bank],
+    expert_weights: tuple[ExpertWeight, ExpertWeight, ExpertWeight],
     first: Int[Array, ""] | int = 0,
     interpret: bool = False,
 ) -> Float[Array, "W D"]:
     """(silu(row @ gate[e]) * (row @ up[e])) @ down[e]; the first sizes[0] rows are of group 0, and so on."""
     groups = _Groups(sizes, jnp.asarray(first, jnp.int32), interpret)
-    gate, up, down = banks
+    gate, up, down = expert_weights
     inside = jax.nn.silu(_product(groups, rows, gate))
     inside = (inside * _product(groups, rows, up)).astype(rows.dtype)
     return _product(groups, inside, down, rows.dtype)
@@ -56,21 +60,21 @@ def swiglu_grads(
     rows: Float[Array, "W D"],
     scale: Float[Array, " W"],
     sizes: Int[Array, " n"],
-    banks: tuple[Bank, Bank, Bank],
+    expert_weights: tuple[ExpertWeight, ExpertWeight, ExpertWeight],
     grad: Float[Array, "W D"],
     totals: tuple[Any, Any, Any],
     first: Int[Array, ""] | int = 0,
     interpret: bool = False,
 ) -> tuple[Float[Array, "W D"], Float[Array, " W"], tuple[Any, Any, Any]]:
-    """Gradients of scale * swiglu(rows) by rows, scale (float32) and banks; those are added to the totals (float32, in
-    the form of `banks.learned`).
+    """Gradients of scale * swiglu(rows) by rows, scale (float32) and expert weights; those are added to the totals
+    (float32, in the form of `expert_weights.learned`).
 
     With a = row gate, b = row up, h = silu(a): y = (h b) down; the scale's gradient is <h b, grad down^T>.
     The kernels sum where they can: over gate and up inside one product, over rounds onto the totals in place. They
     leave out rows beyond the last expert, which hold what memory held.
     """
     groups = _Groups(sizes, jnp.asarray(first, jnp.int32), interpret)
-    gate, up, down = banks
+    gate, up, down = expert_weights
     a, b, dinside = (
         _product(groups, rows, gate),
         _product(groups, rows, up),
@@ -78,7 +82,7 @@ def swiglu_grads(
     )
     inside, da, db, both, dscale = _inner_grads(a, b, dinside, scale, rows.dtype, interpret)
     pairs = (rows, da), (rows, db), (inside, grad)
-    dbanks = tuple(_outer(groups, *each) for each in zip(totals, banks, pairs, strict=True))
+    dbanks = tuple(_outer(groups, *each) for each in zip(totals, expert_weights, pairs, strict=True))
     return _back(groups, da, db, both, gate, up), dscale, dbanks
 
 
@@ -128,7 +132,8 @@ def _inner_kernel(
     both[:, : a.shape[1]], both[:, a.shape[1] :] = da[...], db[...]
 
 
-# ---------------------------------------------------------------------------------------------- a product for each bank
+# ---------------------------------------------------------------------------------------------- a product for each
+# expert weight
 
 
 class _Groups(NamedTuple):
@@ -144,39 +149,41 @@ def _tiles(rows: int, width: int, height: int, tiles: tuple[int, int, int] = TIL
 
 
 def _product(
-    groups: _Groups, rows: Array, bank: Bank, dtype: DTypeLike = jnp.float32, transpose: bool = False
+    groups: _Groups, rows: Array, expert_weight: ExpertWeight, dtype: DTypeLike = jnp.float32, transpose: bool = False
 ) -> Float[Array, "W _"]:
     """Each row by its expert's matrix, or the transpose of it."""
     sizes, first, interpret = groups
-    if isinstance(bank, Int4):
+    if isinstance(expert_weight, Int4):
         return int4_matmul.int4_gmm(
-            rows, bank, sizes, first, dtype=dtype, transpose=transpose, interpret=interpret
+            rows, expert_weight, sizes, first, dtype=dtype, transpose=transpose, interpret=interpret
         )  # fmt: skip
-    if isinstance(bank, Adapted):
-        a, b = bank.a.astype(rows.dtype), bank.b.astype(rows.dtype)
+    if isinstance(expert_weight, LoRAWeights):
+        a, b = expert_weight.a.astype(rows.dtype), expert_weight.b.astype(rows.dtype)
         one, other = (b, a) if transpose else (a, b)
         low = _product(groups, _product(groups, rows, one, rows.dtype, transpose), other, transpose=transpose)
-        return (_product(groups, rows, bank.base, transpose=transpose) + low).astype(dtype)
-    made = bank.shape[1 if transpose else 2]
+        return (_product(groups, rows, expert_weight.base, transpose=transpose) + low).astype(dtype)
+    made = expert_weight.shape[1 if transpose else 2]
     tiling = _tiles(rows.shape[0], rows.shape[1], made)
     # group g of the rows belongs to matrix g - group_offset
-    return gmm(rows, bank, sizes, dtype, tiling, -first, transpose_rhs=transpose, interpret=interpret)
+    return gmm(rows, expert_weight, sizes, dtype, tiling, -first, transpose_rhs=transpose, interpret=interpret)
 
 
-def _back(groups: _Groups, da: Array, db: Array, both: Array, gate: Bank, up: Bank) -> Float[Array, "W D"]:
+def _back(
+    groups: _Groups, da: Array, db: Array, both: Array, gate: ExpertWeight, up: ExpertWeight
+) -> Float[Array, "W D"]:
     """da gate^T + db up^T in their dtype: of floats as one product, of `both`, which sums in its accumulator."""
     if isinstance(gate, jax.Array) and isinstance(up, jax.Array):
         return _product(groups, both, jnp.concatenate([gate, up], axis=2), both.dtype, transpose=True)
     return (_product(groups, da, gate, transpose=True) + _product(groups, db, up, transpose=True)).astype(da.dtype)
 
 
-def _outer(groups: _Groups, total: Any, bank: Bank, pair: tuple[Array, Array]) -> Any:
-    """The total plus the gradient by the bank: inputs x and gradients of the outputs dy in `pair`."""
+def _outer(groups: _Groups, total: Any, expert_weight: ExpertWeight, pair: tuple[Array, Array]) -> Any:
+    """The total plus the gradient by the expert weight: inputs x and gradients of the outputs dy in `pair`."""
     x, dy = pair
-    if isinstance(bank, Int4):
+    if isinstance(expert_weight, Int4):
         return None
-    if isinstance(bank, Adapted):
-        a, b = bank.a.astype(x.dtype), bank.b.astype(x.dtype)
+    if isinstance(expert_weight, LoRAWeights):
+        a, b = expert_weight.a.astype(x.dtype), expert_weight.b.astype(x.dtype)
         back, there = _product(groups, dy, b, x.dtype, transpose=True), _product(groups, x, a, x.dtype)
         return _sum_outer(groups, total[0], x, back), _sum_outer(groups, total[1], there, dy)
     return _sum_outer(groups, total, x, dy)

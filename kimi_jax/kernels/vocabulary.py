@@ -3,7 +3,7 @@
 Source: docs/architecture.md section 6 (what a layout costs on the wire). Look-up: a device has a few columns of the
 table; it learns all token ids of those it shares the columns with (small), looks all of them up in its columns, and an
 all-to-all gives everybody whole rows of its own tokens. Loss: the output matrix is gathered once, its gradient
-scattered; tokens are dealt over `tensor` too, so that nobody does the same tokens.
+scattered; tokens are distributed over `tensor` too, so that nobody does the same tokens.
 
 B rows   S tokens a row   V vocabulary   D width
 """
@@ -21,12 +21,12 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from kimi_jax.kernels.cross_entropy import cross_entropy_and_lse, cross_entropy_grads
-from kimi_jax.kernels.spread import names, part_of_sum, whole
+from kimi_jax.kernels.fsdp import all_gather, names, reduce_scatter
 
 SCATTER_BYTES = 2**30  # of a device's float32 sums of rows of the table; more columns are taken one part after another
 
 
-class VocabularyCut(NamedTuple):
+class VocabSharding(NamedTuple):
     """Mesh axes of rows, of a row's tokens in the model and in the loss, and how the matrix is cut."""
 
     mesh: Mesh | AbstractMesh
@@ -39,12 +39,12 @@ class VocabularyCut(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def look_up(
-    cut: VocabularyCut, dtype: str, table: Float[Array, "V D"], tokens: Int[Array, "B S"]
+    sharding: VocabSharding, dtype: str, table: Float[Array, "V D"], tokens: Int[Array, "B S"]
 ) -> Float[Array, "B S D"]:
     """Rows of the table in `dtype`, cut like the tokens. The table's gradient is summed in float32 on each device, in
-    `cut.reduce_dtype` over devices, and has the table's dtype."""
-    where = PartitionSpec(cut.rows or None, cut.context or None)
-    vocabulary, columns = (names(part) for part in cut.matrix)
+    `sharding.reduce_dtype` over devices, and has the table's dtype."""
+    where = PartitionSpec(sharding.rows or None, sharding.context or None)
+    vocabulary, columns = (names(part) for part in sharding.matrix)
 
     def here(table: Array, tokens: Array) -> Array:
         table = table.astype(dtype)
@@ -56,18 +56,20 @@ def look_up(
         return lax.all_to_all(table[every], columns, 0, 2, tiled=True)
 
     out = PartitionSpec(*where, None)
-    return jax.shard_map(here, mesh=cut.mesh, in_specs=(cut.matrix, where), out_specs=out, check_vma=False)(
+    return jax.shard_map(here, mesh=sharding.mesh, in_specs=(sharding.matrix, where), out_specs=out, check_vma=False)(
         table, tokens
     )
 
 
-def _look_up_fwd(cut: VocabularyCut, dtype: str, table: Array, tokens: Array) -> tuple[Array, tuple[Array, Array]]:
-    return look_up(cut, dtype, table, tokens), (table, tokens)
+def _look_up_fwd(sharding: VocabSharding, dtype: str, table: Array, tokens: Array) -> tuple[Array, tuple[Array, Array]]:
+    return look_up(sharding, dtype, table, tokens), (table, tokens)
 
 
-def _look_up_bwd(cut: VocabularyCut, dtype: str, residuals: tuple[Array, Array], grad: Array) -> tuple[Array, None]:
-    where = PartitionSpec(cut.rows or None, cut.context or None)
-    vocabulary, columns = (names(part) for part in cut.matrix)
+def _look_up_bwd(
+    sharding: VocabSharding, dtype: str, residuals: tuple[Array, Array], grad: Array
+) -> tuple[Array, None]:
+    where = PartitionSpec(sharding.rows or None, sharding.context or None)
+    vocabulary, columns = (names(part) for part in sharding.matrix)
 
     def here(table: Array, tokens: Array, grad: Array) -> Array:
         if columns:
@@ -75,7 +77,7 @@ def _look_up_bwd(cut: VocabularyCut, dtype: str, residuals: tuple[Array, Array],
             grad = lax.all_to_all(grad, columns, 2, 0, tiled=True)
         # the columns' devices have exchanged their tokens: what is left to sum over are the other axes of the tokens.
         # Devices that differ in none of them (`tensor`) have the same tokens, and each sums only its own rows
-        summed = tuple(axis for axis in (*cut.rows, *cut.context) if axis not in columns)
+        summed = tuple(axis for axis in (*sharding.rows, *sharding.context) if axis not in columns)
         own = tuple(axis for axis in vocabulary if axis not in summed)
         size = table.shape[0] * math.prod(lax.axis_size(axis) for axis in vocabulary if axis in summed)
         rows = tokens - (lax.axis_index(own) * size if own else 0)
@@ -85,15 +87,15 @@ def _look_up_bwd(cut: VocabularyCut, dtype: str, residuals: tuple[Array, Array],
         def scatter(grad: Array) -> Array:
             total = jnp.zeros((size, grad.shape[-1]), jnp.float32)
             total = total.at[rows].add(grad.astype(jnp.float32), mode="drop")
-            return part_of_sum(total, PartitionSpec(cut.matrix[0], None), own, summed, cut.reduce_dtype)
+            return reduce_scatter(total, PartitionSpec(sharding.matrix[0], None), own, summed, sharding.reduce_dtype)
 
         if parts == 1:
             return scatter(grad).astype(table.dtype)
         pieces = jnp.moveaxis(grad.reshape(*grad.shape[:-1], parts, -1), -2, 0)
         return jnp.moveaxis(lax.map(scatter, pieces), 0, 1).reshape(table.shape).astype(table.dtype)
 
-    specs = cut.matrix, where, PartitionSpec(*where, None)
-    return jax.shard_map(here, mesh=cut.mesh, in_specs=specs, out_specs=cut.matrix, check_vma=False)(
+    specs = sharding.matrix, where, PartitionSpec(*where, None)
+    return jax.shard_map(here, mesh=sharding.mesh, in_specs=specs, out_specs=sharding.matrix, check_vma=False)(
         *residuals, grad
     ), None
 
@@ -107,8 +109,8 @@ def _column_parts(rows: int, columns: int) -> int:
     return next(fits, columns)
 
 
-def dealt_cross_entropy(
-    cut: VocabularyCut,
+def sharded_cross_entropy(
+    sharding: VocabSharding,
     hidden: Float[Array, "B S D"],
     kernel: Float[Array, "D V"],
     targets: Int[Array, "B S"],
@@ -120,49 +122,49 @@ def dealt_cross_entropy(
     hidden, kernel = lax.platform_dependent(
         hidden, kernel, tpu=lambda *both: lax.optimization_barrier(both), default=lambda *both: both
     )
-    return _nll(cut, temperature, hidden, kernel, targets)
+    return _nll(sharding, temperature, hidden, kernel, targets)
 
 
-def _loss_specs(cut: VocabularyCut) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
+def _loss_specs(sharding: VocabSharding) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
     """Of hidden states, the matrix, and what there is one of a token."""
-    where = PartitionSpec(cut.rows or None, cut.loss_context or None)
-    return PartitionSpec(*where, None), cut.matrix, where
+    where = PartitionSpec(sharding.rows or None, sharding.loss_context or None)
+    return PartitionSpec(*where, None), sharding.matrix, where
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _nll(cut: VocabularyCut, temperature: float, hidden: Array, kernel: Array, targets: Array) -> Array:
-    return _nll_fwd(cut, temperature, hidden, kernel, targets)[0]
+def _nll(sharding: VocabSharding, temperature: float, hidden: Array, kernel: Array, targets: Array) -> Array:
+    return _nll_fwd(sharding, temperature, hidden, kernel, targets)[0]
 
 
 def _nll_fwd(
-    cut: VocabularyCut, temperature: float, hidden: Array, kernel: Array, targets: Array
+    sharding: VocabSharding, temperature: float, hidden: Array, kernel: Array, targets: Array
 ) -> tuple[Array, tuple]:
     def here(hidden: Array, kernel: Array, targets: Array) -> tuple[Array, Array]:
-        kernel = whole(kernel.astype(hidden.dtype), cut.matrix)
+        kernel = all_gather(kernel.astype(hidden.dtype), sharding.matrix)
         flat = hidden.reshape(-1, hidden.shape[-1])
         both = cross_entropy_and_lse(flat, kernel, targets.reshape(-1), temperature=temperature)
         return both[0].reshape(targets.shape), both[1].reshape(targets.shape)
 
-    specs = _loss_specs(cut)
-    nll, lse = jax.shard_map(here, mesh=cut.mesh, in_specs=specs, out_specs=(specs[2],) * 2, check_vma=False)(
+    specs = _loss_specs(sharding)
+    nll, lse = jax.shard_map(here, mesh=sharding.mesh, in_specs=specs, out_specs=(specs[2],) * 2, check_vma=False)(
         hidden, kernel, targets
     )
     return nll, (hidden, kernel, targets, lse)
 
 
-def _nll_bwd(cut: VocabularyCut, temperature: float, residuals: tuple, grad: Array) -> tuple[Array, Array, None]:
+def _nll_bwd(sharding: VocabSharding, temperature: float, residuals: tuple, grad: Array) -> tuple[Array, Array, None]:
     def here(hidden: Array, kernel: Array, targets: Array, lse: Array, grad: Array) -> tuple[Array, Array]:
-        gathered = whole(kernel.astype(hidden.dtype), cut.matrix)
+        gathered = all_gather(kernel.astype(hidden.dtype), sharding.matrix)
         flat = hidden.reshape(-1, hidden.shape[-1])
         targets, lse, grad = (a.reshape(-1) for a in (targets, lse, grad))
         dhidden, total = cross_entropy_grads(flat, gathered, targets, lse, grad, temperature=temperature)
-        summed = *cut.rows, *cut.loss_context
-        dkernel = part_of_sum(total, cut.matrix, (), summed, cut.reduce_dtype)
+        summed = *sharding.rows, *sharding.loss_context
+        dkernel = reduce_scatter(total, sharding.matrix, (), summed, sharding.reduce_dtype)
         return dhidden.reshape(hidden.shape), dkernel.astype(kernel.dtype)
 
-    tokens, matrix, where = _loss_specs(cut)
+    tokens, matrix, where = _loss_specs(sharding)
     specs = tokens, matrix, where, where, where
-    return *jax.shard_map(here, mesh=cut.mesh, in_specs=specs, out_specs=specs[:2], check_vma=False)(
+    return *jax.shard_map(here, mesh=sharding.mesh, in_specs=specs, out_specs=specs[:2], check_vma=False)(
         *residuals, grad
     ), None
 

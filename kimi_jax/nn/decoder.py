@@ -50,7 +50,7 @@ class Aux:
 
 # What `config.remat_policy` keeps of a layer beside its input: names given below and in `kernels.segment_attention`.
 REMAT_POLICIES: dict[str, tuple[str, ...]] = {
-    "layer_inputs": (),  # the least memory; everything is made again
+    "layer_inputs": (),  # the least memory; everything is recomputed
     "attention_sum": ("expert_inputs",),  # what the MLP's norm takes: the output projection runs once
     "attention_output": ("attention",),  # with its log-sum-exp: attention itself runs once
     "expert_inputs": ("attention", "expert_inputs"),  # both
@@ -91,14 +91,14 @@ class DecoderLayer(nn.Module):
         x: Float[Array, "B S D"],
         positions: Int[Array, "B S"],
         segment_ids: Int[Array, "B S"],
-        picks: Int[Array, "B S k"] | None = None,
+        expert_ids: Int[Array, "B S k"] | None = None,
     ) -> tuple[Float[Array, "B S D"], tuple[Float[Array, " H"], MoEAux | None]]:
-        """The new x and (max logits of each head, the MoE's report or None). `picks` pins this layer's experts."""
+        """The new x and (max logits of each head, the MoE's report or None). `expert_ids` pins this layer's experts."""
         x = checkpoint_name(x, "layer_inputs")
         attended, max_logits = self.attention(self.input_norm(x), positions, segment_ids)
         x = checkpoint_name(x + attended, "expert_inputs")
         normed = self.post_attention_norm(x)
-        y, report = self.mlp(normed, segment_ids, picks) if self.routed else (self.mlp(normed), None)
+        y, report = self.mlp(normed, segment_ids, expert_ids) if self.routed else (self.mlp(normed), None)
         x = x + y
         if self.layout is not None:  # what the scan carries and remat keeps
             x = self.layout.constrain(x, "batch", "sequence", None)
@@ -134,9 +134,9 @@ def stacked(
 
 
 def layer_stack(config: ModelConfig, *, routed: bool, layout: Layout | None = None) -> nn.Module:
-    """The dense or the MoE layers as one module `(x, positions, segment_ids, picks) -> (x, stacked aux)`.
+    """The dense or the MoE layers as one module `(x, positions, segment_ids, expert_ids) -> (x, stacked aux)`.
 
-    picks [L, B, S, k] pins the experts of the MoE layers; None lets the router choose.
+    expert_ids [L, B, S, k] pins the experts of the MoE layers; None lets the router choose.
     """
     length = config.num_moe_layers if routed else config.num_dense_layers
     remat = remat_policy(config.remat_policy) if config.remat else None

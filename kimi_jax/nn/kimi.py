@@ -19,14 +19,14 @@ from jaxtyping import Array, Float, Int
 
 from kimi_jax.config import ModelConfig
 from kimi_jax.kernels.cross_entropy import chunked_cross_entropy
-from kimi_jax.kernels.vocabulary import dealt_cross_entropy, look_up
+from kimi_jax.kernels.vocabulary import look_up, sharded_cross_entropy
 from kimi_jax.nn.decoder import Aux, gather_aux, layer_stack
 from kimi_jax.nn.layers import RMSNorm, precision
 from kimi_jax.nn.layout import Layout
 from kimi_jax.nn.moonvit import MoonViT3D
 from kimi_jax.nn.param import AdamW, declare, unbox
 from kimi_jax.nn.projector import Projector
-from kimi_jax.nn.vision_stage import deal_bins, fuse, join_classes
+from kimi_jax.nn.vision_stage import fuse, join_classes, shard_bins
 
 Batch = dict[str, Any]  # the packed batch; layout in `vision_stage`, `MoonViT3D` and kimi_jax/data
 
@@ -73,7 +73,7 @@ class Head(nn.Module):
         """-log softmax(logits / temperature)[target], float32, without holding the logits."""
         if self.layout is not None:
             cut = self.layout.vocabulary(("embed", "vocab"), self.kernel.shape)
-            return dealt_cross_entropy(cut, x, self.kernel, targets, temperature)
+            return sharded_cross_entropy(cut, x, self.kernel, targets, temperature)
         flat = x.reshape(-1, x.shape[-1])
         nll = chunked_cross_entropy(flat, self.kernel, targets.reshape(-1), temperature=temperature)
         return nll.reshape(targets.shape)
@@ -102,52 +102,52 @@ class KimiK25(nn.Module):
             self.vision = MoonViT3D(c, self.layout)
             self.projector = Projector(c)
 
-    def vision_features(self, vision_bins: tuple, num_groups: int = 1) -> Float[Array, "G F D"]:
+    def vision_features(self, vision_bins: tuple, num_packs: int = 1) -> Float[Array, "G F D"]:
         """Features of all bin classes, flattened a group: for each class its bins, for each bin its slots."""
-        return join_classes(self.encode(vision_bins), num_groups)
+        return join_classes(self.encode(vision_bins), num_packs)
 
     def encode(self, vision_bins: tuple) -> tuple[Float[Array, "_ _ D"], ...]:
         """Features of each bin class. The backward pass makes everything before them again."""
         bins = jax.tree.map(jnp.asarray, tuple(vision_bins))
         if self.layout is not None:
-            bins = tuple(deal_bins(self.layout, each) for each in bins)
+            bins = tuple(shard_bins(self.layout, each) for each in bins)
         tower = nn.remat(
             lambda model, each: model.projector(model.vision(**each)), policy=jax.checkpoint_policies.nothing_saveable
         )
         return tuple(tower(self, each) for each in bins)
 
-    def hidden(self, batch: Batch, num_groups: int = 1) -> tuple[Float[Array, "B S D"], Aux]:
+    def hidden(self, batch: Batch, num_packs: int = 1) -> tuple[Float[Array, "B S D"], Aux]:
         """Final-normed hidden states of a packed batch.
 
         Reads tokens, positions, segment_ids, and, if `vision` is not empty, feature_index and vision. If there is
-        `router_picks` [Lmoe, B, S, k], it pins the experts of every token; the router chooses otherwise.
+        `routed_experts` [Lmoe, B, S, k], it pins the experts of every token; the router chooses otherwise.
         """
         tokens, positions, segment_ids = (jnp.asarray(batch[k]) for k in ("tokens", "positions", "segment_ids"))
         x = self.embed(tokens)
         if batch["vision"]:
             features = self.encode(batch["vision"])
             bins = tuple(len(each["segment_ids"]) for each in batch["vision"])
-            x = fuse(self.layout, x, features, jnp.asarray(batch["feature_index"]), bins, num_groups)
+            x = fuse(self.layout, x, features, jnp.asarray(batch["feature_index"]), bins, num_packs)
         if self.layout is not None:
             x = self.layout.constrain(x, "batch", "sequence", None)
         dense = routed = None
         if self.config.num_dense_layers:
             x, dense = self.dense_layers(x, positions, segment_ids, None)
         if self.config.num_moe_layers:
-            x, routed = self.moe_layers(x, positions, segment_ids, batch.get("router_picks"))
+            x, routed = self.moe_layers(x, positions, segment_ids, batch.get("routed_experts"))
         return self.final_norm(x), gather_aux(dense, routed)
 
-    def __call__(self, batch: Batch, num_groups: int = 1) -> tuple[Float[Array, "B S V"], Aux]:
+    def __call__(self, batch: Batch, num_packs: int = 1) -> tuple[Float[Array, "B S V"], Aux]:
         """Float32 logits of every position."""
-        x, aux = self.hidden(batch, num_groups)
+        x, aux = self.hidden(batch, num_packs)
         return self.lm_head(x), aux
 
-    def token_nll(self, batch: Batch, num_groups: int = 1, temperature: float = 1.0) -> tuple[Float[Array, "B S"], Aux]:
+    def token_nll(self, batch: Batch, num_packs: int = 1, temperature: float = 1.0) -> tuple[Float[Array, "B S"], Aux]:
         """-log p(target) of every position under softmax(logits / temperature), float32, without holding the logits.
 
         Also reads targets.
         """
-        x, aux = self.hidden(batch, num_groups)
+        x, aux = self.hidden(batch, num_packs)
         targets = jnp.asarray(batch["targets"])
         return self.lm_head.token_nll(x, targets, temperature), aux
 

@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from kimi_jax.config import ModelConfig
-from kimi_jax.kernels.spread import spread_matmul
+from kimi_jax.kernels.fsdp import fsdp_matmul
 from kimi_jax.nn.layout import Layout
 from kimi_jax.nn.param import ADAPTERS, AdamW, Muon, declare
 
@@ -169,7 +169,7 @@ class Linear(nn.Module):
         x = x.reshape(*lead, math.prod(self.inputs))
         if self.layout is not None and not self.use_bias:
             names = (*self.input_axes, *self.output_axes)
-            y = spread_matmul(self.layout.matrix(names, kernel.shape, len(self.inputs)), x, kernel)
+            y = fsdp_matmul(self.layout.matrix(names, kernel.shape, len(self.inputs)), x, kernel)
         else:
             y = project(x, kernel.reshape(x.shape[-1], math.prod(self.outputs)), self.use_bias)
         if self.has_variable(ADAPTERS, "kernel"):

@@ -16,8 +16,8 @@ import jax
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from kimi_jax.kernels.spread import MatrixCut
-from kimi_jax.kernels.vocabulary import VocabularyCut
+from kimi_jax.kernels.fsdp import LinearSharding
+from kimi_jax.kernels.vocabulary import VocabSharding
 
 
 class ShardingError(ValueError):
@@ -29,14 +29,14 @@ class Layout:
     """A mesh and the rules that cut arrays over it.
 
     rules: (logical name, mesh axes that may cut it, the most wanted first), in order of preference.
-    expert_buffer: rows of an expert device's receive buffer over the mean load; the rest takes further rounds.
+    expert_capacity_factor: rows of an expert device's receive buffer over the mean load; the rest takes further rounds.
     exact_above: per-head maximum logits are exact where they may exceed this; else a bound may stand for them.
     reduce_dtype: in which sums over devices are made, see `MemoryConfig`.
     """
 
     mesh: Mesh | AbstractMesh
     rules: tuple[tuple[str, tuple[str, ...]], ...]
-    expert_buffer: float = 1.25
+    expert_capacity_factor: float = 1.25
     exact_above: float = -math.inf
     reduce_dtype: str = "float32"
 
@@ -74,19 +74,19 @@ class Layout:
         """Into how many parts they cut it."""
         return math.prod(self.mesh.shape[axis] for axis in self.axes(name))
 
-    def vocabulary(self, names: tuple[str, str], shape: tuple[int, ...]) -> VocabularyCut:
+    def vocabulary(self, names: tuple[str, str], shape: tuple[int, ...]) -> VocabSharding:
         """How token ids and a table or output matrix with these logical axes lie over the mesh."""
         sequence = (*self.axes("sequence"), *(("tensor",) if self.mesh.shape["tensor"] > 1 else ()))
         axes = self.axes("batch"), self.axes("sequence"), sequence
-        return VocabularyCut(self.mesh, *axes, self.spec(names, shape), self.reduce_dtype)
+        return VocabSharding(self.mesh, *axes, self.spec(names, shape), self.reduce_dtype)
 
-    def matrix(self, names: tuple[str, ...], shape: tuple[int, ...], inputs: int) -> MatrixCut:
+    def matrix(self, names: tuple[str, ...], shape: tuple[int, ...], inputs: int) -> LinearSharding:
         """How tokens [B, S, .] and a matrix with these logical axes lie; the first `inputs` of them are its inputs."""
-        return MatrixCut(
+        return LinearSharding(
             self.mesh, self.axes("batch"), self.axes("sequence"), self.spec(names, shape), inputs, "tensor",
             self.reduce_dtype,
         )  # fmt: skip
 
     def constrain(self, x: jax.Array, *names: str | None) -> jax.Array:
-        """The same array, cut by these names; for the edges of blocks, where the compiler should not choose."""
+        """The same array, sharded by these names; for the edges of blocks, where the compiler should not choose."""
         return lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.spec(names, x.shape)))

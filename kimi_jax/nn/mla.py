@@ -17,11 +17,11 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from kimi_jax.config import ModelConfig
-from kimi_jax.kernels.latent_attention import Cut, join_heads, latent_attention
+from kimi_jax.kernels.latent_attention import AttentionSharding, join_heads, latent_attention
 from kimi_jax.kernels.segment_attention import segment_attention
 from kimi_jax.nn.layers import RMSNorm, text_linear
 from kimi_jax.nn.layout import Layout, ShardingError
-from kimi_jax.nn.rope import rotate_to_halves, softmax_scale, text_rotary
+from kimi_jax.nn.rope import apply_rope, softmax_scale, text_rotary
 
 
 class MLA(nn.Module):
@@ -60,7 +60,7 @@ class MLA(nn.Module):
         if c.q_lora_rank is not None:
             query_input = self.q_a_norm(self.q_a(x))
         latent, k_rope = jnp.split(self.kv_a(x), [c.kv_lora_rank], axis=-1)
-        k_rope = rotate_to_halves(k_rope[:, :, None], cos, sin)[:, :, 0]
+        k_rope = apply_rope(k_rope[:, :, None], cos, sin)[:, :, 0]
         latent = jnp.concatenate([self.kv_a_norm(latent), k_rope], axis=-1)
         return x if c.q_lora_rank is None else query_input, cos, sin, latent
 
@@ -71,7 +71,7 @@ class MLA(nn.Module):
         query_input, cos, sin, latent = self.inputs(x, positions)
         q = (self.q if self.config.q_lora_rank is None else self.q_b)(query_input)
         q_nope, q_rope = jnp.split(q, [self.config.qk_nope_head_dim], axis=-1)
-        return q_nope, rotate_to_halves(q_rope, cos, sin), latent
+        return q_nope, apply_rope(q_rope, cos, sin), latent
 
     def expand(self, latent: Float[Array, "B S C"]) -> tuple[Float[Array, "B S H d"], Float[Array, "B S H v"]]:
         """Keys (part without rotary, then the rotary part) and values of every head."""
@@ -95,21 +95,21 @@ class MLA(nn.Module):
             out, max_logits = segment_attention(q, *self.expand(latent), segment_ids, causal=True, scale=scale)
         else:
             query, kernel = (self.q if c.q_lora_rank is None else self.q_b).matrix(), self.kv_b.matrix()
-            cut = cut_attention(self.layout, x.shape, query.shape, kernel.shape, scale, c.q_lora_rank is None)
+            cut = shard_attention(self.layout, x.shape, query.shape, kernel.shape, scale, c.q_lora_rank is None)
             query_input, cos, sin, latent = self.inputs(x, positions)
             args = query_input.astype(c.dtype), query, cos, sin, latent, kernel, segment_ids
             out, max_logits = latent_attention(cut, *args)
         return self.o(out), max_logits
 
 
-def cut_attention(
+def shard_attention(
     layout: Layout,
     shape: tuple[int, ...],
     query: tuple[int, ...],
     kernel: tuple[int, ...],
     scale: float,
     direct: bool = False,
-) -> Cut:
+) -> AttentionSharding:
     """How x [B, S, .], the queries' matrix [I, H, d] and that of keys and values lie over the mesh, from their shapes.
 
     Heads that do not divide are whole on every device; direct: I is the model's width.
@@ -125,7 +125,7 @@ def cut_attention(
         layout.spec(("embed" if direct else "q_lora", "heads", "head_dim"), query),
         layout.spec(("kv_lora", "heads", "head_dim"), kernel),
     )
-    return Cut(
+    return AttentionSharding(
         layout.mesh, layout.axes("batch"), context, heads, *specs, scale, layout.exact_above, layout.reduce_dtype
     )
 

@@ -21,8 +21,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kimi_jax.config import ModelConfig, MoEConfig
-from kimi_jax.kernels.banks import CODES, Adapted, Bank, Int4
-from kimi_jax.kernels.expert_parallel import Cut, Report, expert_parallel
+from kimi_jax.kernels.expert_parallel import ExpertSharding, Report, expert_parallel
+from kimi_jax.kernels.expert_weights import CODES, ExpertWeight, Int4, LoRAWeights
 from kimi_jax.kernels.grouped_matmul import combine, dispatch, grouped_swiglu, plan_blocks
 from kimi_jax.nn.layers import SwiGLU
 from kimi_jax.nn.layout import Layout, ShardingError
@@ -56,33 +56,34 @@ def route(
     kernel: Float[Array, "D E"],
     bias: Float[Array, " E"],
     moe: MoEConfig,
-    picks: Int[Array, "*b k"] | None = None,
+    expert_ids: Int[Array, "*b k"] | None = None,
 ) -> Routing:
-    """Choose k experts a token, all in float32. `picks` pins the choice; the gates still come from these scores."""
+    """Choose k experts a token, all in float32. `expert_ids` pins the choice; the gates still come from these
+    scores."""
     logits = jnp.matmul(x.astype(jnp.float32), kernel.astype(jnp.float32), precision=lax.Precision.HIGHEST)
     scores = jax.nn.sigmoid(logits)
-    if picks is None:
+    if expert_ids is None:
         _, experts = lax.top_k(lax.stop_gradient(scores + bias.astype(jnp.float32)), moe.num_experts_per_tok)
     else:
-        experts = picks.astype(jnp.int32)
+        experts = expert_ids.astype(jnp.int32)
     gates = jnp.take_along_axis(scores, experts, axis=-1)
     if moe.norm_topk_prob and moe.num_experts_per_tok > 1:
         gates = gates / (gates.sum(axis=-1, keepdims=True) + 1e-20)
     return Routing(experts, gates * moe.routed_scaling_factor, scores)
 
 
-def balance_loss(scores: Float[Array, "B S E"], segment_ids: Int[Array, "B S"], picks: int) -> Float[Array, ""]:
+def balance_loss(scores: Float[Array, "B S E"], segment_ids: Int[Array, "B S"], top_k: int) -> Float[Array, ""]:
     """Sequence-wise balance loss sum_i f_i P_i (1 if perfectly balanced), mean over the rows that hold tokens.
 
     A sequence is a packed row: its real tokens, whatever document they belong to. f_i counts how often expert i is
-    among the best `picks` scores (without bias, as the paper writes it) and has no gradient.
+    among the best `top_k` scores (without bias, as the paper writes it) and has no gradient.
     """
     num_experts = scores.shape[-1]
     real = (segment_ids > 0).astype(jnp.float32)
     count = jnp.maximum(real.sum(axis=-1, keepdims=True), 1.0)
-    smallest = lax.top_k(lax.stop_gradient(scores), picks)[0][..., -1:]
+    smallest = lax.top_k(lax.stop_gradient(scores), top_k)[0][..., -1:]
     chosen = (lax.stop_gradient(scores) >= smallest).astype(jnp.float32)
-    frequency = (chosen * real[..., None]).sum(axis=1) * num_experts / (picks * count)
+    frequency = (chosen * real[..., None]).sum(axis=1) * num_experts / (top_k * count)
     share = scores / scores.sum(axis=-1, keepdims=True)
     probability = (share * real[..., None]).sum(axis=1) / count
     rows = jnp.maximum((real.sum(axis=-1) > 0).sum(), 1)
@@ -95,7 +96,7 @@ class Router(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*b D"], picks: Int[Array, "*b k"] | None = None) -> Routing:
+    def __call__(self, x: Float[Array, "*b D"], expert_ids: Int[Array, "*b k"] | None = None) -> Routing:
         """See `route`."""
         c, moe = self.config, self.config.moe
         if moe is None:
@@ -106,10 +107,10 @@ class Router(nn.Module):
         bias_init = declare(nn.initializers.zeros, ("router",), RouterBias(), parts)
         kernel = self.param("kernel", kernel_init, (c.hidden_size, experts), c.param_dtype)
         bias = self.param("bias", bias_init, (experts,), "float32")
-        return route(x, kernel, bias, moe, picks)
+        return route(x, kernel, bias, moe, expert_ids)
 
 
-class Int4Bank(nn.Module):
+class Int4ExpertWeight(nn.Module):
     """The words and scales of E frozen matrices [inputs, outputs]; random ones until weights are loaded.
 
     Raises ValueError if the inputs are not whole groups of whole words.
@@ -143,12 +144,13 @@ EXPERT_PARTS = ("language", "experts")
 STD_OF_CODES = (255 / 12) ** 0.5  # of 16 equally likely neighbours
 
 
-class Banks(NamedTuple):
-    """The routed experts' matrices: gate and up [E, D, F], down [E, F, D], each of them what `kernels.banks` knows."""
+class ExpertWeights(NamedTuple):
+    """The routed experts' matrices: gate and up [E, D, F], down [E, F, D], each of them what `kernels.expert_weights`
+    knows."""
 
-    gate: Bank
-    up: Bank
-    down: Bank
+    gate: ExpertWeight
+    up: ExpertWeight
+    down: ExpertWeight
 
 
 # sum of gate * expert(x) in float32; tokens of each expert; rows computed
@@ -159,37 +161,45 @@ def run_experts(
     x: Float[Array, "N D"],
     experts: Int[Array, "N k"],
     gates: Float[Array, "N k"],
-    banks: Banks,
+    expert_weights: ExpertWeights,
     num_experts: int,
     first: Int[Array, ""] | int = 0,
     block: int | None = None,
 ) -> ExpertsOut:
-    """Expert e of 0..num_experts-1 is number first + e of the banks; expert number num_experts means nowhere.
+    """Expert e of 0..num_experts-1 is number first + e of the expert weights; expert number num_experts means nowhere.
 
-    Banks may hold the experts of all layers one after the other: a layer's own are then used where they lie, where a
-    slice of the stack would be a copy. block: rows computed together, see `plan_blocks`.
+    ExpertWeights may hold the experts of all layers one after the other: a layer's own are then used where they lie,
+    where a slice of the stack would be a copy. block: rows computed together, see `plan_blocks`.
     """
     plan = plan_blocks(experts, num_experts, block, first)
-    rows = grouped_swiglu(dispatch(x, plan), *banks, plan)
+    rows = grouped_swiglu(dispatch(x, plan), *expert_weights, plan)
     computed = (plan.source < experts.size).sum(dtype=jnp.int32)
     return combine(rows, gates, plan), plan.counts, computed
 
 
-BANK_AXES = {
+EXPERT_AXES = {
     "gate": ("expert", "embed", "expert_mlp"),
     "up": ("expert", "embed", "expert_mlp"),
     "down": ("expert", "expert_mlp", "embed"),
 }
 
 
-def cut_experts(layout: Layout, shape: tuple[int, int, int], banks: Banks, layer: int | None = None) -> Cut:
-    """How tokens [B, S, D] and banks lie over the mesh. layer: of banks that are stacks of layers [L, E, ...].
+def shard_experts(
+    layout: Layout, shape: tuple[int, int, int], expert_weights: ExpertWeights, layer: int | None = None
+) -> ExpertSharding:
+    """How tokens [B, S, D] and expert weights lie over the mesh. layer: of expert weights that are stacks of layers [L,
+    E, ...].
 
-    The tensor axis deals out the inner width only if it divides it in all arrays, scales too; else it is not used.
+    The tensor axis distributes out the inner width only if it divides it in all arrays, scales too; else it is not
+    used.
     Raises ShardingError if the mesh cuts the tokens or the experts into parts of different size.
     """
     tokens = layout.spec(("batch", "sequence", None), shape)
-    arrays = [pair for axes, bank in zip(BANK_AXES.values(), banks, strict=True) for pair in _arrays(axes, bank)]
+    arrays = [
+        pair
+        for axes, expert_weight in zip(EXPERT_AXES.values(), expert_weights, strict=True)
+        for pair in _arrays(axes, expert_weight)
+    ]
     if layer is not None:
         arrays = [(("layers", *axes), array) for axes, array in arrays]
     num = arrays[0][1].shape[arrays[0][0].index("expert")]
@@ -203,60 +213,64 @@ def cut_experts(layout: Layout, shape: tuple[int, int, int], banks: Banks, layer
         layout = dataclasses.replace(layout, rules=tuple((n, tuple(a for a in axes if a != "tensor"))
                                                          for n, axes in layout.rules))  # fmt: skip
     specs = [layout.spec(axes, array.shape) for axes, array in arrays]
-    cuts = jax.tree.unflatten(jax.tree.structure(tuple(banks)), specs)
-    return Cut(layout.mesh, tokens, cuts, expert, tensor, layout.expert_buffer, layer, layout.reduce_dtype)
+    cuts = jax.tree.unflatten(jax.tree.structure(tuple(expert_weights)), specs)
+    return ExpertSharding(
+        layout.mesh, tokens, cuts, expert, tensor, layout.expert_capacity_factor, layer, layout.reduce_dtype
+    )
 
 
-def _arrays(axes: tuple[str, str, str], bank: Bank) -> list[tuple[tuple[str, ...], Array]]:
-    """The arrays of a bank with their logical axes, in the order of its leaves."""
+def _arrays(axes: tuple[str, str, str], expert_weight: ExpertWeight) -> list[tuple[tuple[str, ...], Array]]:
+    """The arrays of an expert weight with their logical axes, in the order of its leaves."""
     expert, inputs, outputs = axes
-    if isinstance(bank, Int4):
-        return [(axes, bank.words), (axes, bank.scales)]
-    if isinstance(bank, Adapted):
-        pair = [((expert, inputs, "lora"), bank.a), ((expert, "lora", outputs), bank.b)]
-        return [*_arrays(axes, bank.base), *pair]
-    return [(axes, bank)]
+    if isinstance(expert_weight, Int4):
+        return [(axes, expert_weight.words), (axes, expert_weight.scales)]
+    if isinstance(expert_weight, LoRAWeights):
+        pair = [((expert, inputs, "lora"), expert_weight.a), ((expert, "lora", outputs), expert_weight.b)]
+        return [*_arrays(axes, expert_weight.base), *pair]
+    return [(axes, expert_weight)]
 
 
 class Experts(nn.Module):
-    """The routed experts' three banks of matrices; with adapters, where the collection "lora" holds some."""
+    """The routed experts' three expert weights of matrices; with adapters, where the collection "lora" holds some."""
 
     config: ModelConfig
     layout: Layout | None = None
 
-    def _bank(self, name: str, shape: tuple[int, int, int], stored: bool) -> Bank:
-        c, axes = self.config, BANK_AXES[name]
-        bank: Bank
+    def _expert_weight(self, name: str, shape: tuple[int, int, int], stored: bool) -> ExpertWeight:
+        c, axes = self.config, EXPERT_AXES[name]
+        expert_weight: ExpertWeight
         if c.moe.int4_group_size:
-            bank = Int4Bank(shape, axes, c.moe.int4_group_size, c.initializer_range, name=name)()
+            expert_weight = Int4ExpertWeight(shape, axes, c.moe.int4_group_size, c.initializer_range, name=name)()
         else:
             init = declare(nn.initializers.normal(c.initializer_range), axes, Muon(batch=1), EXPERT_PARTS)
-            bank = self.param(name, init, shape, c.param_dtype)
-            bank = bank if stored and not self.has_variable(ADAPTERS, name) else bank.astype(c.dtype)
+            expert_weight = self.param(name, init, shape, c.param_dtype)
+            expert_weight = (
+                expert_weight if stored and not self.has_variable(ADAPTERS, name) else expert_weight.astype(c.dtype)
+            )
         if self.has_variable(ADAPTERS, name):
-            bank = Adapted(bank, **self.get_variable(ADAPTERS, name))
-        return bank
+            expert_weight = LoRAWeights(expert_weight, **self.get_variable(ADAPTERS, name))
+        return expert_weight
 
     @nn.compact
-    def banks(self, stored: bool = False) -> Banks:
+    def expert_weights(self, stored: bool = False) -> ExpertWeights:
         """The matrices, in the activations' dtype if they are floats; stored: that of learned parameters."""
         c = self.config
         num, inner = c.moe.n_routed_experts, c.moe.moe_intermediate_size
-        gate = self._bank("gate", (num, c.hidden_size, inner), stored)
-        up = self._bank("up", (num, c.hidden_size, inner), stored)
-        down = self._bank("down", (num, inner, c.hidden_size), stored)
-        return Banks(gate, up, down)
+        gate = self._expert_weight("gate", (num, c.hidden_size, inner), stored)
+        up = self._expert_weight("up", (num, c.hidden_size, inner), stored)
+        down = self._expert_weight("down", (num, inner, c.hidden_size), stored)
+        return ExpertWeights(gate, up, down)
 
     def __call__(
         self, x: Float[Array, "B S D"], experts: Int[Array, "B S k"], gates: Float[Array, "B S k"]
     ) -> tuple[Float[Array, "B S D"], Report]:
         """See `run_experts`; over the devices of a layout, `expert_parallel`."""
-        c, banks = self.config, self.banks(stored=self.layout is not None)
+        c, expert_weights = self.config, self.expert_weights(stored=self.layout is not None)
         x = x.astype(c.dtype)
         if self.layout is not None:
-            cut = cut_experts(self.layout, x.shape, banks)
-            return expert_parallel(cut, x, experts, gates, tuple(banks))
-        run = functools.partial(run_experts, banks=banks, num_experts=c.moe.n_routed_experts)
+            cut = shard_experts(self.layout, x.shape, expert_weights)
+            return expert_parallel(cut, x, experts, gates, tuple(expert_weights))
+        run = functools.partial(run_experts, expert_weights=expert_weights, num_experts=c.moe.n_routed_experts)
         return _flat(run, x, experts, gates)
 
 
@@ -285,15 +299,15 @@ class MoE(nn.Module):
         self,
         x: Float[Array, "B S D"],
         segment_ids: Int[Array, "B S"],
-        picks: Int[Array, "B S k"] | None = None,
+        expert_ids: Int[Array, "B S k"] | None = None,
         experts: Callable[[Array, Array, Array], ExpertsOut] | None = None,
     ) -> tuple[Float[Array, "B S D"], MoEAux]:
-        """Same shape, in the activations' dtype. Padding (segment 0) is routed nowhere. `picks` pins the experts.
+        """Same shape, in the activations' dtype. Padding (segment 0) is routed nowhere. `expert_ids` pins the experts.
 
         experts: stands in for the layer's own `Experts`, see `run_experts`.
         """
         moe = self.config.moe
-        routing = self.router(x, picks)
+        routing = self.router(x, expert_ids)
         real = segment_ids > 0
         chosen = jnp.where(real[..., None], routing.experts, moe.n_routed_experts)
         run = functools.partial(_flat, experts) if experts else self.experts

@@ -57,7 +57,7 @@ def text_rotary(config: ModelConfig, positions: Int[Array, "*b"]) -> tuple[Float
     return (jnp.cos(angles) * size).astype(config.dtype), (jnp.sin(angles) * size).astype(config.dtype)
 
 
-def rotate_to_halves(
+def apply_rope(
     x: Float[Array, "*b H d"], cos: Float[Array, "*b p"], sin: Float[Array, "*b p"]
 ) -> Float[Array, "*b H d"]:
     """Turn pairs (2j, 2j+1); the result holds all first members, then all second ones. For the language model."""

@@ -23,7 +23,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from kimi_jax.kernels.spread import all_gather_rows
+from kimi_jax.kernels.fsdp import all_gather_rows
 from kimi_jax.nn.layout import Layout
 
 
@@ -40,13 +40,13 @@ def place_features(
     return jnp.where(feature_index[..., None] >= 0, taken.reshape(*x.shape[:-1], width).astype(x.dtype), x)
 
 
-def join_classes(features: tuple[Float[Array, "_ _ D"], ...], num_groups: int) -> Float[Array, "G F D"]:
+def join_classes(features: tuple[Float[Array, "_ _ D"], ...], num_packs: int) -> Float[Array, "G F D"]:
     """Features [V, W, D] of each bin class, flattened a group: for each class its bins, for each bin its slots."""
-    return jnp.concatenate([f.reshape(num_groups, -1, f.shape[-1]) for f in features], axis=1)
+    return jnp.concatenate([f.reshape(num_packs, -1, f.shape[-1]) for f in features], axis=1)
 
 
-def deal_bins(layout: Layout, bins: dict[str, Array]) -> dict[str, Array]:
-    """The arrays [V, ...] of one class, cut by "batch", as [V', ...], cut by "bins".
+def shard_bins(layout: Layout, bins: dict[str, Array]) -> dict[str, Array]:
+    """The arrays [V, ...] of one class, sharded by "batch", as [V', ...], sharded by "bins".
 
     V' > V where a group's bins are not a multiple of its devices: the last bin is taken again, and nobody reads it.
     """
@@ -69,18 +69,18 @@ def fuse(
     features: tuple[Float[Array, "_ _ D"], ...],
     feature_index: Int[Array, "B S"],
     bins: tuple[int, ...],
-    num_groups: int,
+    num_packs: int,
 ) -> Float[Array, "B S D"]:
-    """`place_features`, of features [V', W, D] that lie as `deal_bins` left their bins. bins: V of each class."""
+    """`place_features`, of features [V', W, D] that lie as `shard_bins` left their bins. bins: V of each class."""
     if layout is None:
-        return place_features(x, join_classes(features, num_groups), feature_index)
+        return place_features(x, join_classes(features, num_packs), feature_index)
     parts, group = layout.parts("batch"), _group(layout)
 
     def here(x: Array, features: tuple[Array, ...], feature_index: Array) -> Array:
         if group:
             gather = functools.partial(all_gather_rows, axes=group, dtype=layout.reduce_dtype)
             features = tuple(gather(f)[: v // parts] for f, v in zip(features, bins, strict=True))
-        return place_features(x, join_classes(features, num_groups // parts), feature_index)
+        return place_features(x, join_classes(features, num_packs // parts), feature_index)
 
     tokens = PartitionSpec(layout.axes("batch") or None, layout.axes("sequence") or None)
     specs = tokens, PartitionSpec(layout.axes("bins") or None), tokens

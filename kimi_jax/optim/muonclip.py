@@ -52,9 +52,9 @@ def muonclip(
 
     `infos` is `nn.param.metadata(boxed)`; parameters and gradients must be the same tree of arrays. `ns_dtype` is the
     dtype of Newton-Schulz (default: `newton_schulz.default_dtype()`). `layout` says how the parameters lie over a mesh;
-    whole matrices are then dealt to its devices (`newton_schulz.orthogonalize_dealt`). The state is a pytree of arrays:
-    momentum for Muon leaves, two moments for AdamW leaves, counters. `update` needs `params` (weight decay). The
-    gradient of a Frozen leaf may be None, and so is its update then; else it is zero.
+    whole matrices are then distributed to its devices (`newton_schulz.orthogonalize_sharded`). The state is a pytree of
+    arrays: momentum for Muon leaves, two moments for AdamW leaves, counters. `update` needs `params` (weight decay).
+    The gradient of a Frozen leaf may be None, and so is its update then; else it is zero.
     Raises TypeError for a leaf without a known group, ValueError when `infos` and the parameters do not match, and
     ConfigError for a schedule that does not fit into `total_steps`. Source: docs/paper_notes.md section 2.4.
     """
@@ -139,7 +139,7 @@ def _directions(
         matrices = [as_matrices(array, group) for array, (group, _) in zip(arrays, leaves, strict=True)]
         return [newton_schulz.orthogonalize(x, steps, dtype) for x in matrices]
     dealings = [
-        newton_schulz.Dealing(group.batch, group.rows, layout.mesh, layout.spec(axes, array.shape))
+        newton_schulz.Distribution(group.batch, group.rows, layout.mesh, layout.spec(axes, array.shape))
         for array, (group, axes) in zip(arrays, leaves, strict=True)
     ]
     kinds: dict[tuple, list[int]] = {}
@@ -148,7 +148,7 @@ def _directions(
     out: list[Array] = list(arrays)
     for members in kinds.values():
         together = [arrays[i] for i in members], [dealings[i] for i in members]
-        for i, direction in zip(members, newton_schulz.orthogonalize_dealt(*together, steps, dtype), strict=True):
+        for i, direction in zip(members, newton_schulz.orthogonalize_sharded(*together, steps, dtype), strict=True):
             out[i] = direction
     return out
 

@@ -64,7 +64,7 @@ def orthogonalize(
     return x.astype(matrices.dtype)
 
 
-class Dealing(NamedTuple):
+class Distribution(NamedTuple):
     """How the matrices of a parameter lie: its leading axes are `batch` axes of matrices, then `rows` axes of their
     rows, the rest are their columns; `spec` cuts it over `mesh`."""
 
@@ -80,9 +80,9 @@ class Dealing(NamedTuple):
         return inner, self.rows, parts + (None,) * (len(inner) - len(parts))
 
 
-def orthogonalize_dealt(
+def orthogonalize_sharded(
     leaves: Sequence[Float[Array, "..."]],
-    where: Sequence[Dealing],
+    where: Sequence[Distribution],
     steps: int = 5,
     dtype: DTypeLike | None = None,
 ) -> list[Float[Array, "..."]]:
@@ -90,13 +90,14 @@ def orthogonalize_dealt(
 
     A device has parts of many matrices and needs whole ones: an all-to-all gives each device of a
     group that shares matrices a few whole ones of them, a second one takes the results back. That is done for so many
-    matrices at a time that a device holds about ROOM bytes of whole ones. Where the matrices cannot be dealt evenly,
-    zeros fill up. Parameters of one kind go together because the TPU compiler makes code for every loop that it sees.
+    matrices at a time that a device holds about ROOM bytes of whole ones. Where the matrices cannot be distributed
+    evenly, zeros fill up. Parameters of one kind go together because the TPU compiler makes code for every loop that it
+    sees.
     """
     dtype = jnp.dtype(dtype) if dtype is not None else default_dtype()
     inner, rows, parts = where[0].kind(leaves[0].shape)
     mesh = where[0].mesh
-    # axes of one matrix, after one axis for all matrices here: (which, mesh axes that cut it)
+    # axes of one matrix, after one axis for all matrices here: (which, mesh axes that shard it)
     cuts = [(i + 1, part) for i, part in enumerate(parts) if part is not None]
     group = math.prod(mesh.shape[axis] for _, part in cuts for axis in ((part,) if isinstance(part, str) else part))
     shape = math.prod(inner[:rows]), math.prod(inner[rows:])

@@ -232,18 +232,18 @@ def _attached_flops(here: Instruction) -> float | None:
 def matmul_flops(name: str, shapes: list[tuple[int, ...]]) -> float | None:
     """FLOPs of a grouped-matmul or attention kernel from the shapes of its operands; None for another kernel.
 
-    `gmm`: rows [M, K] times banks [E, K, N] or [E, N, K]; `tgmm`: [K, M] or [M, K] times [M, N];
+    `gmm`: rows [M, K] times expert weights [E, K, N] or [E, N, K]; `tgmm`: [K, M] or [M, K] times [M, N];
     splash attention: q [.., H, S, d], k [.., S, d], v [.., S, dv], causal: half of all pairs.
     """
     matrices = [s for s in shapes if len(s) == 2 and min(s) > 1]
-    banks = [s for s in shapes if len(s) == 3]
+    expert_weights = [s for s in shapes if len(s) == 3]
     if name.startswith("tgmm") and len(matrices) >= 2:
         a, b = matrices[:2]
         shared = max(set(a) & set(b), default=a[0])
         return 2.0 * math.prod(a) * math.prod(b) / shared
-    if name.startswith("gmm") and matrices and banks:
-        rows, bank = matrices[0], banks[0]
-        return 2.0 * rows[0] * bank[1] * bank[2]
+    if name.startswith("gmm") and matrices and expert_weights:
+        rows, expert_weight = matrices[0], expert_weights[0]
+        return 2.0 * rows[0] * expert_weight[1] * expert_weight[2]
     if name.startswith("splash"):
         wide = [s for s in shapes if len(s) >= 3 and s[-1] >= 64 and s[-2] >= 64]
         if len(wide) >= 3:

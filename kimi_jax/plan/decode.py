@@ -1,6 +1,6 @@
 """One decoding step of the engine on a pod, lowered from shapes: every slot gets its next token.
 
-What is lowered is `infer.step.next_tokens`, which the engine jits (a test compares the texts), for weights cut by
+What is lowered is `infer.step.next_tokens`, which the engine jits (a test compares the texts), for weights sharded by
 `kimi_jax.sharding` and pages and slots cut along the batch's axes, as the engine cuts them.
 
 B slots   W pages in a table   P pages   s tokens a page   H heads   n, v, R widths as in `infer.forward`
@@ -21,7 +21,7 @@ from kimi_jax.infer import forward as decoder
 from kimi_jax.infer.cache import empty_cache
 from kimi_jax.infer.sampler import Settings
 from kimi_jax.infer.step import cut, next_tokens
-from kimi_jax.kernels.banks import Int4
+from kimi_jax.kernels.expert_weights import Int4
 from kimi_jax.nn.decoder import DENSE, MOE
 from kimi_jax.nn.kimi import abstract_params
 from kimi_jax.nn.param import metadata, unbox
@@ -59,11 +59,13 @@ def abstract_weights(config: ModelConfig, mesh: Mesh) -> decoder.Weights:
         if length:
             stack = {**cuts[name], "mlp": {k: v for k, v in cuts[name]["mlp"].items() if k != "experts"}}
             layers += [_layer(stack)] * length
-    banks = None
+    expert_weights = None
     if config.num_moe_layers:
         experts = cuts[MOE]["mlp"]["experts"]
-        banks = decoder.Banks(**{k: Int4(**v) if isinstance(v, dict) else v for k, v in experts.items()})
-    specs = decoder.Weights(cuts["embed"], tuple(layers), banks, cuts["final_norm"], cuts["lm_head"])
+        expert_weights = decoder.ExpertWeights(
+            **{k: Int4(**v) if isinstance(v, dict) else v for k, v in experts.items()}
+        )
+    specs = decoder.Weights(cuts["embed"], tuple(layers), expert_weights, cuts["final_norm"], cuts["lm_head"])
     out = jax.eval_shape(functools.partial(decoder.prepare, config), shapes)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s)), out, specs

@@ -88,7 +88,7 @@ def estimate(config: TrainConfig, topology: Topology, rows: int | None = None) -
     ideal = flops.train_flops(model, counts) / chip.flops
     return {
         "mesh": sizes,
-        "rows": config.data.num_groups * config.data.rows_per_group / topology.devices,
+        "rows": config.data.num_packs * config.data.rows_per_pack / topology.devices,
         "microbatches": config.memory.microbatches,
         "tokens": counts["tokens"],
         "parameters": weights + experts,

@@ -27,7 +27,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from kimi_jax import sharding
 from kimi_jax.config import ConfigError, TrainConfig
-from kimi_jax.data.packing import Group, GroupShape
+from kimi_jax.data.packing import Pack, PackShape
 from kimi_jax.plan.chips import Topology
 from kimi_jax.train import state as state_lib
 from kimi_jax.train import xla_flags
@@ -87,23 +87,23 @@ def scaled(config: TrainConfig, mesh: Mesh | AbstractMesh, rows: int | None) -> 
     has the patches beside it that the configuration gives it. Raises ConfigError if the batch does not divide.
     """
     data = config.data
-    total = data.num_groups * data.rows_per_group if rows is None else rows * mesh.size
+    total = data.num_packs * data.rows_per_pack if rows is None else rows * mesh.size
     groups = sharding.batch_parts(mesh) * config.memory.microbatches
     if not total or total % groups:
         raise ConfigError(
             f"{total} rows cannot be cut into {groups} groups ({groups // config.memory.microbatches} parts of the "
             f"mesh, {config.memory.microbatches} microbatches); give another --sequences_per_chip"
         )
-    share = total / groups / data.rows_per_group
+    share = total / groups / data.rows_per_pack
     bins = tuple((patches, max(1, math.ceil(count * share))) for patches, count in data.vision_bins)
-    data = dataclasses.replace(data, num_groups=groups, rows_per_group=total // groups, vision_bins=bins)
+    data = dataclasses.replace(data, num_packs=groups, rows_per_pack=total // groups, vision_bins=bins)
     return dataclasses.replace(config, data=data)
 
 
 def abstract_batch(config: TrainConfig, mesh: Mesh) -> Any:
     """Shapes, dtypes and shardings of a packed batch."""
-    group = Group(GroupShape.of(config.data, config.model)).arrays()
-    cut, groups = sharding.batch_sharding(mesh), config.data.num_groups
+    group = Pack(PackShape.of(config.data, config.model)).arrays()
+    cut, groups = sharding.batch_sharding(mesh), config.data.num_packs
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((groups * x.shape[0], *x.shape[1:]), x.dtype, sharding=cut), group
     )

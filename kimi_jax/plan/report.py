@@ -11,7 +11,7 @@ from collections import defaultdict
 from typing import Any
 
 from kimi_jax.config import TrainConfig
-from kimi_jax.data.packing import GroupShape
+from kimi_jax.data.packing import PackShape
 from kimi_jax.plan.chips import Topology
 from kimi_jax.plan.cost import Cost
 from kimi_jax.plan.program import Compiled, DoesNotFit
@@ -23,9 +23,9 @@ GIB = 2**30
 def full_counts(config: TrainConfig, devices: int) -> dict[str, float]:
     """A device's share of a full batch (see `train.flops.batch_counts`): a row is one document, a bin one picture, and
     every feature of the bins is placed."""
-    data, bins = config.data, GroupShape.of(config.data, config.model).bins
-    groups = data.num_groups / devices
-    rows, patches = groups * data.rows_per_group, groups * sum(size * count for size, count in bins)
+    data, bins = config.data, PackShape.of(config.data, config.model).bins
+    groups = data.num_packs / devices
+    rows, patches = groups * data.rows_per_pack, groups * sum(size * count for size, count in bins)
     return {
         "tokens": rows * data.sequence_length,
         "token_pairs": rows * data.sequence_length * (data.sequence_length + 1) / 2,

@@ -183,13 +183,13 @@ def samples(group: Group, advantages: Sequence[float], media_pad_id: int) -> lis
     return out
 
 
-def pack(items: Sequence[Sample], shape: packing.GroupShape, num_packs: int) -> tuple[packing.Batch, list[Sample]]:
+def pack(items: Sequence[Sample], shape: packing.PackShape, num_packs: int) -> tuple[packing.Batch, list[Sample]]:
     """A batch of `num_packs` packs with the columns of COLUMNS, and the samples that found no room, both in order.
 
     First fit, but a pack that holds a sample's pictures comes first, so that each picture lies once in as few packs as
     its group takes. Raises ValueError for a sample that does not fit an empty pack.
     """
-    packs = [packing.Group(shape, COLUMNS) for _ in range(num_packs)]
+    packs = [packing.Pack(shape, COLUMNS) for _ in range(num_packs)]
     left = []
     for item in items:
         media = item.encoded.media

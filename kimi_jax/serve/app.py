@@ -31,19 +31,19 @@ from starlette.types import Receive, Scope, Send
 
 from kimi_jax.config import ModelConfig
 from kimi_jax.data import BadRecord
-from kimi_jax.data.media_part import media_addresses
+from kimi_jax.data.media_part import media_urls
 from kimi_jax.data.processor import Limits
 from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.infer.generate import Chat, chat_request, with_stop_tokens
 from kimi_jax.infer.request import Request, Sampling
 from kimi_jax.serve import protocol
-from kimi_jax.serve.addresses import is_remote, opener
 from kimi_jax.serve.answer import Answer, ChatAnswer
 from kimi_jax.serve.body import VALUE_BYTES, count_values, parse_json, read_body
 from kimi_jax.serve.budget import MemoryBudget, Reservation
 from kimi_jax.serve.guard import Guard, declared_length, refuse
 from kimi_jax.serve.protocol import ApiError, Call, ChatCall, CompletionCall
 from kimi_jax.serve.remote import Fetcher, IPNetwork
+from kimi_jax.serve.urls import is_remote, opener
 from kimi_jax.serve.worker import EngineFailed, EngineWorker, Overloaded, RequestFailed, Run
 
 GONE = 499  # what proxies call a client that did not wait
@@ -240,7 +240,7 @@ class Endpoint:
         fetcher = self._server.fetcher
         if not fetcher or not isinstance(call, ChatCall):
             return {}
-        addresses = list(dict.fromkeys(filter(is_remote, media_addresses(call.messages))))
+        addresses = list(dict.fromkeys(filter(is_remote, media_urls(call.messages))))
         if len(addresses) > MAX_REMOTE:
             raise ApiError(400, f"more than {MAX_REMOTE} remote addresses in one call", "messages")
         tasks = [asyncio.ensure_future(fetcher.fetch(address, memory.change)) for address in addresses]
@@ -281,9 +281,9 @@ class ChatEndpoint(Endpoint):
     def requests(self, call: ChatCall, fetched: Mapping[str, bytes], memory: Reservation) -> list[Request]:
         """One prompt, as often as there are choices."""
         server = self._server
-        open_address = opener(server.media_folder, fetched, memory.change)
+        open_url = opener(server.media_folder, fetched, memory.change)
         limits = Limits(server.max_sequence_length, server.max_characters, memory.change)
-        chat = Chat(call.messages, call.tools, call.thinking, call.preserve_thinking, open_address, limits)
+        chat = Chat(call.messages, call.tools, call.thinking, call.preserve_thinking, open_url, limits)
         return _choices(chat_request(chat, server.tokenizer, server.config, self.sampling(call)), call.num_choices)
 
     def answer(self, call: ChatCall, requests: list[Request]) -> ChatAnswer:

@@ -21,7 +21,7 @@ COMPUTED = ("dtype", "scan_layers", "remat", "remat_policy")  # what of `config.
 
 
 def load_base(config: TrainConfig, mesh: Mesh) -> tuple[TrainConfig, Any]:
-    """The settings with the model of the base, and its weights cut over the mesh, in `config.model.dtype`.
+    """The settings with the model of the base, and its weights sharded over the mesh, in `config.model.dtype`.
 
     Without `config.lora`: (config, None). Raises ConfigError for a base that cannot be loaded.
     """

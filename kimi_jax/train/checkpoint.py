@@ -91,7 +91,7 @@ class Checkpoints:
         """
         step = int(state.step)
         json, arrays = split_arrays(host)
-        self.settle()
+        self.wait()
         self._asked = step
         if step not in self._manager.all_steps():
             items = ocp.args.Composite(
@@ -104,11 +104,11 @@ class Checkpoints:
             self._try(lambda: self._manager.save(step, args=items, force=True))
         return step
 
-    def look(self) -> None:
+    def check_errors(self) -> None:
         """Warns if saving has failed in the background; does not wait."""
         self._try(self._manager.check_for_errors)
 
-    def settle(self) -> bool:
+    def wait(self) -> bool:
         """Waits for the last save; whether what it was to save is on disk. Warns if not."""
         self._try(self._manager.wait_until_finished)
         return self._asked is None or self._asked in self._manager.all_steps()
@@ -127,11 +127,11 @@ class Checkpoints:
                 self._manager.close()
             self._manager = self._open()  # which removes what was half written
 
-    def restore(self, abstract: TrainState, config: TrainConfig, sound: bool = False) -> Restored | None:
+    def restore(self, abstract: TrainState, config: TrainConfig, healthy: bool = False) -> Restored | None:
         """The newest checkpoint that can be read, or None without any.
 
         `abstract` carries shapes and shardings (`state.abstract`). Unreadable newer ones are moved away with a warning.
-        sound: pass over those written while updates were being left out.
+        healthy: pass over those written while updates were being left out.
         Raises CheckpointMismatch if the checkpoint's arrays have other names or shapes than those of `abstract`,
         NoCheckpoint if there are checkpoints but none is a whole one of a run, CheckpointUnavailable for trouble that
         may pass.
@@ -144,7 +144,7 @@ class Checkpoints:
                 problem = self._damage(step)
                 if problem is None:
                     host = self._host(step)
-                    if sound and host.host["meter"]["skipped_in_row"]:
+                    if healthy and host.host["meter"]["skipped_in_row"]:
                         passed_over = True
                         continue
                     found = self._restore_step(step, host, abstract, config)
@@ -274,7 +274,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits, then lets go of the threads."""
-        self.settle()
+        self.wait()
         self._manager.close()
 
 
@@ -289,8 +289,8 @@ def load(
     """The settings and the weights of a run, for evaluation; the newest checkpoint unless `step` names another.
 
     The settings name the copy of the tokenizer in the workdir, so that the workdir may have been copied.
-    Of a run with `config.lora` it is the adapters (`kimi.load` merges them into their base). The weights are cut over
-    the mesh, all devices by default, as in training; each device reads its own part. dtype: of all weights but the
+    Of a run with `config.lora` it is the adapters (`kimi.load` merges them into their base). The weights are sharded
+    over the mesh, all devices by default, as in training; each device reads its own part. dtype: of all weights but the
     router bias and adapters; default: as they were trained. verify: compare the files with their checksums first.
     parts: names at the top of the tree (`vision`, `lm_head`), of which alone anything is read; default all.
     Raises FileNotFoundError if there is no such checkpoint, CheckpointError if it is damaged.

@@ -58,5 +58,5 @@ class FillWatch:
             self._warned.add(what)
             say(
                 f"WARNING: step {step}: the {what} of the last log interval is {value:.1%}, below {least:.1%}; "
-                "data.vision_bins may be too small for data.vision_ratio, or data.lookahead too short"
+                "data.vision_bins may be too small for data.vision_ratio, or data.buffer_size too short"
             )

@@ -199,7 +199,7 @@ class _Run:
     def evaluate(self, state: TrainState, limit: int, samples: list | None = None) -> list[Any]:
         """Runs the tasks of the settings, prints and logs the scores; returns the rows of `kimi_jax.eval.runner`.
 
-        Raises Interrupted when a signal comes meanwhile: an evaluation may be long and can be made again.
+        Raises Interrupted when a signal comes meanwhile: an evaluation may be long and can be recomputed.
         """
         from kimi_jax.eval.runner import evaluate as evaluate_registered
 
@@ -247,12 +247,12 @@ def _work(this: _Run, train_step: Any, abstract: TrainState, state: TrainState, 
         rate = measure_matmul_rate(this.mesh, config.model.dtype)  # while no data worker competes
         devices = f"{this.mesh.size} x {jax.devices()[0].device_kind}"
         say(f"{devices}: plain {config.model.dtype} matmuls reach {rate / 1e9:,.0f} GFLOP/s (MFU 100 %)")
-        packs = sharding.local_groups(config.data.num_groups, this.mesh)
+        packs = sharding.local_packs(config.data.num_packs, this.mesh)
         with contextlib.closing(this.given.batches(config, packs, data)) as source:
             with this.clock.spend("steps"):
                 state, step, signal = _train(this, train_step, abstract, source, state, step, rate)
     with this.clock.spend("checkpoint"):
-        saved = this.checkpoints.settle()
+        saved = this.checkpoints.wait()
     say(this.clock.line())
     if signal:
         how = "saved" if saved else "NOT saved"
@@ -352,7 +352,7 @@ def _record(this: _Run, row: dict[str, Any] | None, rate: float) -> None:
         row |= {"mfu": row["flops_per_s"] / rate, **this.clock.row()}
         this.log.train(row)
         this.say.row(row)
-        this.checkpoints.look()
+        this.checkpoints.check_errors()
 
 
 def _roll_back(this: _Run, abstract: TrainState, state: TrainState, step: int, rate: float) -> TrainState:
@@ -363,11 +363,11 @@ def _roll_back(this: _Run, abstract: TrainState, state: TrainState, step: int, r
     """
     meter, recovery = this.meter, this.config.recovery
     with this.clock.spend("checkpoint"):
-        this.checkpoints.settle()
+        this.checkpoints.wait()
     found = None
     if meter.rollbacks < recovery.max_rollbacks:
         with this.clock.spend("restore"):
-            found = this.checkpoints.restore(abstract, this.config, sound=True)
+            found = this.checkpoints.restore(abstract, this.config, healthy=True)
     if found is None:
         tried = f", after going back {meter.rollbacks} times" if meter.rollbacks else ""
         raise Diverged(

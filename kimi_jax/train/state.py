@@ -1,4 +1,4 @@
-"""What training carries from step to step, and how each array of it is cut over the mesh."""
+"""What training carries from step to step, and how each array of it is sharded over the mesh."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """MuonClip for this model's parameter groups; platform: of the devices, if not those of this process.
 
-    layout: deals Newton-Schulz to the devices. The state is the same with and without.
+    layout: distributes Newton-Schulz to the devices. The state is the same with and without.
     """
     dtype = newton_schulz.default_dtype(platform)
     return muonclip(config.optimizer, config.steps, _infos(config), dtype, layout)
@@ -76,7 +76,7 @@ def make_train_step(
     """
     objective = objective or next_token()
     mesh = mesh or sharding.make_mesh(config.mesh)
-    sharding.check_groups(config.data.num_groups, mesh, config.memory.microbatches)
+    sharding.check_packs(config.data.num_packs, mesh, config.memory.microbatches)
     layout = make_layout(config, mesh)
     tx = make_optimizer(config, mesh.devices.flat[0].platform, layout)
     shardings = state_lib.shardings(config.model, tx, mesh, config.lora)
@@ -104,7 +104,9 @@ def make_layout(config: TrainConfig, mesh: Mesh) -> Layout | None:
     # maximum logits below tau need not be exact: nothing follows from them
     tau = config.optimizer.qk_clip_tau or math.inf
     memory = config.memory
-    return sharding.layout(mesh, expert_buffer=memory.expert_buffer, exact_above=tau, reduce_dtype=memory.reduce_dtype)
+    return sharding.layout(
+        mesh, expert_capacity_factor=memory.expert_capacity_factor, exact_above=tau, reduce_dtype=memory.reduce_dtype
+    )
 
 
 def loss_fn(
@@ -125,7 +127,7 @@ def loss_fn(
     objective = objective or next_token()
     check_columns(objective, batch)
     model = KimiK25(config.model, layout)
-    groups = config.data.num_groups // (config.memory.microbatches if whole is not None else 1)
+    groups = config.data.num_packs // (config.memory.microbatches if whole is not None else 1)
     variables = lora.variables(params, frozen, config.lora)
     nll, aux = model.apply(variables, batch, groups, objective.temperature, method=model.token_nll)
     totals, balance = objective.totals(batch), aux.balance_loss
@@ -244,13 +246,13 @@ def _train_step(
     return new, metrics
 
 
-def _advance(state: TrainState, params: Any, opt_state: Any, loss: jax.Array, sound: jax.Array) -> TrainState:
-    """The next state; weights and optimizer stay as they were when the update is not sound."""
+def _advance(state: TrainState, params: Any, opt_state: Any, loss: jax.Array, healthy: jax.Array) -> TrainState:
+    """The next state; weights and optimizer stay as they were when the update is not healthy."""
 
     def keep(new: jax.Array, old: jax.Array) -> jax.Array:
-        return jnp.where(sound, new, old)
+        return jnp.where(healthy, new, old)
 
-    missed = 1 - sound.astype(jnp.int32)
+    missed = 1 - healthy.astype(jnp.int32)
     loss_mean, loss_square = spikes.advance(state, loss)
     return TrainState(
         step=state.step + 1,

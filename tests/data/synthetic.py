@@ -69,8 +69,8 @@ def settings(tokenizer_path: Path, **changes) -> tuple[DataConfig, ModelConfig]:
         "clips": SourceConfig(kind="synthetic", vision=True),
     }
     data = DataConfig(
-        sources=configs, tokenizer=str(tokenizer_path), sequence_length=256, rows_per_group=2, num_groups=4,
-        vision_bins=((64, 4), (160, 3)), vision_ratio=((0.0, 0.2),), lookahead=16, num_workers=0, prefetch=0,
+        sources=configs, tokenizer=str(tokenizer_path), sequence_length=256, rows_per_pack=2, num_packs=4,
+        vision_bins=((64, 4), (160, 3)), vision_ratio=((0.0, 0.2),), buffer_size=16, num_workers=0, prefetch=0,
         max_bad_fraction=0.2, seed=3,
     )  # fmt: skip
     model = dataclasses.replace(preset("demo"), vision=VisionConfig(patch_size=14))

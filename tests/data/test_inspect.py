@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from kimi_jax.config import DataConfig, SourceConfig, TrainConfig, preset
-from kimi_jax.data.inspect import look, show
-from kimi_jax.data.inspect_picture import draw, items_of
+from kimi_jax.data.inspect import show, summarise
+from kimi_jax.data.inspect_plot import draw, items_of
 from kimi_jax.data.inspect_text import draw_text, lines_of, pieces_of
 from kimi_jax.data.packing import unpack
 from kimi_jax.data.tokenizer import load_tokenizer
@@ -43,7 +43,7 @@ def config(tmp_path_factory):
         "media": SourceConfig(kind="jsonl", path=str(write_jsonl(folder / "media.jsonl", media)), vision=True),
     }
     data = DataConfig(
-        sources=sources, tokenizer=str(folder / "tokenizer.json"), sequence_length=128, rows_per_group=2, num_groups=2,
+        sources=sources, tokenizer=str(folder / "tokenizer.json"), sequence_length=128, rows_per_pack=2, num_packs=2,
         vision_bins=((16, 4), (64, 1)), vision_ratio=((0.0, 0.05), (0.5, 0.09)), max_bad_fraction=0.5,
     )  # fmt: skip
     config = TrainConfig(steps=10, model=preset("demo"), data=data)
@@ -53,7 +53,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def looked(config):
-    return look(config, 4)
+    return summarise(config, 4)
 
 
 def test_findings(config, looked):
@@ -65,7 +65,7 @@ def test_findings(config, looked):
     assert sum(found.documents.values()) == found.report["documents"]
     patches = sum(int(np.prod(g)) * n for g, n in found.items.items())
     filled = sum(f * p * v for f, (p, v) in zip(found.report["patch_fill"], config.data.vision_bins, strict=True))
-    assert patches == round(filled * config.data.num_groups * 4)
+    assert patches == round(filled * config.data.num_packs * 4)
     assert found.sizes == {"words": 60, "media": 1 + 12 * len(SIZES) + 8}
     assert found.least_grids >= 2
 
@@ -115,7 +115,7 @@ def test_a_text_only_run(config, looked, tmp_path):
     """Without vision there are no bins, and nothing asks for them."""
     data = dataclasses.replace(config.data, sources={"words": config.data.sources["words"]})
     text = dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, vision=None))
-    found, first = look(text, 1)
+    found, first = summarise(text, 1)
     show(text, found, Console(file=io.StringIO()))
     draw(text, first, load_tokenizer(data.tokenizer), 1, str(tmp_path / "text.png"))
     assert found.documents[0] == found.report["documents"]
@@ -142,7 +142,7 @@ def test_the_commands(config, tmp_path):
         "def get_config():\n"
         f"    sources = {{n: c.SourceConfig(kind=k, path=p, vision=v) for n, (k, p, v) in {sources!r}.items()}}\n"
         "    return c.thaw(c.TrainConfig(model=c.preset('demo'), data=c.DataConfig(\n"
-        f"        sources=sources, tokenizer={str(tmp_path / 'new' / 't.json')!r}, sequence_length=128, num_groups=2,\n"
+        f"        sources=sources, tokenizer={str(tmp_path / 'new' / 't.json')!r}, sequence_length=128, num_packs=2,\n"
         "        vision_bins=((64, 1),), vision_ratio=((0.0, 0.05),), max_bad_fraction=0.5)))\n"
     )
 
@@ -156,18 +156,18 @@ def test_the_commands(config, tmp_path):
     assert "trained, 300 tokens" in run("tokenizer", "--vocab_size=300").stdout
     again = run("tokenizer", "--vocab_size=500")
     assert "there already, 300 tokens; 500 were asked for" in again.stdout
-    done = run("inspect", "--batches=1", f"--out={tmp_path / 'p.png'}", "--config.data.num_groups=1")
+    done = run("inspect", "--batches=1", f"--out={tmp_path / 'p.png'}", "--config.data.num_packs=1")
     assert done.returncode == 0, done.stderr
     assert "1 x 128" in done.stdout
     assert (tmp_path / "p.png").stat().st_size > 10_000
-    assert "did you mean 'num_groups'" in run("inspect", "--config.data.num_group=1").stderr
+    assert "did you mean 'num_packs'" in run("inspect", "--config.data.num_group=1").stderr
 
 
 def test_text_is_drawn_with_its_mask(config, looked, tmp_path):
     """Pieces are the document's text with the weights of the batch; nothing is lost when lines are broken."""
     _, first = looked
     tokenizer = load_tokenizer(config.data.tokenizer)
-    for document in unpack(first, config.data.num_groups):
+    for document in unpack(first, config.data.num_packs):
         pieces = list(pieces_of(document, tokenizer))
         spelled = "".join(p.text.replace("⏎\n", "\n") for p in pieces if "media tokens]" not in p.text)
         assert spelled == tokenizer.decode(document.tokens[document.tokens != tokenizer.media_pad_id])

@@ -1,6 +1,7 @@
 """Mixture: the vision share of tokens within one item at all times, weights within a modality, and honest refusals."""
 
 import contextlib
+import dataclasses
 import json
 import runpy
 from pathlib import Path
@@ -28,7 +29,7 @@ SOURCES = {
 
 def draw(mixture: Mixture, name: str, tokens: int, media: int, ratio: float) -> None:
     """A draw that is delivered at once, so that text counts when it is drawn."""
-    mixture.drew(name, tokens, media, ratio)
+    mixture.record_draw(name, tokens, media, ratio)
     mixture.delivered(name, tokens, ratio)
 
 
@@ -101,7 +102,7 @@ def test_a_weight_schedule_changes_the_draws_from_then_on_and_owes_nothing_for_b
     names = []
     for i in range(400):
         names.append(mixture.choose(i / 400))
-        mixture.drew(names[-1], 10, 0, 0.0, i / 400)
+        mixture.record_draw(names[-1], 10, 0, 0.0, i / 400)
     by_part = [names[a:b].count("video") for a, b in ((0, 200), (200, 300), (300, 400))]
     assert by_part == [180, 50, 0]
 
@@ -183,7 +184,7 @@ def test_text_that_waits_asks_for_no_vision_tokens_until_it_is_delivered():
     """500 texts drawn while nothing is delivered, as where text fills rows for want of bins, leave the share alone."""
     mixture = Mixture(SOURCES, ((0.0, 0.2),))
     for _ in range(500):
-        mixture.drew("wiki", 100, 0, 0.2)
+        mixture.record_draw("wiki", 100, 0, 0.2)
     assert mixture.excess == 0 and not SOURCES[mixture.choose()].vision
     mixture.delivered("wiki", 100, 0.2)
     assert mixture.excess == pytest.approx(-20) and SOURCES[mixture.choose()].vision
@@ -192,16 +193,16 @@ def test_text_that_waits_asks_for_no_vision_tokens_until_it_is_delivered():
 
 def test_text_that_the_next_pack_takes_asks_for_vision_tokens_ahead():
     mixture = Mixture(SOURCES, ((0.0, 0.2),))
-    assert not SOURCES[mixture.choose()].vision and SOURCES[mixture.choose(owed=20.0)].vision
-    mixture.drew("vqa", 25, 25, 0.2)
-    assert not SOURCES[mixture.choose(owed=20.0)].vision
+    assert not SOURCES[mixture.choose()].vision and SOURCES[mixture.choose(ahead=20.0)].vision
+    mixture.record_draw("vqa", 25, 25, 0.2)
+    assert not SOURCES[mixture.choose(ahead=20.0)].vision
 
 
 def test_vision_only_and_text_only():
     vision = Mixture({"vqa": SourceConfig(vision=True)}, ((0.0, 0.1),))
     for _ in range(300):
         assert vision.choose() == "vqa"
-        vision.drew("vqa", 100, 50, 0.1)
+        vision.record_draw("vqa", 100, 50, 0.1)
     with pytest.raises(DataError, match=r"no source has vision=True.*vision_ratio=\(\(0\.0, 0\.0\),\)"):
         Mixture({"wiki": SourceConfig()}, ((0.0, 0.1),))
     Mixture({"wiki": SourceConfig()}, ((0.0, 0.0),))
@@ -236,13 +237,16 @@ def test_rows_stay_full_and_the_vision_share_falls_where_the_bins_are_short(tmp_
                      (MediaItem(np.zeros((64, 588), np.uint8), (1, 8, 8)),), 1, "v"),
     }  # fmt: skip
     data = DataConfig(
-        sources={"t": SourceConfig(), "v": SourceConfig(vision=True)}, sequence_length=1024, num_groups=1,
+        sources={"t": SourceConfig(), "v": SourceConfig(vision=True)}, sequence_length=1024, num_packs=1,
         vision_bins=((64, 2),), vision_ratio=((0.0, 0.1),),
     )  # fmt: skip
     shard = Shard(0, data, model, 1000, {"t": range(50), "v": range(50)}, tokenizer(tmp_path))
     for name, reader in shard._readers.items():
-        reader.encode = lambda *_, piece=pieces[name]: [piece]
-    packs = [shard.next_group() for _ in range(80)][-40:]
+        # an image of its own each time: one that two examples of a pack share would lie there once
+        reader.encode = lambda *_, piece=pieces[name]: [
+            dataclasses.replace(piece, media=tuple(MediaItem(m.patches, m.grid) for m in piece.media))
+        ]
+    packs = [shard.next_pack() for _ in range(80)][-40:]
     # a text of 125 tokens leaves up to 124 of 1,024 unused; the old steering left 0.2 of the row filled
     assert np.mean([(pack["segment_ids"] > 0).mean() for pack in packs]) > 0.88
     assert all((pack["feature_index"] >= 0).sum() == 32 for pack in packs)

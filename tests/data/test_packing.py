@@ -11,14 +11,21 @@ from hypothesis import strategies as st
 
 from kimi_jax.config import ConfigError
 from kimi_jax.data.example import Encoded, MediaItem
-from kimi_jax.data.packing import Group, GroupShape, Waiting, best_subset, concatenate, empty_batch, fill_group, unpack
+from kimi_jax.data.packing import (
+    BufferedExample,
+    Pack,
+    PackShape,
+    best_subset,
+    concatenate,
+    empty_batch,
+    fill_pack,
+    unpack,
+)
 from kimi_jax.data.patches import num_features
 from tests.data.synthetic import settings
 
 PAD, MEDIA_PAD = 2, 9
-SHAPE = GroupShape(
-    rows=2, sequence_length=48, bins=((16, 2), (32, 1)), pad_id=PAD, media_pad_id=MEDIA_PAD, patch_size=2
-)
+SHAPE = PackShape(rows=2, sequence_length=48, bins=((16, 2), (32, 1)), pad_id=PAD, media_pad_id=MEDIA_PAD, patch_size=2)
 
 
 def example(rng: np.random.Generator, length: int, grids=(), key: str = "") -> Encoded:
@@ -43,27 +50,27 @@ def fits_alone(e: Encoded) -> bool:
     return len(e.tokens) <= SHAPE.sequence_length and sum(len(m.patches) for m in e.media) <= 32
 
 
-def pack_all(examples: list[Encoded], lookahead: int = 8) -> list[dict]:
-    """Groups until everything is packed; the stream ends in examples of one token, told by their key."""
+def pack_all(examples: list[Encoded], buffer_size: int = 8) -> list[dict]:
+    """Packs until everything is packed; the stream ends in examples of one token, told by their key."""
     stream = iter(examples)
-    pool: list[Waiting] = []
+    buffer: list[BufferedExample] = []
 
-    def draw() -> list[Waiting]:
+    def draw() -> list[BufferedExample]:
         e = next(stream, None)
-        return [Waiting(e or Encoded(np.ones(1, np.int32), np.ones(1, np.float32), (), 0, "end"), (0,))]
+        return [BufferedExample(e or Encoded(np.ones(1, np.int32), np.ones(1, np.float32), (), 0, "end"), (0,))]
 
-    groups = []
+    packs = []
     packed = 0
     while packed < len(examples):
-        group, _ = fill_group(SHAPE, pool, draw, lookahead)
-        groups.append(group.arrays())
-        packed += sum(len(d.tokens) > 1 or d.tokens[0] != 1 for d in unpack(groups[-1]))
-    return groups
+        pack, _ = fill_pack(SHAPE, buffer, draw, buffer_size)
+        packs.append(pack.arrays())
+        packed += sum(len(d.tokens) > 1 or d.tokens[0] != 1 for d in unpack(packs[-1]))
+    return packs
 
 
-def check_group(batch: dict, num_groups: int = 1) -> None:
+def check_group(batch: dict, num_packs: int = 1) -> None:
     """What holds for any batch (the contract of the arrays)."""
-    rows = len(batch["tokens"]) // num_groups
+    rows = len(batch["tokens"]) // num_packs
     real = batch["segment_ids"] > 0
     assert (batch["tokens"][~real] == PAD).all() and (batch["targets"][~real] == PAD).all()
     assert (batch["loss_weights"][~real] == 0).all() and (batch["feature_index"][~real] == -1).all()
@@ -74,10 +81,10 @@ def check_group(batch: dict, num_groups: int = 1) -> None:
     assert (batch["targets"][ends] == PAD).all() and (batch["loss_weights"][ends] == 0).all()
     assert (batch["loss_weights"][batch["targets"] == MEDIA_PAD] == 0).all()
     assert ((batch["feature_index"] >= 0) == (batch["tokens"] == MEDIA_PAD)).all()
-    for g in range(num_groups):
+    for g in range(num_packs):
         used, offset = [], 0
         for arrays in batch["vision"]:
-            count, windows = len(arrays["patches"]) // num_groups, arrays["feature_slots"].shape[1]
+            count, windows = len(arrays["patches"]) // num_packs, arrays["feature_slots"].shape[1]
             for b in range(count):
                 slots = arrays["feature_slots"][g * count + b]
                 inside = arrays["segment_ids"][g * count + b].reshape(windows, 4)
@@ -90,16 +97,16 @@ def check_group(batch: dict, num_groups: int = 1) -> None:
 
 
 @given(EXAMPLES, st.integers(0, 2**31), st.integers(1, 12))
-def test_unpacking_gives_every_example_back_once(specs, seed, lookahead):
+def test_unpacking_gives_every_example_back_once(specs, seed, buffer_size):
     rng = np.random.default_rng(seed)
     examples = [e for n, grids in specs if fits_alone(e := example(rng, max(n, 2), grids))]
     assume(examples)
-    groups = pack_all(examples, lookahead)
-    for batch in groups:
+    packs = pack_all(examples, buffer_size)
+    for batch in packs:
         check_group(batch)
-    batch = concatenate(groups)
-    check_group(batch, len(groups))
-    documents = [d for d in unpack(batch, len(groups)) if len(d.tokens) > 1]
+    batch = concatenate(packs)
+    check_group(batch, len(packs))
+    documents = [d for d in unpack(batch, len(packs)) if len(d.tokens) > 1]
     left = list(examples)
     for d in documents:
         match = next(e for e in left if np.array_equal(e.tokens, d.tokens))
@@ -109,8 +116,8 @@ def test_unpacking_gives_every_example_back_once(specs, seed, lookahead):
         assert len(d.media) == len(match.media)
         for mine, theirs in zip(d.media, match.media, strict=True):
             assert mine.grid == theirs.grid and np.array_equal(mine.patches, theirs.patches)
-        group = d.row // SHAPE.rows
-        assert all(b // SHAPE.bins[k][1] == group for k, b in d.places), "items lie in the bins of their own group"
+        pack = d.row // SHAPE.rows
+        assert all(b // SHAPE.bins[k][1] == pack for k, b in d.places), "items lie in the bins of their own pack"
     assert not left
 
 
@@ -120,11 +127,11 @@ def test_coordinates_and_slots_of_every_patch(seed):
     rng = np.random.default_rng(seed)
     grid = (3, 2, 4)
     e = example(rng, 20, [(1, 2, 2), grid])
-    group = Group(SHAPE)
-    assert group.add(e, 0)
-    (document,) = unpack(group.arrays())
+    pack = Pack(SHAPE)
+    assert pack.add(e, 0)
+    (document,) = unpack(pack.arrays())
     k, b = document.places[1]
-    arrays = group.arrays()["vision"][k]
+    arrays = pack.arrays()["vision"][k]
     mine = np.flatnonzero((arrays["grids"][b] == grid).all(-1) & (arrays["segment_ids"][b] > 0))
     start = mine[0]
     for p in mine:
@@ -136,18 +143,18 @@ def test_coordinates_and_slots_of_every_patch(seed):
 
 def test_an_example_that_cannot_fit_is_an_error_not_a_loop():
     rng = np.random.default_rng(0)
-    with pytest.raises(ValueError, match="does not fit an empty group"):
-        Group(SHAPE).add(example(rng, 49), 0)
+    with pytest.raises(ValueError, match="does not fit an empty pack"):
+        Pack(SHAPE).add(example(rng, 49), 0)
 
 
 def test_capacity_is_never_exceeded():
     rng = np.random.default_rng(0)
-    group = Group(SHAPE)
-    assert group.add(example(rng, 10, [(1, 4, 8)]), 0)
-    assert not group.add(example(rng, 10, [(1, 4, 8)]), 0)  # the only bin of 32 is taken
-    assert group.add(example(rng, 38), 0) and group.room(0) == 0
-    assert not group.add(example(rng, 1), 0)
-    assert group.used() == {"tokens": 48, "vision_tokens": 8, "documents": 2, "patches": [0, 32]}
+    pack = Pack(SHAPE)
+    assert pack.add(example(rng, 10, [(1, 4, 8)]), 0)
+    assert not pack.add(example(rng, 10, [(1, 4, 8)]), 0)  # the only bin of 32 is taken
+    assert pack.add(example(rng, 38), 0) and pack.room(0) == 0
+    assert not pack.add(example(rng, 1), 0)
+    assert pack.used() == {"tokens": 48, "vision_tokens": 8, "documents": 2, "patches": [0, 32]}
 
 
 @given(st.lists(st.integers(1, 40), max_size=12), st.integers(0, 120))
@@ -176,16 +183,16 @@ def realistic(rng: np.random.Generator) -> Encoded:
     [(1, 512, ((64, 8), (160, 4))), (4, 512, ((64, 32), (160, 16))), (2, 1024, ((160, 24),))],
 )
 def test_rows_are_at_least_97_percent_full(rows, length, bins):
-    shape = GroupShape(rows, length, bins, PAD, MEDIA_PAD, patch_size=2)
+    shape = PackShape(rows, length, bins, PAD, MEDIA_PAD, patch_size=2)
     rng = np.random.default_rng(0)
     stream = itertools.cycle([realistic(rng) for _ in range(500)])
-    pool: list[Waiting] = []
+    buffer: list[BufferedExample] = []
     tokens, patches = 0, np.zeros(len(bins))
     for _ in range(40):
-        used = fill_group(shape, pool, lambda: [Waiting(next(stream), ())], 64)[0].used()
+        used = fill_pack(shape, buffer, lambda: [BufferedExample(next(stream), ())], 64)[0].used()
         tokens += used["tokens"]
         patches += used["patches"]
-        assert len(pool) <= 64
+        assert len(buffer) <= 64
     assert tokens / (40 * rows * length) >= 0.97
     assert (patches / (40 * np.array([p * v for p, v in bins])) > 0.05).all()
 
@@ -195,18 +202,18 @@ def test_nobody_waits_for_more_groups_than_the_pool_has_places():
     rng = np.random.default_rng(0)
     count = itertools.count()
 
-    def draw() -> list[Waiting]:
+    def draw() -> list[BufferedExample]:
         i = next(count)
-        return [Waiting(example(rng, 48 if i % 5 == 0 else int(rng.integers(2, 20))), (i, group_number))]
+        return [BufferedExample(example(rng, 48 if i % 5 == 0 else int(rng.integers(2, 20))), (i, group_number))]
 
-    pool: list[Waiting] = []
+    buffer: list[BufferedExample] = []
     longest = 0
     for group_number in range(200):
-        before = {w.reference for w in pool}
-        fill_group(SHAPE, pool, draw, 12)
-        gone = before - {w.reference for w in pool}
+        before = {w.reference for w in buffer}
+        fill_pack(SHAPE, buffer, draw, 12)
+        gone = before - {w.reference for w in buffer}
         longest = max([longest, *(group_number - drawn for _, drawn in gone)])
-        assert all(group_number - w.reference[1] < 12 for w in pool)
+        assert all(group_number - w.reference[1] < 12 for w in buffer)
     assert longest >= 1
 
 
@@ -215,30 +222,30 @@ def test_bins_that_are_full_let_text_fill_the_rows():
     rng = np.random.default_rng(0)
     images = [example(rng, 12, [(1, 4, 8)], key=f"image-{i}") for i in range(10)]
     stream = iter([*images, *(example(rng, 7, key="text") for _ in range(200))])
-    pool: list[Waiting] = []
+    buffer: list[BufferedExample] = []
     seen = []
     for _ in range(10):
-        group, _ = fill_group(SHAPE, pool, lambda: [Waiting(next(stream), ())], 16)
-        documents = list(unpack(group.arrays()))
+        pack, _ = fill_pack(SHAPE, buffer, lambda: [BufferedExample(next(stream), ())], 16)
+        documents = list(unpack(pack.arrays()))
         seen += [d.media[0] for d in documents if d.media]
         assert sum(bool(d.media) for d in documents) == 1
-        assert group.used()["tokens"] == 12 + 5 * 7 + 6 * 7  # both rows hold as many texts of seven as can be
+        assert pack.used()["tokens"] == 12 + 5 * 7 + 6 * 7  # both rows hold as many texts of seven as can be
     for item, e in zip(seen, images, strict=True):
         assert np.array_equal(item.patches, e.media[0].patches)
 
 
 def test_speed():
     """Far above what a host has to deliver: 200 k tokens and 20 k patches a second of processor time."""
-    shape = GroupShape(4, 1024, ((64, 64), (160, 32)), PAD, MEDIA_PAD, patch_size=14)
+    shape = PackShape(4, 1024, ((64, 64), (160, 32)), PAD, MEDIA_PAD, patch_size=14)
     rng = np.random.default_rng(0)
     examples = [realistic(rng) for _ in range(300)]
     for i, e in enumerate(examples):  # patches of the real size
         media = tuple(MediaItem(np.zeros((len(m.patches), 588), np.uint8), m.grid) for m in e.media)
         examples[i] = dataclasses.replace(e, media=media)
     stream = itertools.cycle(examples)
-    pool: list[Waiting] = []
+    buffer: list[BufferedExample] = []
     start = time.process_time()
-    used = [fill_group(shape, pool, lambda: [Waiting(next(stream), ())], 64)[0].used() for _ in range(20)]
+    used = [fill_pack(shape, buffer, lambda: [BufferedExample(next(stream), ())], 64)[0].used() for _ in range(20)]
     seconds = time.process_time() - start
     assert sum(u["tokens"] for u in used) / seconds > 200_000
     assert sum(sum(u["patches"]) for u in used) / seconds > 20_000
@@ -246,13 +253,13 @@ def test_speed():
 
 def test_shapes_follow_the_settings(tmp_path):
     data, model = settings(tmp_path)
-    shape = GroupShape.of(data, model)
-    batch = empty_batch(shape, data.num_groups)
-    check_group(batch, data.num_groups)
+    shape = PackShape.of(data, model)
+    batch = empty_batch(shape, data.num_packs)
+    check_group(batch, data.num_packs)
     assert batch["tokens"].shape == (8, 256)
     assert [v["patches"].shape for v in batch["vision"]] == [(16, 64, 588), (12, 160, 588)]
     assert shape.bin_offsets == (0, 64)
-    text_only = GroupShape.of(data, dataclasses.replace(model, vision=None))
+    text_only = PackShape.of(data, dataclasses.replace(model, vision=None))
     assert empty_batch(text_only)["vision"] == ()
 
 
@@ -260,4 +267,4 @@ def test_shapes_follow_the_settings(tmp_path):
 def test_bins_that_cannot_work(tmp_path, bins):
     data, model = settings(tmp_path, vision_bins=bins)
     with pytest.raises(ConfigError, match="vision_bins"):
-        GroupShape.of(data, model)
+        PackShape.of(data, model)

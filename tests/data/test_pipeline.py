@@ -57,7 +57,7 @@ def through_json(state: dict) -> dict:
 def test_batches_keep_the_contract(reference, path):
     data, model = settings(path)
     for batch in reference:
-        check_group(batch, data.num_groups)
+        check_group(batch, data.num_packs)
         assert {k: v.dtype.name for k, v in batch.items() if k != "vision"} == {
             "tokens": "int32", "targets": "int32", "loss_weights": "float32", "segment_ids": "int32",
             "positions": "int32", "modality": "int32", "feature_index": "int32",
@@ -127,10 +127,10 @@ def test_a_new_process_gives_the_same_state(path):
 
 
 def test_every_record_once_an_epoch_over_all_shards(path):
-    """Text only, lookahead 1: shard k reads i*G + k, each epoch in another order."""
+    """Text only, buffer_size 1: shard k reads i*G + k, each epoch in another order."""
     source = Synthetic("text", size=40)
     config = {"wiki": SourceConfig()}
-    changes = {"sources": config, "vision_ratio": ((0.0, 0.0),), "lookahead": 1}
+    changes = {"sources": config, "vision_ratio": ((0.0, 0.0),), "buffer_size": 1}
     with stream(path, opened={"wiki": source}, **changes) as s:
         tokenizer = load_tokenizer(path)
         order = []
@@ -173,18 +173,18 @@ def test_ratio_follows_its_schedule(path):
 
 
 def test_every_group_holds_what_min_per_group_asks_for(path):
-    """A source so rare that hardly any group would have it, and one of which a third of the records are bad."""
-    rare = {"clips": SourceConfig(weight=0.01, vision=True, min_per_group=1)}
-    sources = {"wiki": SourceConfig(), "vqa": SourceConfig(vision=True, min_per_group=1), **rare}
+    """A source so rare that hardly any pack would have it, and one of which a third of the records are bad."""
+    rare = {"clips": SourceConfig(weight=0.01, vision=True, min_per_pack=1)}
+    sources = {"wiki": SourceConfig(), "vqa": SourceConfig(vision=True, min_per_pack=1), **rare}
     opened = {**SOURCES, "vqa": Synthetic("image", bad_every=3)}
     with stream(path, opened=opened, sources=sources, max_bad_fraction=0.5, num_workers=0) as s:
         batches = [next(s) for _ in range(10)]
         report = s.report()
     for batch in batches:
-        in_group = [[0, 0, 0] for _ in range(4)]
+        in_pack = [[0, 0, 0] for _ in range(4)]
         for document in unpack(batch, 4):
-            in_group[document.row // 2][document.modality] += 1
-        assert all(images >= 1 and clips >= 1 for _, images, clips in in_group)
+            in_pack[document.row // 2][document.modality] += 1
+        assert all(images >= 1 and clips >= 1 for _, images, clips in in_pack)
     assert report["token_fill"] > 0.97
 
 
@@ -321,8 +321,8 @@ def test_settings_that_do_not_go_together(path):
             BatchStream(data, changed, STEPS, sources=SOURCES)
     with pytest.raises(ConfigError, match=r"shards \[4\]"):
         stream(path, shards=[4])
-    with pytest.raises(ConfigError, match="lookahead"):
-        stream(path, lookahead=0)
+    with pytest.raises(ConfigError, match="buffer_size"):
+        stream(path, buffer_size=0)
 
 
 def test_media_for_a_model_without_vision(path):

@@ -83,7 +83,7 @@ def test_every_way_to_give_a_picture_is_the_same(tokenizer):
         {"type": "image_url", "image_url": uri},
         {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}},
     ]
-    prompts = [prepare(user(way), tokenizer, open_address=lambda address: png(image)) for way in ways]
+    prompts = [prepare(user(way), tokenizer, open_url=lambda address: png(image)) for way in ways]
     for prompt in prompts[1:]:
         assert np.array_equal(prompt.input_ids, prompts[0].input_ids)
         assert np.array_equal(prompt.pixel_values, prompts[0].pixel_values)

@@ -33,7 +33,7 @@ def path(tmp_path_factory):
 
 def stream(path, ratio, state=None, images=IMAGES, **changes) -> BatchStream:
     sources = {"wiki": SourceConfig(kind="synthetic"), "vqa": SourceConfig(kind="synthetic", vision=True)}
-    changes = {"vision_bins": ((160, 8),), "num_groups": 1, "sources": sources, **changes}
+    changes = {"vision_bins": ((160, 8),), "num_packs": 1, "sources": sources, **changes}
     data, model = settings(path, **{"vision_ratio": ratio, "exact_vision_ratio": True, **changes})
     return BatchStream(data, model, STEPS, state=state, sources={"wiki": TEXTS, "vqa": images})
 
@@ -92,9 +92,9 @@ def test_exact_ratio_out_of_reach_stops_the_run(path):
 
 
 def test_exact_ratio_goes_with_no_forced_examples(path):
-    sources = {"vqa": SourceConfig(kind="synthetic", vision=True, min_per_group=1)}
+    sources = {"vqa": SourceConfig(kind="synthetic", vision=True, min_per_pack=1)}
     data, _ = settings(path, sources=sources, exact_vision_ratio=True)
-    assert "min_per_group" in data.conflict()
+    assert "min_per_pack" in data.conflict()
 
 
 def test_exact_ratio_does_not_change_between_a_state_and_its_continuation(path):

@@ -59,7 +59,7 @@ def settings(name: str) -> dict[str, DataConfig]:
             configs[f"{name}@{topology}"] = freeze(PODS["get_config"](f"{name}@{topology}"))
     out: dict[str, DataConfig] = {}
     for key, config in configs.items():
-        data = dataclasses.replace(config.data, sources=sources, num_groups=1, num_workers=0)
+        data = dataclasses.replace(config.data, sources=sources, num_packs=1, num_workers=0)
         if config.model.vision and data not in out.values():
             out[key] = data
     return out
@@ -75,10 +75,10 @@ def test_vision_ratio_and_fill_of_a_config_over_200_packs(name, tmp_path):
     shard = shard_of(data, tmp_path)
     tokens = vision = 0
     for _ in range(PACKS):
-        pack = shard.next_group()
+        pack = shard.next_pack()
         tokens += int((pack["segment_ids"] > 0).sum())
         vision += int((pack["feature_index"] >= 0).sum())
-    rows = PACKS * data.rows_per_group * data.sequence_length
+    rows = PACKS * data.rows_per_pack * data.sequence_length
     ratio = data.vision_ratio[0][1]
     print(f"{name}: fill {tokens / rows:.4f}, vision share {vision / tokens:.4f} of {ratio}")
     assert tokens / rows >= 0.97
@@ -94,7 +94,7 @@ def test_bins_of_a_config_hold_its_ratio_with_stills_of_these_sizes(name):
 def test_bins_that_two_images_cannot_share_are_refused_although_their_patches_suffice():
     """Images of 2,600 patches: one to a bin of 4,096, so that two bins hold 1,300 of the 1,638 tokens asked for."""
     data = DataConfig(
-        sources={"t": SourceConfig(), "v": SourceConfig(vision=True)}, sequence_length=16384, rows_per_group=1,
+        sources={"t": SourceConfig(), "v": SourceConfig(vision=True)}, sequence_length=16384, rows_per_pack=1,
         vision_bins=((4096, 2),), vision_ratio=((0.0, 0.1),),
     )  # fmt: skip
     tokens = np.full(660, 5, np.int32)
@@ -113,7 +113,7 @@ def test_bins_are_judged_by_the_weights_of_the_time():
             "t": SourceConfig(), "small": SourceConfig(vision=True, weight_schedule=((0.5, 0.0),)),
             "large": SourceConfig(vision=True, weight=0.001, weight_schedule=((0.5, 1.0),)),
         },
-        sequence_length=1024, rows_per_group=1, vision_bins=((512, 1),), vision_ratio=((0.0, 0.1),),
+        sequence_length=1024, rows_per_pack=1, vision_bins=((512, 1),), vision_ratio=((0.0, 0.1),),
     )  # fmt: skip
 
     def of(patches: int) -> Encoded:

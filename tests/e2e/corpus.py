@@ -46,8 +46,8 @@ def get_config():
         "vision": c.SourceConfig(kind="jsonl", path={str(folder / "vision.jsonl")!r}, vision=True),
     }}
     data = dataclasses.replace(
-        CONFIG.data, sources=sources, tokenizer={str(folder / "tokenizer.json")!r}, num_groups=2, rows_per_group=2,
-        sequence_length=64, vision_bins=((16, 2), (64, 1)), vision_ratio=((0.0, 0.1),), lookahead=16,
+        CONFIG.data, sources=sources, tokenizer={str(folder / "tokenizer.json")!r}, num_packs=2, rows_per_pack=2,
+        sequence_length=64, vision_bins=((16, 2), (64, 1)), vision_ratio=((0.0, 0.1),), buffer_size=16,
     )
     model = dataclasses.replace(MODEL, vocab_size=320, max_position_embeddings=64)
     return c.thaw(dataclasses.replace(CONFIG, data=data, model=model, **{changes!r}))

@@ -23,7 +23,7 @@ def tokenizer(tmp_path_factory):
 
 
 def config(tokenizer, **data):
-    values = {"sequence_length": 64, "num_groups": 2, "vision_bins": ((16, 2), (64, 1))} | data
+    values = {"sequence_length": 64, "num_packs": 2, "vision_bins": ((16, 2), (64, 1))} | data
     return TrainConfig(
         model=dataclasses.replace(preset("demo"), vocab_size=tokenizer.vocab_size), data=DataConfig(**values)
     )

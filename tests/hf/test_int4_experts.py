@@ -18,7 +18,7 @@ from kimi_jax.config import ConfigError, MeshConfig
 from kimi_jax.hf import stream
 from kimi_jax.hf.names import FAMILIES
 from kimi_jax.nn.kimi import abstract_params
-from kimi_jax.nn.moe import Int4Bank
+from kimi_jax.nn.moe import Int4ExpertWeight
 from kimi_jax.nn.param import Frozen, metadata, unbox
 from tests.environment import FIXTURES
 from tests.hf import tiny
@@ -42,7 +42,8 @@ def nbytes(tree):
 def test_logits_are_those_of_the_dequantised_model(dtype, io):
     """Through the public surface, pictures too. Bytes of the experts: 4 bits a weight and 16 for every 32 of them.
 
-    The matrices are equal to the bit (tests/kernels/test_banks.py). The programs are two, and the compiler may round a
+    The matrices are equal to the bit (tests/kernels/test_expert_weights.py). The programs are two, and the compiler may
+    round a
     product before it adds it in one of them: a few units in the last place.
     """
     source = FIXTURES / "tiny_int4"
@@ -73,12 +74,12 @@ def test_the_tree_is_the_one_that_the_model_declares():
 
 def test_random_words_make_weights_of_the_usual_size():
     """Before weights are loaded (benchmarks, memory plans) the experts are as wide as float ones would be."""
-    bank = Int4Bank((4, 64, 32), ("expert", "embed", "expert_mlp"), 16, 0.02)
-    words, scales = bank.apply(unbox(bank.init(jax.random.key(0))))
+    expert_weight = Int4ExpertWeight((4, 64, 32), ("expert", "embed", "expert_mlp"), 16, 0.02)
+    words, scales = expert_weight.apply(unbox(expert_weight.init(jax.random.key(0))))
     codes = (np.asarray(words).view(np.uint32)[..., None] >> (4 * np.arange(8, dtype=np.uint32)) & 15) - 8.0
     assert abs(codes.std() * np.asarray(scales, np.float32).mean() / 0.02 - 1) < 0.05
     with pytest.raises(ValueError, match="60 inputs of .* groups of 16"):
-        Int4Bank((4, 60, 32), bank.axes, 16, 0.02).init(jax.random.key(0))
+        Int4ExpertWeight((4, 60, 32), expert_weight.axes, 16, 0.02).init(jax.random.key(0))
 
 
 def test_under_a_mesh_and_unrolled(io):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_jax.data.example import MediaItem
-from kimi_jax.infer.cache import NOWHERE, PagePool, media_digest, page_keys
+from kimi_jax.infer.cache import NULL_PAGE, PagePool, media_digest, page_keys
 
 SIZE = 4
 
@@ -50,35 +50,35 @@ def test_another_picture_is_another_page_from_its_first_pad_on():
 def test_known_prefix_is_shared_and_unused_pages_go_oldest_and_last_first():
     pool = PagePool(7)
     first, second = keys(range(12)), keys(range(100, 108))
-    pages, known = pool.reserve(first, 4)
-    assert known == 0 and NOWHERE not in pages
+    pages, known = pool.allocate(first, 4)
+    assert known == 0 and NULL_PAGE not in pages
     for page, key in zip(pages, first, strict=False):
-        pool.keep(page, key)
-    again, known = pool.reserve(first, 3)  # while the first one still uses them
+        pool.insert(page, key)
+    again, known = pool.allocate(first, 3)  # while the first one still uses them
     assert known == 3 and again == pages[:3]
     pool.release(again)
     pool.release(pages)
     assert (pool.free, pool.cached) == (6, 3)
-    other, known = pool.reserve(second, 2)
+    other, known = pool.allocate(second, 2)
     for page, key in zip(other, second, strict=True):
-        pool.keep(page, key)
+        pool.insert(page, key)
     pool.release(other)
     assert pool.cached == 5
     # one page was never kept; the next room is made of the end of what has not been used for longest
-    pool.release(pool.reserve(keys(range(50, 58)), 2)[0])
-    assert pool.reserve(first, 3)[1] == 2
+    pool.release(pool.allocate(keys(range(50, 58)), 2)[0])
+    assert pool.allocate(first, 3)[1] == 2
 
 
 def test_too_few_pages_change_nothing():
     pool = PagePool(4)
     a = keys(range(8))
-    pages, _ = pool.reserve(a, 2)
+    pages, _ = pool.allocate(a, 2)
     for page, key in zip(pages, a, strict=True):
-        pool.keep(page, key)
+        pool.insert(page, key)
     pool.release(pages)
-    assert pool.reserve(a, 4) is None  # the two known ones would be used, so only one is left
+    assert pool.allocate(a, 4) is None  # the two known ones would be used, so only one is left
     assert (pool.free, pool.cached) == (3, 2)
-    assert pool.reserve(a, 3)[1] == 2
+    assert pool.allocate(a, 3)[1] == 2
     with pytest.raises(ValueError, match="at least 2"):
         PagePool(1)
 
@@ -86,16 +86,16 @@ def test_too_few_pages_change_nothing():
 def test_forgotten_pages_are_free_and_used_ones_come_back():
     pool = PagePool(5)
     a, b = keys(range(8)), keys(range(20, 24))
-    pages, _ = pool.reserve(a, 2)
-    other, _ = pool.reserve(b, 1)
+    pages, _ = pool.allocate(a, 2)
+    other, _ = pool.allocate(b, 1)
     for page, key in zip(pages + other, a + b, strict=True):
-        pool.keep(page, key)
+        pool.insert(page, key)
     pool.release(pages)
-    pool.forget()
+    pool.clear()
     assert (pool.free, pool.cached) == (3, 0)
     pool.release(other)
     assert (pool.free, pool.cached) == (4, 0)
-    assert pool.reserve(a, 4)[1] == 0
+    assert pool.allocate(a, 4)[1] == 0
 
 
 @given(st.lists(st.tuples(st.booleans(), st.lists(st.integers(0, 1), min_size=1, max_size=20)), max_size=30))
@@ -105,7 +105,7 @@ def test_pages_hold_what_their_users_believe(actions):
     for start, tokens in actions:
         if start:
             mine = keys(tokens)
-            reserved = pool.reserve(mine, -(-len(tokens) // SIZE))
+            reserved = pool.allocate(mine, -(-len(tokens) // SIZE))
             if reserved is not None:
                 pages, known = reserved
                 for number, page in enumerate(pages):
@@ -116,7 +116,7 @@ def test_pages_hold_what_their_users_believe(actions):
                         assert all(page not in other for other, _ in running)
                         memory[page] = prefix
                 for page, key in zip(pages, mine, strict=False):
-                    pool.keep(page, key)
+                    pool.insert(page, key)
                 running.append((pages, tokens))
         elif running:
             pool.release(running.pop(len(tokens) % len(running))[0])
@@ -127,15 +127,15 @@ def test_pages_hold_what_their_users_believe(actions):
 
 def test_pages_that_decoding_made_are_shared_only_with_those_who_take_them():
     pool = PagePool(8)
-    pages, _ = pool.reserve([], 2)
-    pool.keep(pages[0], b"a")
-    pool.keep(pages[1], b"b", decoded=True)
+    pages, _ = pool.allocate([], 2)
+    pool.insert(pages[0], b"a")
+    pool.insert(pages[1], b"b", decoded=True)
     pool.release(pages)
-    mine, known = pool.reserve([b"a", b"b"], 2, decoded=False)
+    mine, known = pool.allocate([b"a", b"b"], 2, decoded=False)
     assert known == 1 and mine[0] == pages[0] and mine[1] != pages[1]
-    pool.keep(mine[1], b"b")  # read from a prompt: it takes the place of the decoded one
+    pool.insert(mine[1], b"b")  # read from a prompt: it takes the place of the decoded one
     assert pool.first_decoded(mine) == 2
     pool.release(mine)
-    assert pool.reserve([b"a", b"b"], 2, decoded=False) == (mine, 2)
+    assert pool.allocate([b"a", b"b"], 2, decoded=False) == (mine, 2)
     pool.release(mine)
     assert pool.free == pool.capacity

@@ -326,14 +326,14 @@ def test_new_weights_forget_what_was_known(engine):
 
 
 def test_eight_devices_give_the_tokens_of_one():
-    """Weights cut over the mesh, slots and pages too: 8 slots, requests joining and leaving."""
+    """Weights sharded over the mesh, slots and pages too: 8 slots, requests joining and leaving."""
     mesh = sharding.make_mesh(MeshConfig())
     engine = Engine(model(), slots=8, page_size=4, num_pages=60, max_sequence_length=LENGTH, mesh=mesh, chunks=(4,))
     requests = [Request(text(n, 1 + n % 7), sampling=Sampling(0.0, max_new_tokens=2 + n % 3)) for n in range(10)]
     completions = engine.run(requests)
     assert completions[0].cached_tokens == 0
     assert {pages.sharding.shard_shape(pages.shape)[0] for pages in engine._cache} == {8}  # of 64 pages
-    gate = engine._weights.banks.gate
+    gate = engine._weights.expert_weights.gate
     assert gate.sharding.shard_shape(gate.shape) != gate.shape
     for request, completion in zip(requests, completions, strict=True):
         check(request, completion)
@@ -341,11 +341,11 @@ def test_eight_devices_give_the_tokens_of_one():
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_int4_experts_are_decoded_as_they_are(devices):
-    """On one device; over eight, where they stay and three slots' tokens travel to them."""
+    """On one device; over eight, where they stay and three slots' tokens are sent to them."""
     found = kimi.load(FIXTURES / "tiny_int4", experts="int4")
     mesh = None if devices == 1 else sharding.make_mesh(MeshConfig(expert=4))
     engine = Engine(found, slots=3, page_size=16, max_sequence_length=LENGTH, chunks=(16,), mesh=mesh)
-    words = engine._weights.banks.gate.words
+    words = engine._weights.expert_weights.gate.words
     assert words.dtype == np.int32 and words.addressable_shards[0].data.size * devices == words.size
     prompt = np.random.default_rng(0).integers(0, 400, 20).astype(np.int32)
     request = Request(prompt, sampling=Sampling(0.0, max_new_tokens=4))

@@ -1,6 +1,7 @@
 """Experts over devices equal experts on one: every split of the mesh, every routing, forward and gradient.
 
-Banks of floats, of INT4, and with adapters. float32; sums over choices, tokens and devices come in another order, so
+ExpertWeights of floats, of INT4, and with adapters. float32; sums over choices, tokens and devices come in another
+order, so
 that results differ by a few units in the last place of the largest summand: 1e-5 of the largest value of an array.
 """
 
@@ -17,10 +18,10 @@ from kimi_jax import sharding
 from kimi_jax.config import MeshConfig
 from kimi_jax.kernels import expert_parallel as expert_parallel_module
 from kimi_jax.kernels import sorted_experts, sorted_kernels
-from kimi_jax.kernels.banks import Adapted, Int4, learned, zero_gradient
 from kimi_jax.kernels.expert_parallel import expert_parallel
+from kimi_jax.kernels.expert_weights import Int4, LoRAWeights, learned, zero_gradient
 from kimi_jax.nn.layout import ShardingError
-from kimi_jax.nn.moe import Banks, cut_experts, run_experts
+from kimi_jax.nn.moe import ExpertWeights, run_experts, shard_experts
 from tests.nn.tiny import QUICK
 
 B, S, D, F, E, K = 8, 8, 16, 8, 8, 2
@@ -53,7 +54,7 @@ def inputs(dtype=np.float32):
     rng = np.random.default_rng(1)
     shapes = (B, S, D), (B, S, K), (E, D, F), (E, D, F), (E, F, D), (B, S, D)
     x, gates, gate, up, down, grad = (jnp.asarray(rng.normal(size=s), dtype) for s in shapes)
-    return x, jnp.abs(gates).astype(jnp.float32), Banks(gate, up, down), grad.astype(jnp.float32)
+    return x, jnp.abs(gates).astype(jnp.float32), ExpertWeights(gate, up, down), grad.astype(jnp.float32)
 
 
 def int4(rng, inputs, outputs, num=E):
@@ -65,7 +66,7 @@ def int4(rng, inputs, outputs, num=E):
 
 def adapted(rng, base, inputs, outputs, num=E):
     a, b = rng.normal(size=(num, inputs, RANK)), rng.normal(size=(num, RANK, outputs))
-    return Adapted(base, jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32))
+    return LoRAWeights(base, jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32))
 
 
 def other_banks(kind, width, inner, num=E, dtype=jnp.float32):
@@ -74,23 +75,25 @@ def other_banks(kind, width, inner, num=E, dtype=jnp.float32):
     shapes = (width, inner), (width, inner), (inner, width)
     packed = [int4(rng, *shape, num) for shape in shapes]
     if kind == "int4":
-        return Banks(*packed)
+        return ExpertWeights(*packed)
     if kind == "mixed":
         packed[2] = jnp.asarray(rng.normal(size=(num, *shapes[2])), dtype)
-    gate, up, down = (adapted(rng, bank, *shape, num) for bank, shape in zip(packed, shapes, strict=True))
-    return Banks(packed[0] if kind == "mixed" else gate, up, down)
+    gate, up, down = (
+        adapted(rng, expert_weight, *shape, num) for expert_weight, shape in zip(packed, shapes, strict=True)
+    )
+    return ExpertWeights(packed[0] if kind == "mixed" else gate, up, down)
 
 
-def on_one(x, experts, gates, banks):
-    y, load, computed = run_experts(*(a.reshape(-1, a.shape[-1]) for a in (x, experts, gates)), banks, E)
+def on_one(x, experts, gates, expert_weights):
+    y, load, computed = run_experts(*(a.reshape(-1, a.shape[-1]) for a in (x, experts, gates)), expert_weights, E)
     return y.reshape(x.shape), (load, computed)
 
 
 def with_grads(fn):
-    """(x, experts, gates, banks, grad) -> y, aux, gradients of x, gates, banks."""
+    """(x, experts, gates, expert weights, grad) -> y, aux, gradients of x, gates, expert weights."""
 
-    def run(x, experts, gates, banks, grad):
-        y, pullback, aux = jax.vjp(lambda x, g, b: fn(x, experts, g, b), x, gates, banks, has_aux=True)
+    def run(x, experts, gates, expert_weights, grad):
+        y, pullback, aux = jax.vjp(lambda x, g, b: fn(x, experts, g, b), x, gates, expert_weights, has_aux=True)
         dx, dgates, dbanks = pullback(grad)
         return y, aux, (dx, dgates, tuple(map(learned, dbanks)))
 
@@ -99,16 +102,16 @@ def with_grads(fn):
 
 @functools.cache
 def wanted():
-    x, gates, banks, grad = inputs()
+    x, gates, expert_weights, grad = inputs()
     fn = with_grads(on_one)
-    return {name: fn(x, jnp.asarray(experts), gates, banks, grad) for name, experts in routings().items()}
+    return {name: fn(x, jnp.asarray(experts), gates, expert_weights, grad) for name, experts in routings().items()}
 
 
 def over(mesh, buffer):
-    layout = sharding.layout(mesh, expert_buffer=buffer)
+    layout = sharding.layout(mesh, expert_capacity_factor=buffer)
 
-    def fn(x, experts, gates, banks):
-        return expert_parallel(cut_experts(layout, x.shape, banks), x, experts, gates, tuple(banks))
+    def fn(x, experts, gates, expert_weights):
+        return expert_parallel(shard_experts(layout, x.shape, expert_weights), x, experts, gates, tuple(expert_weights))
 
     return fn
 
@@ -123,10 +126,10 @@ def close(got, want):
 def test_any_split_and_any_routing_equal_one_device(config):
     """Room for half the mean: even a balanced routing takes several rounds, the worst one 2 X."""
     mesh = sharding.make_mesh(config)
-    x, gates, banks, grad = inputs()
+    x, gates, expert_weights, grad = inputs()
     fn = with_grads(over(mesh, 0.5))
     for name, experts in routings().items():
-        y, report, grads = fn(x, jnp.asarray(experts), gates, banks, grad)
+        y, report, grads = fn(x, jnp.asarray(experts), gates, expert_weights, grad)
         want_y, (load, computed), want_grads = wanted()[name]
         close(y, want_y)
         close(grads, want_grads)
@@ -167,7 +170,7 @@ def test_an_inner_width_of_few_scales_is_not_cut():
     config = MeshConfig(fsdp=2, expert=2, tensor=2)
     mesh = sharding.make_mesh(config)
     args, (want_y, _, want_grads) = wanted_of("adapted", D, F)
-    assert cut_experts(sharding.layout(mesh), args[0].shape, args[3]).tensor is None
+    assert shard_experts(sharding.layout(mesh), args[0].shape, args[3]).tensor is None
     y, _, grads = with_grads(over(mesh, 1.25))(*args)
     close(y, want_y)
     close(grads, want_grads)
@@ -175,27 +178,27 @@ def test_an_inner_width_of_few_scales_is_not_cut():
 
 @pytest.mark.parametrize("config", [MeshConfig(expert=8), MeshConfig(fsdp=2, expert=4)], ids=["in place", "gathered"])
 def test_a_layer_of_a_stack(config):
-    """Inference: banks [2, E, ...], the second layer's."""
+    """Inference: expert weights [2, E, ...], the second layer's."""
     x, gates, _, _ = inputs()
     experts, own = jnp.asarray(routings()["padded"]), other_banks("int4", D, F)
     stack = jax.tree.map(lambda a: jnp.stack([a[::-1], a]), own)
-    cut = cut_experts(sharding.layout(sharding.make_mesh(config)), x.shape, stack, layer=1)
+    cut = shard_experts(sharding.layout(sharding.make_mesh(config)), x.shape, stack, layer=1)
 
     def run(x, stack):
         return expert_parallel(cut, x, experts, gates, tuple(stack))[0]
 
     close(jax.jit(run, compiler_options=QUICK)(x, stack), on_one(x, experts, gates, own)[0])
-    with pytest.raises(ValueError, match="no gradient by banks that are stacks"):
+    with pytest.raises(ValueError, match="no gradient by expert weights that are stacks"):
         jax.eval_shape(jax.grad(lambda x: run(x, stack).sum()), x)
 
 
 def test_bundles_change_nothing(monkeypatch):
     """Rows travel by eights, most of them filling here: what comes out is the same, and only real rows are counted."""
     monkeypatch.setattr(expert_parallel_module, "FEWEST", 0)
-    x, gates, banks, grad = inputs()
+    x, gates, expert_weights, grad = inputs()
     fn = with_grads(over(sharding.make_mesh(MeshConfig(fsdp=2, expert=4)), 1.0))
     for name, experts in routings().items():
-        y, report, grads = fn(x, jnp.asarray(experts), gates, banks, grad)
+        y, report, grads = fn(x, jnp.asarray(experts), gates, expert_weights, grad)
         want_y, (load, _), want_grads = wanted()[name]
         close((y, grads), (want_y, tuple(want_grads)))
         np.testing.assert_array_equal(report.load, load, err_msg=name)
@@ -204,10 +207,10 @@ def test_bundles_change_nothing(monkeypatch):
 
 def test_one_round_when_all_fits():
     mesh = sharding.make_mesh(MeshConfig(expert=4))
-    x, gates, banks, _ = inputs()
+    x, gates, expert_weights, _ = inputs()
     even = np.broadcast_to(np.arange(B * S * K).reshape(B, S, K) % E, (B, S, K)).astype(np.int32)
     fn = jax.jit(over(mesh, 1.0), compiler_options=QUICK)
-    report = fn(x, jnp.asarray(even), gates, banks)[1]
+    report = fn(x, jnp.asarray(even), gates, expert_weights)[1]
     assert report.rounds == 1 and report.imbalance == 1.0
 
 
@@ -216,9 +219,11 @@ def test_tpu_program_sends_rows_by_ragged_all_to_all():
     mesh = sharding.make_mesh(MeshConfig(expert=8))
     shapes = (B, 512, 256), (B, 512, K), (B, 512, K), (E, 256, 128), (E, 256, 128), (E, 128, 256), (B, 512, 256)
     kinds = jnp.bfloat16, jnp.int32, jnp.float32, *(jnp.bfloat16,) * 3, jnp.float32
-    x, experts, gates, *banks, grad = (jax.ShapeDtypeStruct(s, t) for s, t in zip(shapes, kinds, strict=True))
+    x, experts, gates, *expert_weights, grad = (jax.ShapeDtypeStruct(s, t) for s, t in zip(shapes, kinds, strict=True))
     run = with_grads(over(mesh, 1.25))
-    text = run.trace(x, experts, gates, Banks(*banks), grad).lower(lowering_platforms=("tpu",)).as_text()
+    text = (
+        run.trace(x, experts, gates, ExpertWeights(*expert_weights), grad).lower(lowering_platforms=("tpu",)).as_text()
+    )
     assert text.count("ragged_all_to_all") == 2 + 5  # there and back; x, gradient, gates there and two back
     assert (
         text.count("tpu_custom_call") >= 5
@@ -230,7 +235,7 @@ def test_tpu_program_gathers_words_not_floats():
     """INT4 with adapters in bfloat16: the fsdp axis gathers words, scales and adapters of a device's own experts, the
     kernel takes them, and no matrix of floats is in the program, forward and backward."""
     width, inner, devices = 256, 128, 2
-    banks = jax.eval_shape(lambda: other_banks("adapted", width, inner))
+    expert_weights = jax.eval_shape(lambda: other_banks("adapted", width, inner))
     shapes = (
         ((B, 512, width), "bfloat16"),
         ((B, 512, K), "int32"),
@@ -239,7 +244,7 @@ def test_tpu_program_gathers_words_not_floats():
     )
     x, experts, gates, grad = (jax.ShapeDtypeStruct(*each) for each in shapes)
     run = with_grads(over(sharding.make_mesh(MeshConfig(fsdp=4, expert=devices)), 1.25))
-    text = run.trace(x, experts, gates, banks, grad).lower(lowering_platforms=("tpu",)).as_text()
+    text = run.trace(x, experts, gates, expert_weights, grad).lower(lowering_platforms=("tpu",)).as_text()
     gathered = {
         (math.prod(map(int, sizes.split("x"))), kind)
         for sizes, kind in re.findall(r"stablehlo.all_gather.*-> tensor<([\dx]+)x(\w+)>", text)
@@ -258,26 +263,28 @@ def test_tpu_program_gathers_words_not_floats():
 def test_kernels_equal_blocks(kind):
     """Interpreted, against the blocks that the CPU runs: bfloat16 rounds an inner value differently.
 
-    For three experts of a larger bank. Gradients of the banks are added to what is there. Rows beyond the last expert
-    are whatever memory held.
+    For three experts of a larger stack. Gradients of the expert weights are added to what is there. Rows beyond the
+    last expert are whatever memory held.
     """
     rng = np.random.default_rng(2)
     first, num, held, used = 1, 3, 5, 50
     rows, grad = (jnp.asarray(rng.normal(size=(64, 128)), jnp.bfloat16).at[used:].set(jnp.nan) for _ in range(2))
-    banks = tuple(other_banks("mixed", 128, 64, held, jnp.bfloat16))
+    expert_weights = tuple(other_banks("mixed", 128, 64, held, jnp.bfloat16))
     if kind == "floats":
-        banks = tuple(
+        expert_weights = tuple(
             jnp.asarray(rng.normal(size=s) / 8, jnp.bfloat16) for s in ((held, 128, 64),) * 2 + ((held, 64, 128),)
         )
     scale, sizes = jnp.asarray(rng.random(64), jnp.float32).at[used:].set(jnp.nan), jnp.asarray([30, 0, 20])
     totals = jax.tree.map(
-        lambda a: jnp.asarray(rng.normal(size=a.shape), jnp.float32), tuple(map(zero_gradient, banks))
+        lambda a: jnp.asarray(rng.normal(size=a.shape), jnp.float32), tuple(map(zero_gradient, expert_weights))
     )
     mine = lambda tree: jax.tree.map(lambda a: a[first : first + num], tree)  # noqa: E731
-    got = sorted_kernels.swiglu(rows, sizes, banks, first, interpret=True)
-    want = sorted_experts._blocks(rows, sizes, mine(banks), 0)
-    *got_rows, got_banks = sorted_kernels.swiglu_grads(rows, scale, sizes, banks, grad, totals, first, interpret=True)
-    *want_rows, want_banks = sorted_experts._blocks_grads(rows, scale, sizes, mine(banks), grad, mine(totals))
+    got = sorted_kernels.swiglu(rows, sizes, expert_weights, first, interpret=True)
+    want = sorted_experts._blocks(rows, sizes, mine(expert_weights), 0)
+    *got_rows, got_banks = sorted_kernels.swiglu_grads(
+        rows, scale, sizes, expert_weights, grad, totals, first, interpret=True
+    )
+    *want_rows, want_banks = sorted_experts._blocks_grads(rows, scale, sizes, mine(expert_weights), grad, mine(totals))
     pairs = [(a[:used], b[:used]) for a, b in zip([got, *got_rows], [want, *want_rows], strict=True)]
     added = (
         jax.tree.map(jnp.subtract, mine(got_banks), mine(totals)),
@@ -294,8 +301,8 @@ def test_kernels_equal_blocks(kind):
 
 def test_uneven_cuts_are_refused():
     layout = sharding.layout(sharding.make_mesh(MeshConfig(expert=8)))
-    _, _, banks, _ = inputs()
+    _, _, expert_weights, _ = inputs()
     with pytest.raises(ShardingError, match="batch of 12 cannot be cut into 8 equal parts"):
-        cut_experts(layout, (12, 8, D), banks)
+        shard_experts(layout, (12, 8, D), expert_weights)
     with pytest.raises(ShardingError, match="expert of 6 cannot"):
-        cut_experts(layout, (8, 8, D), Banks(*(bank[:6] for bank in banks)))
+        shard_experts(layout, (8, 8, D), ExpertWeights(*(expert_weight[:6] for expert_weight in expert_weights)))

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
-from kimi_jax.kernels.banks import Int4, dequantise
+from kimi_jax.kernels.expert_weights import Int4, dequantise
 from kimi_jax.kernels.int4_matmul import dequantised, int4_gmm, row_tile
 
 GROUP = 16
 
 
-def bank(rng, num, inputs, outputs):
+def expert_weight(rng, num, inputs, outputs):
     """Any words; scales of either sign."""
     words = rng.integers(-(2**31), 2**31, (num, inputs // 8, outputs)).astype(np.int32)
     return Int4(jnp.asarray(words), jnp.asarray(rng.normal(0, 0.1, (num, inputs // GROUP, outputs)), jnp.bfloat16))
@@ -29,7 +29,7 @@ def floats(packed):
 
 def test_every_code_and_any_scale_to_the_bit():
     rng = np.random.default_rng(0)
-    packed = bank(rng, 1, 256, 96)
+    packed = expert_weight(rng, 1, 256, 96)
     codes = (np.asarray(packed.words).view(np.uint32)[..., None] >> (4 * np.arange(8, dtype=np.uint32))) & 15
     assert len(np.unique(codes)) == 16
     got = jax.jit(dequantised)(packed.words[0], packed.scales[0])
@@ -51,11 +51,11 @@ CASES = {  # rows, sizes, inputs, outputs, width of a tile
 @pytest.mark.parametrize("transpose", [False, True], ids=["plain", "transposed"])
 @pytest.mark.parametrize("name", CASES)
 def test_equals_megablox_of_the_dequantised(name, transpose):
-    """For experts `first`.. of a larger bank."""
+    """For experts `first`.. of a larger stack."""
     height, sizes, inputs, outputs, width = CASES[name]
     rng = np.random.default_rng(1)
     first, num = 2, len(sizes)
-    packed, sizes = bank(rng, first + num + 1, inputs, outputs), jnp.asarray(sizes, jnp.int32)
+    packed, sizes = expert_weight(rng, first + num + 1, inputs, outputs), jnp.asarray(sizes, jnp.int32)
     rows = jnp.asarray(rng.normal(size=(height, outputs if transpose else inputs)), jnp.bfloat16)
     used = int(sizes.sum())
     got = int4_gmm(rows, packed, sizes, first, transpose=transpose, interpret=True, width=width)
@@ -71,14 +71,14 @@ def test_equals_megablox_of_the_dequantised(name, transpose):
 
 def test_results_in_bfloat16_are_the_sums_rounded_once():
     rng = np.random.default_rng(3)
-    packed, sizes = bank(rng, 2, 64, 32), jnp.asarray([60, 68], jnp.int32)
+    packed, sizes = expert_weight(rng, 2, 64, 32), jnp.asarray([60, 68], jnp.int32)
     rows = jnp.asarray(rng.normal(size=(128, 64)), jnp.bfloat16)
     got = int4_gmm(rows, packed, sizes, dtype=jnp.bfloat16, interpret=True, width=32)
     np.testing.assert_array_equal(got, int4_gmm(rows, packed, sizes, interpret=True, width=32).astype(jnp.bfloat16))
 
 
 def test_what_does_not_fit_is_said():
-    packed = bank(np.random.default_rng(2), 2, 32, 16)
+    packed = expert_weight(np.random.default_rng(2), 2, 32, 16)
     sizes, rows = jnp.asarray([3, 5], jnp.int32), jnp.zeros((8, 32), jnp.bfloat16)
     with pytest.raises(ValueError, match="takes bfloat16 rows and scales, not float32"):
         int4_gmm(rows.astype(jnp.float32), packed, sizes)

@@ -1,4 +1,4 @@
-"""Attention whose rows, tokens and heads are dealt to devices equals attention on one: output, maxima, gradients.
+"""Attention whose rows, tokens and heads are distributed to devices equals attention on one: output, maxima, gradients.
 
 float32; pieces are joined in another order: 1e-5 of the largest value of an array.
 """
@@ -12,8 +12,8 @@ from kimi_jax import sharding
 from kimi_jax.config import MeshConfig
 from kimi_jax.kernels.latent_attention import join_heads, latent_attention
 from kimi_jax.kernels.segment_attention import segment_attention
-from kimi_jax.nn.mla import cut_attention
-from kimi_jax.nn.rope import rotate_to_halves
+from kimi_jax.nn.mla import shard_attention
+from kimi_jax.nn.rope import apply_rope
 from tests.nn.tiny import QUICK
 
 B, S, H, I, N, L, R, V, SCALE = 2, 32, 2, 8, 4, 8, 2, 4, 0.5
@@ -41,7 +41,7 @@ def run(fn):
 def one_device(x, query, latent, kernel, cos, sin, ids):
     """The plain statement: project, cut, turn, expand, attend."""
     q = jnp.einsum("bsi,ihd->bshd", x, query, precision="highest")
-    q = jnp.concatenate([q[..., :N], rotate_to_halves(q[..., N:], cos, sin)], axis=-1)
+    q = jnp.concatenate([q[..., :N], apply_rope(q[..., N:], cos, sin)], axis=-1)
     both = jnp.einsum("bsl,lhu->bshu", latent[..., :L], kernel, precision="highest")
     return segment_attention(q, *join_heads(both, latent[..., L:], N), ids, causal=True, scale=SCALE)
 
@@ -50,7 +50,7 @@ def dealt(mesh):
     layout = sharding.layout(sharding.make_mesh(mesh))
 
     def fn(x, query, latent, kernel, cos, sin, ids):
-        cut = cut_attention(layout, x.shape, query.shape, kernel.shape, SCALE)
+        cut = shard_attention(layout, x.shape, query.shape, kernel.shape, SCALE)
         return latent_attention(cut, x, query, cos, sin, latent, kernel, ids)
 
     return fn

@@ -13,7 +13,7 @@ from kimi_jax.config import MeshConfig
 from kimi_jax.kernels import latent_flash
 from kimi_jax.kernels.latent_attention import _attend, _attend_grads, _Call, latent_attention
 from kimi_jax.kernels.segment_attention import Piece
-from kimi_jax.nn.mla import cut_attention
+from kimi_jax.nn.mla import shard_attention
 
 B, T, H, N, R, V = 1, 256, 2, 128, 64, 128
 
@@ -58,7 +58,7 @@ def test_tpu_program_has_the_kernels_and_no_head_is_copied():
     shapes = (8, T, 32), (32, H, N + R), (8, T, R // 2), (8, T, R // 2), (8, T, 16 + R), (16, H, N + V)
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
     ids, grad = jax.ShapeDtypeStruct((8, T), jnp.int32), jax.ShapeDtypeStruct((8, T, H, V), jnp.bfloat16)
-    cut = cut_attention(layout, shapes[0], shapes[1], shapes[5], 0.1)
+    cut = shard_attention(layout, shapes[0], shapes[1], shapes[5], 0.1)
 
     def both(*args):
         *args, grad = args

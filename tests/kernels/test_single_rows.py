@@ -1,4 +1,5 @@
-"""One row at a time gives what blocks of rows give: any routing, any dtype, any kind of bank, experts of a larger bank.
+"""One row at a time gives what blocks of rows give: any routing, any dtype, any kind of expert weight, experts of a
+larger stack.
 
 Tolerances: float32 sums of 32 terms in another order; bfloat16 rounds each product once, a unit of the last of 8 bits.
 """
@@ -8,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kimi_jax.kernels.banks import Adapted, Int4
+from kimi_jax.kernels.expert_weights import Int4, LoRAWeights
 from kimi_jax.kernels.single_rows import single_rows_swiglu
-from kimi_jax.nn.moe import Banks, run_experts
+from kimi_jax.nn.moe import ExpertWeights, run_experts
 
 E, D, F, N, K, FIRST, HELD = 4, 32, 16, 5, 2, 4, 12
 RNG = np.random.default_rng(0)
@@ -27,10 +28,12 @@ def int4(inputs, outputs):
 
 SHAPES = (D, F), (D, F), (F, D)
 BANKS = {
-    "float32": lambda: Banks(*(floats(HELD, *shape) for shape in SHAPES)),
-    "bfloat16": lambda: Banks(*(floats(HELD, *shape).astype(jnp.bfloat16) for shape in SHAPES)),
-    "int4": lambda: Banks(*(int4(*shape) for shape in SHAPES)),
-    "adapted": lambda: Banks(*(Adapted(floats(HELD, i, o), floats(HELD, i, 2), floats(HELD, 2, o)) for i, o in SHAPES)),
+    "float32": lambda: ExpertWeights(*(floats(HELD, *shape) for shape in SHAPES)),
+    "bfloat16": lambda: ExpertWeights(*(floats(HELD, *shape).astype(jnp.bfloat16) for shape in SHAPES)),
+    "int4": lambda: ExpertWeights(*(int4(*shape) for shape in SHAPES)),
+    "adapted": lambda: ExpertWeights(
+        *(LoRAWeights(floats(HELD, i, o), floats(HELD, i, 2), floats(HELD, 2, o)) for i, o in SHAPES)
+    ),
 }
 ROUTINGS = {
     "mixed": RNG.integers(0, E, (N, K)),
@@ -42,10 +45,10 @@ ROUTINGS = {
 
 @pytest.mark.parametrize("name", BANKS)
 def test_equals_blocks_of_rows(name):
-    banks, dtype = BANKS[name](), "bfloat16" if name == "bfloat16" else "float32"
+    expert_weights, dtype = BANKS[name](), "bfloat16" if name == "bfloat16" else "float32"
     x, gates = floats(N, D).astype(dtype), jnp.abs(floats(N, K))
-    blocks = jax.jit(lambda experts: run_experts(x, experts, gates, banks, E, FIRST)[0])
-    singly = jax.jit(lambda experts: single_rows_swiglu(x, experts, gates, tuple(banks), E, FIRST))
+    blocks = jax.jit(lambda experts: run_experts(x, experts, gates, expert_weights, E, FIRST)[0])
+    singly = jax.jit(lambda experts: single_rows_swiglu(x, experts, gates, tuple(expert_weights), E, FIRST))
     for routing in ROUTINGS.values():
         want = np.asarray(blocks(jnp.asarray(routing, jnp.int32)))
         got = singly(jnp.asarray(routing, jnp.int32))

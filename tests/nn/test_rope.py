@@ -47,7 +47,7 @@ def test_text_rotation_deinterleaves():
     """Pairs (2j, 2j+1) as complex numbers; first members first in the result. Float32 rounding only."""
     rng = np.random.default_rng(0)
     x, angle = rng.normal(size=(2, 3, 8)), rng.normal(size=(2, 4))
-    got = rope.rotate_to_halves(*(jnp.asarray(a, jnp.float32) for a in (x, np.cos(angle), np.sin(angle))))
+    got = rope.apply_rope(*(jnp.asarray(a, jnp.float32) for a in (x, np.cos(angle), np.sin(angle))))
     want = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * angle)[:, None]
     np.testing.assert_allclose(got, np.concatenate([want.real, want.imag], axis=-1), atol=1e-6)
 

@@ -27,7 +27,7 @@ def params():
 def nll(params, batch):
     """Summed loss of the whole model."""
     model = KimiK25(MODEL)
-    return model.apply({"params": params}, batch, num_groups=G, method=model.token_nll)[0].sum()
+    return model.apply({"params": params}, batch, num_packs=G, method=model.token_nll)[0].sum()
 
 
 def test_the_gradient_is_that_of_the_three_phases(params):
@@ -35,7 +35,7 @@ def test_the_gradient_is_that_of_the_three_phases(params):
     batch, model = jax.tree.map(jnp.asarray, make_batch(0)), KimiK25(MODEL)
 
     def encode(params):
-        """Written without the stage: tower and projector, nothing made again."""
+        """Written without the stage: tower and projector, nothing recomputed."""
         return tuple(
             model.apply({"params": params}, each, method=lambda m, each: m.projector(m.vision(**each)))
             for each in batch["vision"]
@@ -106,7 +106,7 @@ def test_devices_of_a_group_share_its_bins(axes, bins):
 
     @jax.jit
     def run(values, x):
-        dealt = vision_stage.deal_bins(layout, {"values": values})["values"]
+        dealt = vision_stage.shard_bins(layout, {"values": values})["values"]
         features, count = encode(dealt)
         return vision_stage.fuse(layout, x, (features,), index, (bins,), groups), count
 

@@ -84,7 +84,7 @@ def test_default_dtype_on_cpu_is_float32():
 @pytest.mark.parametrize(
     "shape, batch, rows, spec",
     [
-        ((2, 4, 6, 8), 2, 1, P(None, "expert", "fsdp", None)),  # a bank: 4 matrices a device, 2 of them whole
+        ((2, 4, 6, 8), 2, 1, P(None, "expert", "fsdp", None)),  # an expert weight: 4 matrices a device, 2 of them whole
         ((3, 8, 4, 2), 1, 2, P(None, ("fsdp", "expert"), "tensor", None)),  # 3 matrices for 8 devices: zeros fill up
         ((6, 10), 0, 1, P("fsdp", "tensor")),
         ((5, 3, 3), 1, 1, P(None, None, None)),
@@ -96,8 +96,8 @@ def test_dealt_over_devices_equals_one_device(shape, batch, rows, spec, monkeypa
     monkeypatch.setattr(newton_schulz, "ROOM", 1)
     mesh = sharding.make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
     leaf = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
-    where = newton_schulz.Dealing(batch, rows, mesh, spec)
-    fn = jax.jit(lambda x: newton_schulz.orthogonalize_dealt([x], [where])[0])
+    where = newton_schulz.Distribution(batch, rows, mesh, spec)
+    fn = jax.jit(lambda x: newton_schulz.orthogonalize_sharded([x], [where])[0])
     got = fn(jax.device_put(leaf, NamedSharding(mesh, spec)))
     assert got.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim)
     want = orthogonalize(as_matrices(leaf, Muon(batch, rows))).reshape(shape)
@@ -107,9 +107,9 @@ def test_dealt_over_devices_equals_one_device(shape, batch, rows, spec, monkeypa
 def test_no_device_gathers_a_bank():
     """The compiled program exchanges parts; nothing in it is as large as what all devices hold together."""
     mesh = sharding.make_mesh(MeshConfig(fsdp=4, expert=2))
-    where = newton_schulz.Dealing(2, 1, mesh, P(None, "expert", "fsdp", None))
-    bank = jax.ShapeDtypeStruct((6, 8, 32, 16), jnp.float32, sharding=NamedSharding(mesh, where.spec))
-    text = jax.jit(lambda x: newton_schulz.orthogonalize_dealt([x], [where])).lower(bank).compile().as_text()
+    where = newton_schulz.Distribution(2, 1, mesh, P(None, "expert", "fsdp", None))
+    expert_weight = jax.ShapeDtypeStruct((6, 8, 32, 16), jnp.float32, sharding=NamedSharding(mesh, where.spec))
+    text = jax.jit(lambda x: newton_schulz.orthogonalize_sharded([x], [where])).lower(expert_weight).compile().as_text()
     sizes = [math.prod(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", text)]
     assert "all-to-all" in text and "all-gather" not in text
     assert max(sizes) <= 6 * 8 * 32 * 16 // 8

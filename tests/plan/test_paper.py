@@ -57,7 +57,7 @@ def test_reduce_dtype_halves_the_bytes_of_sums_over_devices():
 
 
 def test_expert_parallelism_trades_weights_for_tokens():
-    """Experts over 16 devices: a sixteenth of them is gathered, over 4 devices; tokens travel 6 times a layer."""
+    """Experts over 16 devices: a sixteenth of them is gathered, over 4 devices; tokens are sent 6 times a layer."""
     found = estimate(expert=16)
     rest = count_params(BASE.model)["total"] - EXPERTS
     assert found["wire_bytes"]["gather"] == pytest.approx(2 * 2 * (rest * 63 / 64 + EXPERTS / 16 * 3 / 4))

@@ -8,7 +8,7 @@ import pytest
 
 from kimi_jax import sharding
 from kimi_jax.config import ConfigError, MeshConfig
-from kimi_jax.data.packing import GroupShape
+from kimi_jax.data.packing import PackShape
 from kimi_jax.plan import chips, program, report
 from kimi_jax.plan.plan import layouts
 from kimi_jax.train import flops
@@ -37,14 +37,14 @@ def test_a_planned_batch_is_a_packed_batch(mesh):
 
 
 def test_rows_a_device_take_their_share_of_the_pictures(mesh):
-    data = dataclasses.replace(CONFIG.data, num_groups=4, rows_per_group=8, vision_bins=((16, 4), (64, 1)))
+    data = dataclasses.replace(CONFIG.data, num_packs=4, rows_per_pack=8, vision_bins=((16, 4), (64, 1)))
     config = dataclasses.replace(CONFIG, data=data)
     small = program.scaled(config, mesh, 2).data
-    assert (small.num_groups, small.rows_per_group, small.vision_bins) == (8, 2, ((16, 1), (64, 1)))
+    assert (small.num_packs, small.rows_per_pack, small.vision_bins) == (8, 2, ((16, 1), (64, 1)))
     spread = program.scaled(config, mesh, None).data
-    assert (spread.num_groups, spread.rows_per_group) == (8, 4)
+    assert (spread.num_packs, spread.rows_per_pack) == (8, 4)
     halves = dataclasses.replace(config, memory=dataclasses.replace(config.memory, microbatches=2))
-    assert (program.scaled(halves, mesh, 2).data.num_groups, program.scaled(halves, mesh, 2).data.rows_per_group) == (
+    assert (program.scaled(halves, mesh, 2).data.num_packs, program.scaled(halves, mesh, 2).data.rows_per_pack) == (
         16,
         1,
     )
@@ -54,7 +54,7 @@ def test_rows_a_device_take_their_share_of_the_pictures(mesh):
 
 def test_counts_of_a_full_group_are_those_of_its_shape():
     counts = report.full_counts(CONFIG, 8)
-    shape = GroupShape.of(CONFIG.data, CONFIG.model)
+    shape = PackShape.of(CONFIG.data, CONFIG.model)
     assert counts["tokens"] == shape.rows * shape.sequence_length and counts["patches"] == 16
     real = flops.batch_counts({k: v[:1] for k, v in make_batch(0).items() if k != "vision"} | {"vision": ()})
     assert counts["tokens"] >= float(real["tokens"]) and counts["token_pairs"] >= float(real["token_pairs"])

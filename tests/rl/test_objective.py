@@ -65,7 +65,7 @@ LAYOUTS = {"padded": [[each] for each in ALL], "packed": [list(pair) for pair in
 
 
 def settings(rows, parts):
-    data = dataclasses.replace(CONFIG.data, sequence_length=S, num_groups=rows)
+    data = dataclasses.replace(CONFIG.data, sequence_length=S, num_packs=rows)
     optimizer = dataclasses.replace(CONFIG.optimizer, balance_loss_weight=0.0)
     memory = MemoryConfig(microbatches=parts)
     return dataclasses.replace(CONFIG, model=SMALL, data=data, optimizer=optimizer, memory=memory)

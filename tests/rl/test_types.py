@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_jax.data.example import MediaItem
-from kimi_jax.data.packing import GroupShape, unpack
+from kimi_jax.data.packing import PackShape, unpack
 from kimi_jax.nn.vision_stage import place_features
 from kimi_jax.rl import record
 from kimi_jax.rl.types import GIVEN, Group, Segment, Trajectory, TrajectoryError, pack, samples, staleness
 from tests.nn import tiny
 
 PAD, MEDIA_PAD = 2, 9
-SHAPE = GroupShape(rows=2, sequence_length=64, bins=((32, 2),), pad_id=PAD, media_pad_id=MEDIA_PAD, patch_size=2)
+SHAPE = PackShape(rows=2, sequence_length=64, bins=((32, 2),), pad_id=PAD, media_pad_id=MEDIA_PAD, patch_size=2)
 GRID = (1, 4, 4)  # 16 patches, 4 features
 
 
@@ -155,7 +155,7 @@ def test_features_of_a_shared_picture_get_the_sum_of_its_samples_gradients():
 @pytest.mark.slow
 def test_sharing_a_picture_changes_neither_loss_nor_gradient():
     """The tiny model on three samples that share a picture, against each with a picture of its own: 2e-5."""
-    model_shape = GroupShape(2, 64, ((tiny.BIN, 4),), PAD, MEDIA_PAD, patch_size=4)
+    model_shape = PackShape(2, 64, ((tiny.BIN, 4),), PAD, MEDIA_PAD, patch_size=4)
     rng = np.random.default_rng(0)
     patches = rng.integers(0, 256, (16, 48), dtype=np.uint8)
     replies = [rng.integers(10, 30, 5) for _ in range(3)]

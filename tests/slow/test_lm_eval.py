@@ -77,7 +77,7 @@ def task_manager(tmp_path, monkeypatch):
 
 def config(tokenizer):
     model = dataclasses.replace(preset("demo"), vocab_size=tokenizer.vocab_size, vision=None, num_hidden_layers=2)
-    return TrainConfig(model=model, data=DataConfig(sequence_length=32, num_groups=8, vision_bins=()))
+    return TrainConfig(model=model, data=DataConfig(sequence_length=32, num_packs=8, vision_bins=()))
 
 
 def run(lm, task_manager, name):

@@ -56,7 +56,7 @@ def _packed(tmp_path, **sources: SourceConfig) -> tuple[dict, dict]:
     tokenizer = str(tmp_path / "tokenizer.json")
     train_tokenizer([_row(i)["question"] for i in range(9)], 300, tokenizer)
     data = DataConfig(
-        sources=sources, tokenizer=tokenizer, sequence_length=256, rows_per_group=1, num_groups=2,
+        sources=sources, tokenizer=tokenizer, sequence_length=256, rows_per_pack=1, num_packs=2,
         vision_bins=((64, 2),), vision_ratio=((0.0, 0.05),), num_workers=1,
     )  # fmt: skip
     stream = BatchStream(data, preset("demo"), total_steps=10)

@@ -34,9 +34,9 @@ import jax
 from jax.sharding import NamedSharding
 from kimi_jax import sharding
 from kimi_jax.config import MeshConfig
-from kimi_jax.kernels.banks import Adapted, Int4
+from kimi_jax.kernels.expert_weights import LoRAWeights, Int4
 from kimi_jax.kernels.expert_parallel import expert_parallel
-from kimi_jax.nn.moe import BANK_AXES, Banks, cut_experts
+from kimi_jax.nn.moe import EXPERT_AXES, ExpertWeights, shard_experts
 from kimi_jax.plan import chips, program
 
 D, F, GROUP, RANK, EACH, PICKS, DEVICES, TOKENS = 7168, 2048, 32, 16, 384 // 64, 8, 4, 64
@@ -46,26 +46,26 @@ layout = sharding.layout(mesh)
 def array(axes, shape, dtype):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, layout.spec(axes, shape)))
 
-def bank(name, inputs, outputs):
-    num, axes = EACH * DEVICES, BANK_AXES[name]
+def expert_weight(name, inputs, outputs):
+    num, axes = EACH * DEVICES, EXPERT_AXES[name]
     words, scales = (num, inputs // 8, outputs), (num, inputs // GROUP, outputs)
     a = array((axes[0], axes[1], "lora"), (num, inputs, RANK), "float32")
     b = array((axes[0], "lora", axes[2]), (num, RANK, outputs), "float32")
-    return Adapted(Int4(array(axes, words, "int32"), array(axes, scales, "bfloat16")), a, b)
+    return LoRAWeights(Int4(array(axes, words, "int32"), array(axes, scales, "bfloat16")), a, b)
 
 def tokens(width, dtype):
     return array(("batch", "sequence", None), (DEVICES, TOKENS, width), dtype)
 
-def run(x, experts, gates, banks):
+def run(x, experts, gates, expert_weights):
     def value(x, gates, pairs):
-        adapted = Banks(*(Adapted(bank.base, *pair) for bank, pair in zip(banks, pairs)))
-        return expert_parallel(cut_experts(layout, x.shape, adapted), x, experts, gates, tuple(adapted))[0]
+        adapted = ExpertWeights(*(LoRAWeights(w.base, *pair) for w, pair in zip(expert_weights, pairs)))
+        return expert_parallel(shard_experts(layout, x.shape, adapted), x, experts, gates, tuple(adapted))[0]
 
-    y, pullback = jax.vjp(value, x, gates, [(bank.a, bank.b) for bank in banks])
+    y, pullback = jax.vjp(value, x, gates, [(expert_weight.a, expert_weight.b) for expert_weight in expert_weights])
     return y, pullback(y)
 
-banks = Banks(bank("gate", D, F), bank("up", D, F), bank("down", F, D))
-args = tokens(D, "bfloat16"), tokens(PICKS, "int32"), tokens(PICKS, "float32"), banks
+expert_weights = ExpertWeights(expert_weight("gate", D, F), expert_weight("up", D, F), expert_weight("down", F, D))
+args = tokens(D, "bfloat16"), tokens(PICKS, "int32"), tokens(PICKS, "float32"), expert_weights
 compiled = jax.jit(run).lower(*args).compile()
 text = compiled.as_text()
 print(json.dumps({
@@ -73,7 +73,7 @@ print(json.dumps({
     "words": re.findall(r"s32\\[6,896,2048\\]", text),
     "kernels": sorted({name for name in ("int4_gmm", "tgmm", "ragged-all-to-all") if name in text}),
     "temporaries": compiled.memory_analysis().temp_size_in_bytes,
-    "bank": EACH * D * F * 2,
+    "expert_weight": EACH * D * F * 2,
 }))
 """
 
@@ -106,7 +106,7 @@ def test_memory_counted_is_memory_refused():
 
 
 def test_the_program_holds_the_kernels_and_collectives(compiled):
-    """Tokens travel by ragged-all-to-all, experts are megablox, attention is splash; nothing stands in for them."""
+    """Tokens are sent by ragged-all-to-all, experts are megablox, attention is splash; nothing stands in for them."""
     plan, text = compiled
     assert text.count(" ragged-all-to-all") >= 7  # there and back; rows, gradient, gates there and two back
     for kernel in ("gmm", "tgmm", "splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"):
@@ -119,8 +119,8 @@ def test_the_program_holds_the_kernels_and_collectives(compiled):
 def test_int4_experts_stay_words():
     """At K2.5's widths, a device's 6 experts: the kernel compiles, forward and for the inputs' gradient; no matrix of
     floats is in the program, whose temporaries (most of them adapters, whose rank of 16 takes 128 lanes) are smaller
-    than two of the three banks would be in bfloat16."""
+    than two of the three expert weights would be in bfloat16."""
     found = json.loads(run("-c", INT4_EXPERTS).splitlines()[-1])
     assert found["kernels"] == ["int4_gmm", "ragged-all-to-all", "tgmm"]
     assert found["words"] and not found["floats"]
-    assert found["temporaries"] < 2 * found["bank"]
+    assert found["temporaries"] < 2 * found["expert weight"]

@@ -205,7 +205,7 @@ def test_text_in_float32(name, tmp_path):
     model = kimi.load(path)
     assert error(model.logits(IDS), theirs) <= EXACT
     np.testing.assert_array_equal(experts_of(model, IDS), np.sort(picks))
-    assert error(model.logits(IDS, router_picks=picks), theirs) <= EXACT
+    assert error(model.logits(IDS, routed_experts=picks), theirs) <= EXACT
 
 
 def test_mscale_alone(tmp_path):
@@ -250,7 +250,7 @@ def test_random_models_in_float32(config, tmp_path_factory):
     theirs, picks = asked(text_peer(path, **rope), ids)
     model = kimi.load(path)
     assert error(model.logits(ids), theirs) <= EXACT
-    assert error(model.logits(ids, router_picks=picks), theirs) <= EXACT
+    assert error(model.logits(ids, routed_experts=picks), theirs) <= EXACT
 
 
 @pytest.mark.parametrize(
@@ -310,7 +310,7 @@ def test_text_in_bfloat16(name, tmp_path):
     path = written(tmp_path / "m", *FAMILIES[name], "bfloat16")
     truth, picks = asked(text_peer(path), IDS)
     theirs, _ = asked(text_peer(path, "bfloat16"), IDS, picks)
-    check_bfloat16(kimi.load(path, dtype="bfloat16").logits(IDS, router_picks=picks), theirs, truth)
+    check_bfloat16(kimi.load(path, dtype="bfloat16").logits(IDS, routed_experts=picks), theirs, truth)
 
 
 def check_bfloat16(ours, theirs, truth):
@@ -384,7 +384,7 @@ def test_pictures_and_video_in_float32(model_type, tmp_path):
     model = kimi.load(written(tmp_path / "ours", model_type, config))
     assert error(model.vision_features(*media), features) <= EXACT
     assert error(model.logits(ids, *media), logits) <= EXACT
-    assert error(model.logits(ids, *media, router_picks=picks), logits) <= EXACT
+    assert error(model.logits(ids, *media, routed_experts=picks), logits) <= EXACT
 
 
 @pytest.mark.parametrize("model_type", VISUAL)
@@ -397,4 +397,4 @@ def test_pictures_and_video_in_bfloat16(model_type, tmp_path):
     features, logits, _ = answers(vision_peer(path, config, "bfloat16"), ids, *media, picks)
     model = kimi.load(written(tmp_path / "ours", model_type, config, "bfloat16"), dtype="bfloat16")
     check_bfloat16(model.vision_features(*media), features, truth[0])
-    check_bfloat16(model.logits(ids, *media, router_picks=picks), logits, truth[1])
+    check_bfloat16(model.logits(ids, *media, routed_experts=picks), logits, truth[1])

@@ -44,7 +44,7 @@ def save(directory, *steps: int) -> Checkpoints:
     checkpoints = Checkpoints(str(directory), CONFIG.checkpoint)
     for step in steps:
         checkpoints.save(make_state(step), {"data": {"position": step}, "sum": 0.1 + 0.2 * step}, CONFIG)
-        assert checkpoints.settle()
+        assert checkpoints.wait()
     return checkpoints
 
 

@@ -32,7 +32,7 @@ def full_counts(batch):
 
 def xla_flops(model, batch):
     params = unbox(abstract_params(model))
-    run = jax.jit(lambda p, b: KimiK25(model).apply({"params": p}, b, num_groups=1)[0])
+    run = jax.jit(lambda p, b: KimiK25(model).apply({"params": p}, b, num_packs=1)[0])
     return run.lower(params, batch).compile().cost_analysis()["flops"]
 
 

@@ -35,8 +35,8 @@ def config(folder):
 def changes(folder, name: str, groups: int = 8) -> dict:
     return {
         "workdir": str(folder / name),
-        "data.num_groups": groups,
-        "data.rows_per_group": 1,
+        "data.num_packs": groups,
+        "data.rows_per_pack": 1,
         "data.vision_bins": ((16, 1), (64, 1)),
         "checkpoint.interval": 0,
     }

@@ -10,7 +10,7 @@ import pytest
 from kimi_jax import sharding
 from kimi_jax.config import MemoryConfig, MeshConfig
 from kimi_jax.kernels.cross_entropy import chunked_cross_entropy
-from kimi_jax.kernels.vocabulary import dealt_cross_entropy
+from kimi_jax.kernels.vocabulary import sharded_cross_entropy
 from kimi_jax.nn.kimi import KimiK25, init_params
 from kimi_jax.nn.param import unbox
 from kimi_jax.train.objective import Last, Max, Mean, Objective, Sum, merge_microbatches, next_token
@@ -122,7 +122,7 @@ def test_temperature_divides_the_logits(devices, temperature):
             nll = chunked_cross_entropy(flat, kernel, jnp.asarray(targets.reshape(-1)), 10, temperature)
             return jnp.sum(nll.reshape(targets.shape) * weights)
         cut = sharding.layout(sharding.make_mesh(MeshConfig())).vocabulary(("embed", "vocab"), kernel.shape)
-        return jnp.sum(dealt_cross_entropy(cut, hidden, kernel, jnp.asarray(targets), temperature) * weights)
+        return jnp.sum(sharded_cross_entropy(cut, hidden, kernel, jnp.asarray(targets), temperature) * weights)
 
     found, wanted = (jax.jit(jax.value_and_grad(f, (0, 1)))(hidden, kernel) for f in (ours, plain))
     assert_trees_close(found, wanted, 1e-5)

@@ -87,8 +87,8 @@ def test_microbatches_hold_whole_groups_of_every_device():
     ids=str,
 )
 def test_mesh_of_several_axes_equals_one_device(plain, axes):
-    """Tokens travel to experts in several rounds, weights are gathered, heads and the tokens of a row are cut."""
-    assert_same(run(changed(expert_buffer=0.5), c.MeshConfig(**axes)), plain)
+    """Tokens are sent to experts in several rounds, weights are gathered, heads and the tokens of a row are cut."""
+    assert_same(run(changed(expert_capacity_factor=0.5), c.MeshConfig(**axes)), plain)
 
 
 @pytest.mark.parametrize("policy", ["layer_inputs", "attention_sum", "attention_output", "expert_inputs"])
@@ -114,7 +114,7 @@ def test_remat_policies_by_name():
 
 
 def test_whole_step_on_a_mesh_of_several_axes():
-    """Muon's dealt Newton-Schulz, QK-clip and router bias too: the weights after a step are those of one device.
+    """Muon's distributed Newton-Schulz, QK-clip and router bias too: the weights after a step are those of one device.
 
     Newton-Schulz amplifies rounding where a gradient has singular values near zero: 1e-3 of the largest update."""
     batch = uneven_batch()

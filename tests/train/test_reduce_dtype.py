@@ -31,7 +31,7 @@ MESHES = [
 def config_of(dtype="bfloat16", scan=True, microbatches=1, reduce_dtype="float32", experts=8) -> c.TrainConfig:
     moe = dataclasses.replace(CONFIG.model.moe, n_routed_experts=experts)
     config = with_model(dtype=dtype, scan_layers=scan, moe=moe, initializer_range=0.1)
-    data = dataclasses.replace(config.data, num_groups=GROUPS)
+    data = dataclasses.replace(config.data, num_packs=GROUPS)
     memory = c.MemoryConfig(microbatches=microbatches, reduce_dtype=reduce_dtype)
     return dataclasses.replace(config, data=data, memory=memory)
 

@@ -42,7 +42,7 @@ def settings(folder, workdir, **changes):
     source = SourceConfig(kind="chat", path=str(folder / "rows.jsonl"), vision=True, chat=ChatConfig(thinking=False))
     data = dataclasses.replace(
         CONFIG.data, sources={"chat": source}, tokenizer=str(folder / "tokenizer.json"), sequence_length=64,
-        vision_bins=((16, 2),), lookahead=8,
+        vision_bins=((16, 2),), buffer_size=8,
     )  # fmt: skip
     model = dataclasses.replace(MODEL, vocab_size=320)
     config = dataclasses.replace(

@@ -52,7 +52,7 @@ def test_loss_is_the_weighted_mean_over_the_whole_batch():
     batch = make_batch(0)
     batch["loss_weights"] = batch["loss_weights"] * np.random.default_rng(0).uniform(0.1, 2, (G, 1)).astype(np.float32)
     loss, out = jax.jit(lambda p, b: loss_fn(p, b, CONFIG))(params, batch)
-    logits, aux = jax.jit(lambda p, b: KimiK25(MODEL).apply({"params": p}, b, num_groups=G))(params, batch)
+    logits, aux = jax.jit(lambda p, b: KimiK25(MODEL).apply({"params": p}, b, num_packs=G))(params, batch)
     logp = jax.nn.log_softmax(logits)
     nll = -np.take_along_axis(np.asarray(logp), batch["targets"][..., None], -1)[..., 0]
     w = batch["loss_weights"]
@@ -123,8 +123,8 @@ def test_one_device_and_eight_give_the_same_curve(one_device):
 
 
 def test_groups_that_do_not_divide_over_the_devices_are_refused():
-    config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, num_groups=6))
-    with pytest.raises(sharding.ShardingError, match="num_groups=6 cannot be cut over 8 devices"):
+    config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, num_packs=6))
+    with pytest.raises(sharding.ShardingError, match="num_packs=6 cannot be sharded over 8 devices"):
         make_train_step(config, mesh_of(8))
 
 

@@ -27,7 +27,7 @@ CONFIG = c.TrainConfig(
     steps=20,
     log_interval=5,
     model=MODEL,
-    data=c.DataConfig(sequence_length=S, num_groups=G, vision_bins=((P, 1),), num_workers=0),
+    data=c.DataConfig(sequence_length=S, num_packs=G, vision_bins=((P, 1),), num_workers=0),
     optimizer=c.OptimizerConfig(peak_lr=1e-2, final_lr=1e-3, warmup_steps=2, decay_fraction=0.2),
 )
 

@@ -50,7 +50,8 @@ class ParquetSource:
                 self._kinds[column] = kind
             elif kind not in (settled, UNKNOWN):
                 raise ConfigError(
-                    f"column {column.name!r} holds {_say(kind)} in {where}, {_say(settled)} in {self._first}"
+                    f"column {column.name!r} holds {_type_name(kind)} in {where}, {_type_name(settled)} in "
+                    f"{self._first}"
                 )
         return [column.name for column in self.template.columns]
 
@@ -86,7 +87,7 @@ def open_parquet(path: str, split: str) -> ParquetSource:
 UNKNOWN = "unknown"  # the kind of a column of nulls or of a file without rows
 
 
-def _say(kind: str) -> str:
+def _type_name(kind: str) -> str:
     return {"": "text", "image": "images", "video": "videos"}[kind]
 
 

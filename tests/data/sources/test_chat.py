@@ -301,7 +301,7 @@ def test_packed_conversations_keep_their_masks_and_never_see_each_other(tmp_path
     with BatchStream(data, model, 10) as stream:
         for _ in range(3):
             batch = next(stream)
-            documents = list(unpack(batch, data.num_groups))
+            documents = list(unpack(batch, data.num_packs))
             several += len(documents) > len(batch["tokens"])
             for document in documents:
                 weights = wanted[tuple(document.tokens.tolist())]
@@ -324,7 +324,7 @@ def test_too_long_conversations_are_shortened_or_refused_and_counted(tmp_path, t
     with BatchStream(data, model, 10) as stream:
         for _ in range(3):
             batch = next(stream)
-            assert all(len(d.tokens) <= data.sequence_length for d in unpack(batch, data.num_groups))
+            assert all(len(d.tokens) <= data.sequence_length for d in unpack(batch, data.num_packs))
         report = stream.report()
     assert report[counted].keys() == {"chat"}
     if too_long == "refuse":

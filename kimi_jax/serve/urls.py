@@ -25,14 +25,14 @@ def is_remote(address: str) -> bool:
 def opener(
     folder: str, fetched: Mapping[str, bytes], reserve: Callable[[int], None] = lambda count: None
 ) -> Callable[[str], bytes]:
-    """What `Chat.open_address` takes: a function from an address to bytes.
+    """What `Chat.open_url` takes: a function from an address to bytes.
 
     folder: file: addresses and paths below it are opened; "" for none. fetched: the bytes of remote addresses. reserve:
     takes the memory for a file before it is read.
     The function raises BadRecord: refused, missing_file, too_long.
     """
 
-    def open_address(address: str) -> bytes:
+    def open_url(address: str) -> bytes:
         shown = address[:80]
         if address in fetched:
             return fetched[address]
@@ -46,7 +46,7 @@ def opener(
             return _read(Path(unquote(parts.path)), Path(folder), shown, reserve)
         raise BadRecord("refused", shown, "this server does not open such addresses")
 
-    return open_address
+    return open_url
 
 
 def _read(path: Path, folder: Path, shown: str, reserve: Callable[[int], None]) -> bytes:

@@ -24,7 +24,7 @@ PADDING = "#f2f2f2"
 LEARNED = "#333333"
 WIDTH, LEFT = 17.0, 0.6  # inches: the picture, and where the bars begin
 BAR = WIDTH - LEFT - 0.2
-ROW, BIN, GAP = 0.8, 1.2, 0.3  # inches: a row, a line of bins, between groups
+ROW, BIN, GAP = 0.8, 1.2, 0.3  # inches: a row, a line of bins, between packs
 FONT = 5.8  # points
 
 
@@ -57,20 +57,20 @@ def _frames(patches: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
     return raster.reshape(t, h, w, 3, p, p).transpose(0, 1, 4, 2, 5, 3).reshape(t, h * p, w * p, 3)
 
 
-def draw(config: TrainConfig, batch: dict, tokenizer: Tokenizer, groups: int, out: str) -> None:
-    """Draws the first groups of a batch into the file `out`. Raises OSError, and ValueError for an unknown format."""
+def draw(config: TrainConfig, batch: dict, tokenizer: Tokenizer, packs: int, out: str) -> None:
+    """Draws the first packs of a batch into the file `out`. Raises OSError, and ValueError for an unknown format."""
     from matplotlib.figure import Figure  # a second to import, and only this function needs it
 
     data = config.data
-    groups = min(groups, data.num_groups)
-    rows, bins = data.rows_per_group, data.vision_bins if batch["vision"] else ()
+    packs = min(packs, data.num_packs)
+    rows, bins = data.rows_per_pack, data.vision_bins if batch["vision"] else ()
     lines = [_bin_lines(patches, count, bins) for patches, count in bins]
-    height = groups * (rows * ROW + sum(lines) * BIN + GAP)
+    height = packs * (rows * ROW + sum(lines) * BIN + GAP)
     figure = Figure(figsize=(WIDTH, height + 1.0), dpi=110, facecolor="white")
     _title(figure, config)
     top = height + 0.1
-    for g in range(groups):
-        top = _draw_group(figure, batch, tokenizer, g, rows, bins, lines, top)
+    for g in range(packs):
+        top = _draw_pack(figure, batch, tokenizer, g, rows, bins, lines, top)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a script that the font lacks shows as boxes
         figure.savefig(out)
@@ -109,10 +109,10 @@ def _title(figure: Any, config: TrainConfig) -> None:
     )
 
 
-def _draw_group(
+def _draw_pack(
     figure: Any, batch: dict, tokenizer: Tokenizer, g: int, rows: int, bins: tuple, lines: list[int], top: float
 ) -> float:
-    """Draws group g below `top` (inches) and returns where the next one begins."""
+    """Draws pack g below `top` (inches) and returns where the next one begins."""
     total = figure.get_size_inches()[1]
     users: dict[int, tuple] = {}
     for r in range(g * rows, (g + 1) * rows):
@@ -137,7 +137,7 @@ def _draw_group(
 
 
 def _draw_row(axes: Any, batch: dict, tokenizer: Tokenizer, row: int) -> dict[int, tuple]:
-    """Draws one row. Returns, by feature of the group, (modality, document, row) of who uses it."""
+    """Draws one row. Returns, by feature of the pack, (modality, document, row) of who uses it."""
     from matplotlib.patches import Rectangle
 
     tokens, segments, features = (batch[k][row] for k in ("tokens", "segment_ids", "feature_index"))

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from kimi_jax.data import BadRecord
-from kimi_jax.serve.addresses import opener
+from kimi_jax.serve.urls import opener
 
 
 @pytest.fixture
@@ -24,24 +24,24 @@ def test_nothing_by_default(folder):
 
 
 def test_files_below_the_folder_only(folder):
-    open_address = opener(str(folder), {})
-    assert open_address("a b.png") == b"inside"
-    assert open_address(f"file://{folder}/a%20b.png") == b"inside"
+    open_url = opener(str(folder), {})
+    assert open_url("a b.png") == b"inside"
+    assert open_url(f"file://{folder}/a%20b.png") == b"inside"
     for address in ("../secret.txt", f"{folder.parent}/secret.txt", "link.png", "http://127.0.0.1/", "ftp://x/y"):
         with pytest.raises(BadRecord, match="refused"):
-            open_address(address)
+            open_url(address)
     (folder / "circle.png").symlink_to(folder / "circle.png")
     os.mkfifo(folder / "pipe.png")
     for address in ("none.png", "x" * 5000, "a%00b", "circle.png", "pipe.png", "."):
         with pytest.raises(BadRecord, match="missing_file"):
-            open_address(address)
+            open_url(address)
 
 
 def test_errors_of_files_name_no_folder_of_the_server(folder):
-    open_address = opener(str(folder), {})
+    open_url = opener(str(folder), {})
     for address in ("none.png", "../secret.txt", "x" * 5000, "."):
         with pytest.raises(BadRecord) as error:
-            open_address(address)
+            open_url(address)
         assert str(folder.parent) not in str(error.value)
 
 
@@ -52,7 +52,7 @@ def test_files_take_their_memory_before_they_are_read(folder):
 
 
 def test_remote_addresses_come_from_what_was_fetched():
-    open_address = opener("", {"http://host/a": b"fetched"})
-    assert open_address("http://host/a") == b"fetched"
+    open_url = opener("", {"http://host/a": b"fetched"})
+    assert open_url("http://host/a") == b"fetched"
     with pytest.raises(BadRecord, match="refused"):
-        open_address("http://host/b")
+        open_url("http://host/b")

@@ -29,19 +29,19 @@ def names(part: Any) -> tuple[str, ...]:
     return () if part is None else (part,) if isinstance(part, str) else tuple(part)
 
 
-def _spread(part: Any, kept: tuple[str | None, ...]) -> tuple[str, ...]:
+def _gathered_axes(part: Any, kept: tuple[str | None, ...]) -> tuple[str, ...]:
     return tuple(axis for axis in names(part) if axis not in kept)
 
 
-def whole(weight: Array, spec: PartitionSpec, kept: tuple[str | None, ...] = ()) -> Array:
-    """`weight`, cut by `spec`, gathered along all mesh axes but `kept`: those on which the work is dealt."""
+def all_gather(weight: Array, spec: PartitionSpec, kept: tuple[str | None, ...] = ()) -> Array:
+    """`weight`, sharded by `spec`, gathered along all mesh axes but `kept`: those on which the work is distributed."""
     for dim, part in enumerate(spec):
-        for axis in reversed(_spread(part, kept)):
+        for axis in reversed(_gathered_axes(part, kept)):
             weight = _gather(weight, axis, dim)
     return weight
 
 
-def part_of_sum(
+def reduce_scatter(
     total: Array, spec: PartitionSpec, kept: tuple[str | None, ...], summed: tuple[str, ...], dtype: str
 ) -> Array:
     """The reverse for gradients: summed in `dtype` along the mesh axes `summed`, everybody keeps the part in `spec`.
@@ -51,7 +51,7 @@ def part_of_sum(
     done: set[str] = set()
     total = total.astype(dtype)
     for dim, part in enumerate(spec):
-        for axis in _spread(part, kept):
+        for axis in _gathered_axes(part, kept):
             total = _scatter(total, axis, dim)
             done.add(axis)
     rest = tuple(axis for axis in summed if axis not in done)
@@ -98,11 +98,12 @@ def _scatter(x: Array, axis: str, dim: int) -> Array:
     return lax.psum_scatter(jnp.moveaxis(parts, -2, 0), axis)
 
 
-class MatrixCut(NamedTuple):
+class LinearSharding(NamedTuple):
     """How tokens [B, S, .] and a matrix lie over a mesh; hashable.
 
-    rows, tokens: mesh axes of B and S; matrix: of [*inputs, *outputs]; inputs: how many of them; dealt: the mesh axis
-    that deals the inputs or the outputs to devices, where one does, and stays. reduce_dtype: of sums over devices.
+    rows, tokens: mesh axes of B and S; matrix: of [*inputs, *outputs]; inputs: how many of them; distributed: the mesh
+    axis that distributes the inputs or the outputs to devices, where one does, and stays. reduce_dtype: of sums over
+    devices.
     """
 
     mesh: Mesh | AbstractMesh
@@ -114,7 +115,7 @@ class MatrixCut(NamedTuple):
     reduce_dtype: str
 
     def sides(self) -> tuple[bool, bool]:
-        """Whether inputs and outputs are dealt."""
+        """Whether inputs and outputs are distributed."""
         before, after = self.matrix[: self.inputs], self.matrix[self.inputs :]
         return any(self.dealt in names(part) for part in before), any(self.dealt in names(part) for part in after)
 
@@ -126,41 +127,49 @@ class MatrixCut(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def spread_matmul(cut: MatrixCut, x: Float[Array, "B S I"], matrix: Float[Array, "..."]) -> Float[Array, "B S O"]:
+def fsdp_matmul(
+    sharding: LinearSharding, x: Float[Array, "B S I"], matrix: Float[Array, "..."]
+) -> Float[Array, "B S O"]:
     """x @ matrix, the matrix seen as [I, O] and cast to the dtype of x, which is that of the result.
 
     Products are accumulated in float32; sums over devices, of the result as of both gradients, are in
-    `cut.reduce_dtype`. The matrix' gradient has the matrix' dtype.
+    `sharding.reduce_dtype`. The matrix' gradient has the matrix' dtype.
     """
-    first, last = cut.specs()
+    first, last = sharding.specs()
 
     def here(x: Array, matrix: Array) -> Array:
-        y = dot("bsi,io->bso", x, _flat(x, whole(matrix.astype(x.dtype), cut.matrix, (cut.dealt,))))
-        return all_reduce(y, (cut.dealt if cut.sides()[0] else None,), cut.reduce_dtype).astype(x.dtype)
+        y = dot("bsi,io->bso", x, _flat(x, all_gather(matrix.astype(x.dtype), sharding.matrix, (sharding.dealt,))))
+        return all_reduce(y, (sharding.dealt if sharding.sides()[0] else None,), sharding.reduce_dtype).astype(x.dtype)
 
-    return jax.shard_map(here, mesh=cut.mesh, in_specs=(first, cut.matrix), out_specs=last, check_vma=False)(x, matrix)
-
-
-def _fwd(cut: MatrixCut, x: Array, matrix: Array) -> tuple[Array, tuple[Array, Array]]:
-    return spread_matmul(cut, x, matrix), (x, matrix)
+    return jax.shard_map(here, mesh=sharding.mesh, in_specs=(first, sharding.matrix), out_specs=last, check_vma=False)(
+        x, matrix
+    )
 
 
-def _bwd(cut: MatrixCut, residuals: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
-    first, last = cut.specs()
+def _fwd(sharding: LinearSharding, x: Array, matrix: Array) -> tuple[Array, tuple[Array, Array]]:
+    return fsdp_matmul(sharding, x, matrix), (x, matrix)
+
+
+def _bwd(sharding: LinearSharding, residuals: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    first, last = sharding.specs()
 
     def here(x: Array, matrix: Array, grad: Array) -> tuple[Array, Array]:
-        gathered = whole(matrix.astype(x.dtype), cut.matrix, (cut.dealt,))
+        gathered = all_gather(matrix.astype(x.dtype), sharding.matrix, (sharding.dealt,))
         dx = dot("bso,io->bsi", grad, _flat(x, gathered))
-        dx = all_reduce(dx, (cut.dealt if cut.sides()[1] else None,), cut.reduce_dtype).astype(x.dtype)
+        dx = all_reduce(dx, (sharding.dealt if sharding.sides()[1] else None,), sharding.reduce_dtype).astype(x.dtype)
         total = dot("bsi,bso->io", x, grad).reshape(gathered.shape)
-        summed = *cut.rows, *cut.tokens
-        return dx, part_of_sum(total, cut.matrix, (cut.dealt,), summed, cut.reduce_dtype).astype(matrix.dtype)
+        summed = *sharding.rows, *sharding.tokens
+        return dx, reduce_scatter(total, sharding.matrix, (sharding.dealt,), summed, sharding.reduce_dtype).astype(
+            matrix.dtype
+        )
 
-    specs = first, cut.matrix, last
-    return jax.shard_map(here, mesh=cut.mesh, in_specs=specs, out_specs=specs[:2], check_vma=False)(*residuals, grad)
+    specs = first, sharding.matrix, last
+    return jax.shard_map(here, mesh=sharding.mesh, in_specs=specs, out_specs=specs[:2], check_vma=False)(
+        *residuals, grad
+    )
 
 
-spread_matmul.defvjp(_fwd, _bwd)
+fsdp_matmul.defvjp(_fwd, _bwd)
 
 
 def _flat(x: Array, matrix: Array) -> Array:

@@ -1,9 +1,9 @@
-"""What a bank of expert matrices may be: floats, INT4 words with their scales, or a frozen bank with adapters.
+"""What a stack of expert matrices may be: floats, INT4 words with their scales, or a frozen stack with adapters.
 
 Source: docs/released_model.md section 4 (INT4 pack-quantized; the layout here is the released one transposed, so that
 neighbours in memory are outputs). The blocked grouped matmul asks for one expert's matrix at a time (`matrix`) and
 hands back what the backward pass found for it (`add_gradient`); on TPU `kernels.int4_matmul` makes floats of one tile
-at a time. Of a whole bank floats are never made.
+at a time. Of a whole stack floats are never made.
 
 E experts   C inputs   O outputs   C8 = C / 8 words   G = C / group scales   r rank of an adapter   b rows of a block
 """
@@ -29,7 +29,7 @@ class Int4(NamedTuple):
     scales: Float[Array, "*E G O"]  # group = C / G
 
 
-class Adapted(NamedTuple):
+class LoRAWeights(NamedTuple):
     """base[e] + a[e] @ b[e]: `base` is frozen (its gradient is zero), `a` and `b` learn."""
 
     base: Any  # Float[Array, "E C O"] | Int4
@@ -37,7 +37,7 @@ class Adapted(NamedTuple):
     b: Float[Array, "E r O"]
 
 
-Bank: TypeAlias = Array | Int4 | Adapted  # [E, C, O]
+ExpertWeight: TypeAlias = Array | Int4 | LoRAWeights  # [E, C, O]
 
 
 def dequantise(words: Int[Array, "C8 O"], scales: Float[Array, "G O"], dtype: DTypeLike) -> Float[Array, "8*C8 O"]:
@@ -53,45 +53,48 @@ def dequantise(words: Int[Array, "C8 O"], scales: Float[Array, "G O"], dtype: DT
     return wide.reshape(-1, outputs).astype(dtype)
 
 
-def matrix(bank: Bank, e: Int[Array, ""], dtype: DTypeLike) -> Float[Array, "C O"]:
+def matrix(expert_weight: ExpertWeight, e: Int[Array, ""], dtype: DTypeLike) -> Float[Array, "C O"]:
     """Expert e's matrix."""
-    if isinstance(bank, Int4):
-        return dequantise(bank.words[e], bank.scales[e], dtype)
-    if isinstance(bank, Adapted):
-        low_rank = jnp.matmul(bank.a[e], bank.b[e], precision=lax.Precision.HIGHEST)
-        return matrix(bank.base, e, dtype) + low_rank.astype(dtype)
-    return bank[e]
+    if isinstance(expert_weight, Int4):
+        return dequantise(expert_weight.words[e], expert_weight.scales[e], dtype)
+    if isinstance(expert_weight, LoRAWeights):
+        low_rank = jnp.matmul(expert_weight.a[e], expert_weight.b[e], precision=lax.Precision.HIGHEST)
+        return matrix(expert_weight.base, e, dtype) + low_rank.astype(dtype)
+    return expert_weight[e]
 
 
-def learned(bank: Any) -> Any:
-    """What of a bank has a gradient: floats, an adapter's (a, b), None of INT4. Its leaves may be specs as well."""
-    if isinstance(bank, Int4):
+def learned(expert_weight: Any) -> Any:
+    """What of an expert weight has a gradient: floats, an adapter's (a, b), None of INT4. Its leaves may be specs as
+    well."""
+    if isinstance(expert_weight, Int4):
         return None
-    if isinstance(bank, Adapted):
-        return bank.a, bank.b
-    return bank
+    if isinstance(expert_weight, LoRAWeights):
+        return expert_weight.a, expert_weight.b
+    return expert_weight
 
 
-def zero_gradient(bank: Bank) -> Any:
+def zero_gradient(expert_weight: ExpertWeight) -> Any:
     """Where `add_gradient` begins: float32, in the form of `learned`."""
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), learned(bank))
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), learned(expert_weight))
 
 
-def add_gradient(total: Any, bank: Bank, e: Int[Array, ""], x: Float[Array, "b C"], dy: Float[Array, "b O"]) -> Any:
+def add_gradient(
+    total: Any, expert_weight: ExpertWeight, e: Int[Array, ""], x: Float[Array, "b C"], dy: Float[Array, "b O"]
+) -> Any:
     """`total` plus the gradient of a block of expert e: inputs x, gradient of its outputs dy."""
-    if isinstance(bank, Int4):
+    if isinstance(expert_weight, Int4):
         return None
-    if isinstance(bank, Adapted):
-        a, b = bank.a[e], bank.b[e]  # float32: XLA:CPU has no product of bfloat16 this narrow
+    if isinstance(expert_weight, LoRAWeights):
+        a, b = expert_weight.a[e], expert_weight.b[e]  # float32: XLA:CPU has no product of bfloat16 this narrow
         da, db = total
         return da.at[e].add(_product(x.T, _product(dy, b.T))), db.at[e].add(_product(_product(x, a).T, dy))
     return total.at[e].add(_product(x.T, dy))
 
 
-def finish_gradient(total: Any, bank: Bank) -> Any:
-    """The cotangent of the bank, in its dtypes."""
-    total = jax.tree.map(lambda x, like: x.astype(like.dtype), total, learned(bank))
-    return Adapted(None, *total) if isinstance(bank, Adapted) else total
+def finish_gradient(total: Any, expert_weight: ExpertWeight) -> Any:
+    """The cotangent of the expert weight, in its dtypes."""
+    total = jax.tree.map(lambda x, like: x.astype(like.dtype), total, learned(expert_weight))
+    return LoRAWeights(None, *total) if isinstance(expert_weight, LoRAWeights) else total
 
 
 def _product(x: Array, y: Array) -> Array:
