@@ -1,6 +1,7 @@
 """Dispatch, blocked experts and combine equal the naive statement, in value and gradient, for any routing.
 
-Tolerance 3e-5 absolute on values of size about 1 to 10: float32 sums of at most a few hundred terms in another order.
+Tolerance 3e-5 absolute on values of size about 1 to 10, and 1e-5 relative for the few above: float32 sums of at most a few
+hundred terms in another order (12.3394585 against 12.3394241 was seen with another number of threads).
 """
 
 import jax
@@ -56,7 +57,7 @@ def test_equals_naive_in_value_and_gradient(name, block):
 
     naive, got = run(lambda *a: _naive(*a, experts)), run(lambda *a: _blocked(*a, experts, block))
     for a, b in zip(jax.tree.leaves(naive(*args)), jax.tree.leaves(jax.jit(got)(*args)), strict=True):
-        np.testing.assert_allclose(b, a, atol=3e-5)
+        np.testing.assert_allclose(b, a, atol=3e-5, rtol=1e-5)
 
 
 @settings(max_examples=30, deadline=None)
