@@ -1,7 +1,7 @@
 """Dispatch, blocked experts and combine equal the naive statement, in value and gradient, for any routing.
 
-Tolerance 3e-5 absolute on values of size about 1 to 10, and 1e-5 relative for the few above: float32 sums of at most a few
-hundred terms in another order (12.3394585 against 12.3394241 was seen with another number of threads).
+Tolerance 3e-5 absolute on values of size about 1 to 10, and 1e-5 relative for the few above: float32 sums of at most a
+few hundred terms in another order (12.3394585 against 12.3394241 was seen with another number of threads).
 """
 
 import jax
