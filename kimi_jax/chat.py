@@ -170,7 +170,7 @@ def define_flags() -> None:
     flags.DEFINE_string("system", "", "What a system message says first.")
     flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32", "float16"], "Of weights and activations.")
     flags.DEFINE_enum("experts", "float", ["float", "int4"], "int4: packed experts stay packed in memory.")
-    flags.DEFINE_bool("mesh", False, "Cut the weights over all devices.")
+    flags.DEFINE_bool("mesh", False, "Shard the weights over all devices.")
     flags.DEFINE_integer("max_sequence_length", 4096, "Most tokens of the whole conversation.", 2)
     flags.DEFINE_integer("max_new_tokens", 2048, "Most tokens of an answer.", 1)
     flags.DEFINE_float("temperature", None, "0 is greedy; default: 1.0, 0.6 without thinking.", 0.0)

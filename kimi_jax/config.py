@@ -267,9 +267,7 @@ class MemoryConfig:
     """What is traded for room on a device. What is recomputed: `ModelConfig.remat`, `remat_policy`."""
 
     microbatches: Count = 1  # parts of a batch that are computed one after the other, their gradients added up
-    expert_capacity_factor: Positive = (
-        1.25  # room for arriving rows over the mean; what does not fit takes further rounds
-    )
+    expert_capacity_factor: Positive = 1.25  # of arriving rows over the mean; what overflows takes another round
     # In which dtype devices sum gradients of weights and, over `tensor` and `context`, parts of activations. Rounding
     # at every hop of a ring grows with the mesh, and Kimi K2 (arXiv:2507.20534) sums gradients in float32; "bfloat16"
     # sends half the bytes.

@@ -30,7 +30,7 @@ class SourceConfig:
     split: str = "train"
     weight: NonNegative = 1.0  # share of the drawn examples within its modality (text-only or with media)
     weight_schedule: tuple[tuple[Share, NonNegative], ...] = ()  # (from this share of training, weight instead)
-    min_per_pack: Natural = 0  # every group holds so many of its examples or more, as far as they fit
+    min_per_pack: Natural = 0  # every pack holds so many of its examples or more, as far as they fit
     vision: bool = False  # True: its examples carry images or video
     chat: ChatConfig | None = None  # of kind "chat" only; None: the defaults
 

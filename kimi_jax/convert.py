@@ -29,7 +29,7 @@ _MODEL_TYPE = flags.DEFINE_string(
 )
 _DTYPE = flags.DEFINE_enum("dtype", "bf16", ["bf16", "fp16", "fp32"], "to-hf, trained checkpoint: dtype of the tensors")
 _VERIFY = flags.DEFINE_bool("verify", True, "from-hf: write checksums; to-hf: compare the source with its own")
-_MESH = flags.DEFINE_string("mesh", None, "from-hf: the devices to cut for, as fsdp=64")
+_MESH = flags.DEFINE_string("mesh", None, "from-hf: the mesh to shard for, as fsdp=64")
 _RELEASED_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 COMMANDS = ("from-hf", "to-hf")
 

@@ -10,7 +10,7 @@ the model names those of activations at the edges of blocks; this file decides w
     context   cuts the tokens of a row (long sequences); keys' latents are gathered
     tensor    cuts heads and inner widths; activations at block edges are whole
 
-Rows and the vision bins beside them are sharded by whole groups, so no feature crosses devices.
+Rows and the vision bins beside them are sharded by whole packs, so no feature crosses devices.
 
 G  groups of the batch, a multiple of the devices along its axes
 """
@@ -101,7 +101,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         return Mesh(placed, tuple(sizes), axis_types=types)
     if sizes["replica"] % slices:
         raise ConfigError(
-            f"config.mesh.replica={sizes['replica']} cannot be dealt to {slices} slices; make it a multiple of {slices}"
+            f"config.mesh.replica={sizes['replica']} cannot be distributed over {slices} slices; make it a multiple of {slices}"
         )
     inside = (sizes["replica"] // slices, *list(sizes.values())[1:])
     across = (slices, *(1 for _ in inside[1:]))
@@ -141,7 +141,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Axis 0 of every array of a batch is sharded by whole groups."""
+    """Axis 0 of every array of a batch is sharded by whole packs."""
     return NamedSharding(mesh, PartitionSpec(layout(mesh).axes("batch")))
 
 
@@ -156,7 +156,7 @@ def check_packs(num_packs: int, mesh: Mesh | AbstractMesh, microbatches: int = 1
     if num_packs % (parts * microbatches):
         times = f" in {microbatches} microbatches" if microbatches > 1 else ""
         raise ShardingError(
-            f"config.data.num_packs={num_packs} cannot be cut over {parts} devices{times}; "
+            f"config.data.num_packs={num_packs} cannot be sharded over {parts} devices{times}; "
             f"make it a multiple of {parts * microbatches}, or use fewer devices"
         )
 
@@ -168,7 +168,7 @@ def local_packs(num_packs: int, mesh: Mesh) -> list[int]:
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """The host's rows of a packed batch as global device arrays, axis 0 sharded by groups."""
+    """The host's rows of a packed batch as global device arrays, axis 0 sharded by packs."""
     sharding = batch_sharding(mesh)
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)

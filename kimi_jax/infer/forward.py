@@ -70,9 +70,9 @@ class Chunk(NamedTuple):
 
 
 def prepare(config: ModelConfig, params: dict[str, Any], split: Callable | None = None) -> Weights:
-    """ExpertSharding the stacks of `params` (the plain tree of `nn.kimi`) into layers, once, in the activations' dtype.
+    """Split the stacks of `params` (the plain tree of `nn.kimi`) into layers, once, in the activations' dtype.
 
-    XLA would copy a layer out of its stack in every step. The expert weights of routed experts, most of the weights,
+    XLA would copy a layer out of its stack in every step. The routed experts' weights, most of the weights,
     are not cut or copied (if they have the right dtype), nor are embedding and head; the other weights of the layers
     exist twice as long as the caller keeps `params`. kv_b is also kept as its two halves, transposed for the absorbed
     form. The router

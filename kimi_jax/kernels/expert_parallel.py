@@ -12,7 +12,7 @@ Rows are sent in tiles of 8, the rows of one tile of a TPU's memory: what arrive
 it, where single rows would have to be copied into that form and back. Runs are padded to whole tiles with rows that
 count for nothing.
 
-ExpertWeights may be INT4 or adapted (`kernels.expert_weights`): words and scales lie, and are gathered, where the
+Expert weights may be INT4 or adapted (`kernels.expert_weights`): words and scales lie, and are gathered, where the
 floats would be.
 
 On TPU rows are sent by `ragged_all_to_all`, which a CPU does not have: `_emulated` does there what its documentation

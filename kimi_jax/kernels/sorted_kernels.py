@@ -2,7 +2,7 @@
 
 Source: docs/architecture.md section 6. Floats: megablox' grouped matmul (`gmm` forward, `tgmm` for the weights'
 gradients: XLA's own gradient of `ragged_dot` is dense on jax 0.10.2). INT4: `kernels.int4_matmul`; its matrices have no
-gradient. Adapters: rows @ a @ b beside the product by their base, so that no matrix of the sum is made. ExpertWeights
+gradient. Adapters: rows @ a @ b beside the product by their base, so that no matrix of the sum is made. Expert weights
 may hold more experts than there are groups of rows; what rows beyond the last group hold is unspecified.
 
 W rows   n groups of rows   E experts of the expert weights, of which group 0 belongs to number `first`   D, F widths
@@ -132,8 +132,7 @@ def _inner_kernel(
     both[:, : a.shape[1]], both[:, a.shape[1] :] = da[...], db[...]
 
 
-# ---------------------------------------------------------------------------------------------- a product for each
-# expert weight
+# ------------------------------------------------------------------------------------------- a product for each weight
 
 
 class _Groups(NamedTuple):

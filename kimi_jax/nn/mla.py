@@ -117,7 +117,7 @@ def shard_attention(
     """
     for name, size in zip(("batch", "sequence"), shape[:2], strict=True):
         if size % layout.parts(name):
-            raise ShardingError(f"{name} of {size} cannot be cut into {layout.parts(name)} equal parts by the mesh")
+            raise ShardingError(f"{name} of {size} cannot be sharded into {layout.parts(name)} equal parts by the mesh")
     context = next(iter(layout.axes("sequence")), None)
     tensor = layout.mesh.shape["tensor"]
     heads = "tensor" if tensor > 1 and query[1] % tensor == 0 else None

@@ -168,7 +168,7 @@ def run_experts(
 ) -> ExpertsOut:
     """Expert e of 0..num_experts-1 is number first + e of the expert weights; expert number num_experts means nowhere.
 
-    ExpertWeights may hold the experts of all layers one after the other: a layer's own are then used where they lie,
+    Expert weights may hold the experts of all layers one after the other: a layer's own are then used where they lie,
     where a slice of the stack would be a copy. block: rows computed together, see `plan_blocks`.
     """
     plan = plan_blocks(experts, num_experts, block, first)
@@ -190,7 +190,7 @@ def shard_experts(
     """How tokens [B, S, D] and expert weights lie over the mesh. layer: of expert weights that are stacks of layers [L,
     E, ...].
 
-    The tensor axis distributes out the inner width only if it divides it in all arrays, scales too; else it is not
+    The tensor axis shards the inner width only if it divides it in all arrays, scales too; else it is not
     used.
     Raises ShardingError if the mesh cuts the tokens or the experts into parts of different size.
     """
@@ -205,7 +205,7 @@ def shard_experts(
     num = arrays[0][1].shape[arrays[0][0].index("expert")]
     for name, size in zip(("batch", "sequence", "expert"), (*shape[:2], num), strict=True):
         if size % layout.parts(name):
-            raise ShardingError(f"{name} of {size} cannot be cut into {layout.parts(name)} equal parts by the mesh")
+            raise ShardingError(f"{name} of {size} cannot be sharded into {layout.parts(name)} equal parts by the mesh")
     expert, tensor = next(iter(layout.axes("expert")), None), "tensor" if layout.mesh.shape["tensor"] > 1 else None
     inner = [array.shape[axes.index("expert_mlp")] for axes, array in arrays if "expert_mlp" in axes]
     if any(size % layout.mesh.shape["tensor"] for size in inner):
@@ -231,7 +231,7 @@ def _arrays(axes: tuple[str, str, str], expert_weight: ExpertWeight) -> list[tup
 
 
 class Experts(nn.Module):
-    """The routed experts' three expert weights of matrices; with adapters, where the collection "lora" holds some."""
+    """The routed experts' three stacks of matrices; with adapters, where the collection "lora" holds some."""
 
     config: ModelConfig
     layout: Layout | None = None

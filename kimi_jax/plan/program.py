@@ -91,7 +91,7 @@ def scaled(config: TrainConfig, mesh: Mesh | AbstractMesh, rows: int | None) -> 
     groups = sharding.batch_parts(mesh) * config.memory.microbatches
     if not total or total % groups:
         raise ConfigError(
-            f"{total} rows cannot be cut into {groups} groups ({groups // config.memory.microbatches} parts of the "
+            f"{total} rows cannot be sharded into {groups} groups ({groups // config.memory.microbatches} parts of the "
             f"mesh, {config.memory.microbatches} microbatches); give another --sequences_per_chip"
         )
     share = total / groups / data.rows_per_pack

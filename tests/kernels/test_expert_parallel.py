@@ -302,7 +302,7 @@ def test_kernels_equal_blocks(kind):
 def test_uneven_cuts_are_refused():
     layout = sharding.layout(sharding.make_mesh(MeshConfig(expert=8)))
     _, _, expert_weights, _ = inputs()
-    with pytest.raises(ShardingError, match="batch of 12 cannot be cut into 8 equal parts"):
+    with pytest.raises(ShardingError, match="batch of 12 cannot be sharded into 8 equal parts"):
         shard_experts(layout, (12, 8, D), expert_weights)
     with pytest.raises(ShardingError, match="expert of 6 cannot"):
         shard_experts(layout, (8, 8, D), ExpertWeights(*(expert_weight[:6] for expert_weight in expert_weights)))

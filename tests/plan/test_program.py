@@ -48,7 +48,7 @@ def test_rows_a_device_take_their_share_of_the_pictures(mesh):
         16,
         1,
     )
-    with pytest.raises(ConfigError, match="8 rows cannot be cut into 16 groups"):
+    with pytest.raises(ConfigError, match="8 rows cannot be sharded into 16 groups"):
         program.scaled(halves, mesh, 1)
 
 
