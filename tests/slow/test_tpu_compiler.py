@@ -123,4 +123,4 @@ def test_int4_experts_stay_words():
     found = json.loads(run("-c", INT4_EXPERTS).splitlines()[-1])
     assert found["kernels"] == ["int4_gmm", "ragged-all-to-all", "tgmm"]
     assert found["words"] and not found["floats"]
-    assert found["temporaries"] < 2 * found["expert weight"]
+    assert found["temporaries"] < 2 * found["expert_weight"]
