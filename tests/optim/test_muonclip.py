@@ -149,16 +149,16 @@ def test_norms_decay_and_the_router_bias_does_not_move():
 
 def test_update_rms_is_near_the_target_for_every_shape_and_about_equal_to_adam():
     """Moonlight's matching: 0.2 whatever the shape (singular values end in 0.7..1.2, so does the RMS around 0.2)."""
-    infos = {"wide": ParamInfo(("x", "y"), Muon()), "expert weight": ParamInfo(("e", "x", "y"), Muon(1)),
+    infos = {"wide": ParamInfo(("x", "y"), Muon()), "experts": ParamInfo(("e", "x", "y"), Muon(1)),
              "norm": ParamInfo(("x",), AdamW()), "bias": ParamInfo(("x",), RouterBias())}  # fmt: skip
     rng = np.random.default_rng(0)
-    shapes = {"wide": (16, 80), "expert weight": (3, 64, 24), "norm": (100,), "bias": (4,)}
+    shapes = {"wide": (16, 80), "experts": (3, 64, 24), "norm": (100,), "bias": (4,)}
     params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
     grads = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
     config = OptimizerConfig(peak_lr=1.0, final_lr=1.0, warmup_steps=0, muon_nesterov=False)
     optimizer = muonclip(config, 10, infos)
     updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
-    for name in ("wide", "expert weight"):
+    for name in ("wide", "experts"):
         rms = group_rms({name: updates[name]}, {name: infos[name]})
         assert rms.keys() == {"muon"} and 0.7 * 0.2 < rms["muon"] < 1.2 * 0.2
     metrics = step_metrics(grads, updates, infos)
@@ -195,15 +195,15 @@ def test_state_survives_orbax(tmp_path):
 
 def test_sharded_over_eight_devices_equals_one_device():
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
-    infos = {"expert weight": ParamInfo(("e", "x", "y"), Muon(1)), "table": ParamInfo(("v", "d"), AdamW())}
+    infos = {"experts": ParamInfo(("e", "x", "y"), Muon(1)), "table": ParamInfo(("v", "d"), AdamW())}
     rng = np.random.default_rng(0)
-    shapes = {"expert weight": (4, 16, 24), "table": (16, 8)}
+    shapes = {"experts": (4, 16, 24), "table": (16, 8)}
     params = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
     grads = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
     optimizer = muonclip(dataclasses.replace(CONFIG, warmup_steps=0), 10, infos)
     want, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
     layout = {
-        "expert weight": NamedSharding(mesh, PartitionSpec(None, "fsdp")),
+        "experts": NamedSharding(mesh, PartitionSpec(None, "fsdp")),
         "table": NamedSharding(mesh, PartitionSpec("fsdp")),
     }
     params, grads = jax.device_put(params, layout), jax.device_put(grads, layout)

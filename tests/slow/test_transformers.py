@@ -300,7 +300,8 @@ def test_fp8_of_k2_instruct(tmp_path):
     save_file(packed, tmp_path / "fp8" / "model.safetensors", {"format": "pt"})
     theirs, picks = asked(text_peer(plain), IDS)
     model = kimi.load(tmp_path / "fp8")
-    assert error(model.logits(IDS), theirs) <= EXACT
+    # weights of scales that differ by block: 7e-6 and 1.2e-5 on two processors; a scale of the wrong block gives tenths
+    assert error(model.logits(IDS), theirs) <= 2 * EXACT
     np.testing.assert_array_equal(experts_of(model, IDS), np.sort(picks))
 
 
