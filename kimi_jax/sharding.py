@@ -101,7 +101,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         return Mesh(placed, tuple(sizes), axis_types=types)
     if sizes["replica"] % slices:
         raise ConfigError(
-            f"config.mesh.replica={sizes['replica']} cannot be distributed over {slices} slices; make it a multiple of {slices}"
+            f"config.mesh.replica={sizes['replica']} cannot be distributed over {slices} slices; "
+            f"make it a multiple of {slices}"
         )
     inside = (sizes["replica"] // slices, *list(sizes.values())[1:])
     across = (slices, *(1 for _ in inside[1:]))

@@ -1,13 +1,16 @@
 """What README and its pages show is there: commands, make targets, settings, links and files exist; the code runs."""
 
+import asyncio
 import json
 import math
 import re
 import subprocess
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 
+import kimi_jax as kimi
 from kimi_jax.config import PRESETS, ConfigError, TrainConfig, freeze, preset, thaw
 from kimi_jax.hf.names import leaf_shapes
 from tests.environment import REPO, shared
@@ -116,6 +119,10 @@ def test_code_runs(code, tmp_path):
     if "model" in scope:
         assert scope["logits"].shape == (1, 3, scope["model"].config.vocab_size) and len(scope["ids"]) > 5
         assert scope["reply"].message()["role"] == "assistant"
+    elif "eight_answers" in scope:
+        model = kimi.load(checkpoint(tmp_path / "tiny"))
+        answers = asyncio.run(scope["eight_answers"](model, np.array([5, 6, 8], np.int32), (), model.params))
+        assert len(answers) == 8 and all(answer.token_ids for answer in answers)
     elif "get_config" in scope:
         config = freeze(scope["get_config"]())
         assert config.workdir == "runs/mine"
