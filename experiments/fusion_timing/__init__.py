@@ -49,7 +49,7 @@ def base(steps: int = 240) -> c.TrainConfig:
         model=model(),
         data=c.DataConfig(
             sources=sources, tokenizer=str(DATA / "tokenizer.json"), sequence_length=1024, rows_per_pack=1,
-            num_packs=1, vision_bins=((576, 1),), exact_vision_ratio=True, buffer_size=96, num_workers=0,
+            num_packs=1, vision_bins=((576, 1),), exact_vision_ratio=True, buffer_size=192, num_workers=0,
         ),
         optimizer=c.OptimizerConfig(peak_lr=8e-3, final_lr=1.6e-4, warmup_steps=min(20, steps // 4),
                                     decay_fraction=0.2),
