@@ -19,12 +19,13 @@ from tests.agents.scripts import assign, create, orchestrator, results, run, run
 def random_tree(seed):
     """A model whose agents spawn, look, fail and answer at random, and use up to all tokens that they may."""
     rng = random.Random(seed)
+    bytes_a_token = rng.choice([3, 4])  # of one tokenizer: a count that changes between requests has no bound
 
     async def answer(request):
         await anyio.sleep(rng.random())
         if rng.random() < 0.1:
             raise rng.choice([RateLimited("slow"), RuntimeError("boom")])
-        prompt = len(json.dumps(list(request.messages))) // rng.choice([1, 4])
+        prompt = len(json.dumps(list(request.messages))) // bytes_a_token
         usage = Usage(min(prompt, 10**6), rng.randint(0, request.max_tokens))
         names = {tool["name"] for tool in request.tools}
         if "assign_task" in names and turn(request) == 0:
