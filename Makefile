@@ -21,7 +21,7 @@ help:
 	@echo "make demo          train the whole model on text, images and video, evaluate it, write $(WORKDIR)/report.html"
 	@echo "make sft-demo      fine-tune the demo on conversations; held-out image questions before and after"
 	@echo "make plan          what Kimi K2.5 needs of three TPU pods: memory, predicted time and traffic (no TPU needed)"
-	@echo "make test          style, types and the quick tests (some ten minutes on 2 cores)"
+	@echo "make test          style, types and the quick tests"
 	@echo "make test-slow     long proofs, TFDS and seqio sources, lm-eval, transformers, the TPU compiler, Python 3.12"
 	@echo "make fuzz          hostile files, requests and settings at random, many of each"
 	@echo "make experiments-smoke   every experiment from data to README, two short runs of each"

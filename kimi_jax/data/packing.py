@@ -8,7 +8,7 @@ n, N       tokens of an example, patches of an item
 C          3 * patch_size^2
 F          features of a pack, sum of v_k * W_k
 
-A pack is the unit of packing: an example takes a stretch of one row, and each of its items a stretch of one bin of the
+A pack is the unit of packing: an example takes a span of one row, and each of its items a span of one bin of the
 same pack, so no feature ever leaves the pack. Static shapes; what is not used is padding. An item that several
 examples of a pack hold (the same object, as the samples of one prompt do) lies there once and is encoded once.
 
