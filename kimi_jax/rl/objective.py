@@ -18,9 +18,8 @@ import jax.numpy as jnp
 
 from kimi_jax.ranges import NonNegative, Positive, Range
 from kimi_jax.rl.losses import policy_loss
+from kimi_jax.rl.types import COLUMNS
 from kimi_jax.train.objective import Batch, Mean, Metrics, Objective, Totals
-
-COLUMNS = ("logp_sampler", "advantage")
 
 
 @dataclass(frozen=True)
