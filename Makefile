@@ -5,7 +5,8 @@ CONFIG ?= configs/demo.py
 WORKDIR ?= runs/demo
 WORKERS ?= 2
 # whole files: a fixture of a module may cost minutes, and would be made by both workers
-PARALLEL = -n $(WORKERS) --dist loadfile
+# and a worker that dies ends the run: pytest-xdist may wait for ever for what the dead one had been given
+PARALLEL = -n $(WORKERS) --dist loadfile --max-worker-restart=0
 VENV := .venv
 QUICK := not slow and not fuzz and not tfds and not seqio and not lm_eval and not transformers and not tpu
 

@@ -38,13 +38,14 @@ def folder(tmp_path_factory):
 
 
 def settings(folder, workdir, **changes):
-    """12 steps on 8 devices with a checkpoint at 6."""
+    """12 steps on 8 devices with a checkpoint at 6, without loops over layers (see tests/environment.py)."""
     source = SourceConfig(kind="chat", path=str(folder / "rows.jsonl"), vision=True, chat=ChatConfig(thinking=False))
     data = dataclasses.replace(
         CONFIG.data, sources={"chat": source}, tokenizer=str(folder / "tokenizer.json"), sequence_length=64,
         vision_bins=((16, 2),), buffer_size=8,
     )  # fmt: skip
-    model = dataclasses.replace(MODEL, vocab_size=320)
+    vision = dataclasses.replace(MODEL.vision, num_hidden_layers=1)
+    model = dataclasses.replace(MODEL, vocab_size=320, num_hidden_layers=2, vision=vision)
     config = dataclasses.replace(
         CONFIG, workdir=str(workdir), steps=12, log_interval=4, mesh=MeshConfig(8), model=model
     )
