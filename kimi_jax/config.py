@@ -15,6 +15,9 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from kimi_jax import ranges
+from kimi_jax.config_rl import RLConfig as RLConfig
+from kimi_jax.config_rl import RolloutConfig as RolloutConfig
+from kimi_jax.config_rl import TaskConfig as TaskConfig
 from kimi_jax.config_sources import ChatConfig as ChatConfig
 from kimi_jax.config_sources import SourceConfig as SourceConfig
 from kimi_jax.config_start import InitFromConfig as InitFromConfig
@@ -320,6 +323,7 @@ class TrainConfig:
     init_from: InitFromConfig = field(default_factory=InitFromConfig)
     freeze: tuple[str, ...] = ()  # names of parts that do not learn, as parameters declare them: nn.param.freeze
     lora: LoRAConfig | None = None  # None: all weights learn that are not frozen
+    rl: RLConfig | None = None  # reinforcement learning: python -m kimi_jax.rl
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     xla_preset: bool = True  # options of the TPU compiler by chip: train.xla_flags
 

@@ -10,54 +10,55 @@ B rows   S tokens
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated
+import math
 
 import jax
 import jax.numpy as jnp
 
-from kimi_jax.ranges import NonNegative, Positive, Range
-from kimi_jax.rl.losses import policy_loss
+from kimi_jax.config_rl import PolicyConfig as PolicyConfig
+from kimi_jax.rl import losses
 from kimi_jax.rl.types import COLUMNS
-from kimi_jax.train.objective import Batch, Mean, Metrics, Objective, Totals
-
-
-@dataclass(frozen=True)
-class PolicyConfig:
-    """Settings of the loss. The paper publishes no values: see `rl.losses.policy_loss`."""
-
-    alpha: Annotated[float, Range(1e-6, 1.0)] = 0.5  # lower bound of the ratio of probabilities
-    beta: Annotated[float, Range(1.0, 1e6)] = 2.0  # upper bound
-    tau: NonNegative = 1e-3  # weight of the squared log-ratio
-    temperature: Positive = 1.0  # of the sampler; the trained policy is softmax(logits / temperature) as well
+from kimi_jax.train.objective import Batch, Max, Mean, Metrics, Objective, Totals
 
 
 def policy(config: PolicyConfig) -> Objective:
-    """The objective; metrics are those of `policy_loss`, each a mean over generated tokens, and `loss`.
+    """The objective; metrics are those of `losses.objective_loss`, each a mean over generated tokens, `loss`, and
+    `max_log_ratio`.
 
-    Raises ValueError, when the step is traced, for bounds that `policy_loss` refuses.
+    Raises ValueError for bounds that the loss refuses.
     """
+    chosen = _loss(config)
 
     def totals(batch: Batch) -> Totals:
         return {"num_tokens": _generated(batch)}
 
     def loss(logp: jax.Array, batch: Batch, totals: Totals) -> tuple[jax.Array, Metrics]:
         sampler, advantage = (batch[name] for name in COLUMNS)
-        value, metrics = policy_loss(
-            logp,
-            sampler,
-            advantage,
-            batch["loss_weights"],
-            totals["num_tokens"],
-            alpha=config.alpha,
-            beta=config.beta,
-            tau=config.tau,
+        mask = batch["loss_weights"]
+        value, metrics = losses.objective_loss(
+            chosen, logp, sampler, advantage, mask, totals["num_tokens"], sequences=batch["segment_ids"]
         )
         # the parts' shares of a mean over all N tokens, as sums over their own tokens
         share, tokens = jnp.maximum(totals["num_tokens"], 1.0), _generated(batch)
-        return value, {name: Mean(part * share, tokens) for name, part in (metrics | {"loss": value}).items()}
+        reduced: Metrics = {name: Mean(part * share, tokens) for name, part in (metrics | {"loss": value}).items()}
+        return value, reduced | {"max_log_ratio": Max(losses.max_log_ratio(logp, sampler, mask))}
 
     return Objective(COLUMNS, totals, loss, config.temperature)
+
+
+def _loss(config: PolicyConfig) -> losses.Objective:
+    """The objective of that name. "none" keeps every token: bounds that float32 log-ratios do not reach."""
+    if config.loss == "ppo":
+        return losses.PPO(config.low, config.high)
+    if config.loss == "gspo":
+        return losses.GSPO(config.low, config.high)
+    if config.loss == "cispo":
+        return losses.CISPO(config.beta)
+    if config.loss == "k1_5":
+        return losses.KimiK15(config.tau)
+    if config.loss == "none":
+        return losses.KimiK25(math.exp(-losses.MAX_LOG_RATIO), math.exp(losses.MAX_LOG_RATIO), 0.0)
+    return losses.KimiK25(config.alpha, config.beta, config.tau)
 
 
 def _generated(batch: Batch) -> jax.Array:

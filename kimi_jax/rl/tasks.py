@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from kimi_jax.config import ConfigError
+from kimi_jax.config import ConfigError, TaskConfig, nearest
 from kimi_jax.data.example import Image, Text
 from kimi_jax.data.sources import demo_image
 from kimi_jax.data.sources.demo_base import check_split, generator
@@ -274,4 +274,37 @@ LADDER: dict[str, Task] = {
     "count": CountBlobs(),
     "count_exact": CountBlobs("mathematics"),
     "reverse_sparse": Symbols("reverse", 4, "exact"),  # the control: must not learn
+    "digits": ReadDigits(),
 }
+FILES = ("jsonl", "reasoning_gym")  # kinds that take a path
+
+
+@dataclass(frozen=True)
+class Blanked:
+    """A task whose images are white."""
+
+    task: Task
+
+    def __len__(self) -> int:
+        return len(self.task)
+
+    def __getitem__(self, index: int) -> Problem:
+        return blank(self.task[index])
+
+
+def open_task(config: TaskConfig, split: str = "train") -> Task:
+    """The task of a run's settings. split: "train" or "validation"; what comes from files has none, so a held-out one
+    is a task of its own.
+
+    Raises ConfigError for an unknown kind, with the nearest name, or what the task refuses.
+    """
+    if config.kind == "jsonl":
+        task: Task = JsonlProblems(config.path, config.prompt, config.truth, config.verifier, config.raw, config.after)
+    elif config.kind == "reasoning_gym":
+        task = ReasoningGym(config.path, seed=int(split != "train"))
+    elif config.kind in LADDER:
+        task = dataclasses.replace(LADDER[config.kind], split=split)  # type: ignore[type-var]
+    else:
+        known = (*LADDER, *FILES)
+        raise ConfigError(f"no task is called {config.kind!r:.60}{nearest(config.kind, known)}; there are: {known}")
+    return Blanked(task) if config.blank else task

@@ -1,0 +1,93 @@
+"""The settings of reinforcement learning, the section `config.rl` of a run (kimi_jax.rl).
+
+Source: docs/rl.md. Values that the Kimi K2.5 report (arXiv 2602.02276) does not publish are guesses and marked there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from kimi_jax.ranges import Count, Natural, NonNegative, OneOf, Positive, Range
+
+LOSSES = ("k2_5", "k1_5", "ppo", "cispo", "gspo", "none")
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """What is minimised (`kimi_jax.rl.losses`). The paper publishes no values: see `losses.policy_loss`."""
+
+    loss: Annotated[str, OneOf(LOSSES)] = "k2_5"  # "none": K2.5's without bounds, plain importance sampling
+    alpha: Annotated[float, Range(1e-6, 1.0)] = 0.5  # K2.5: lower bound of the ratio of probabilities
+    beta: Annotated[float, Range(1.0, 1e6)] = 2.0  # K2.5, and CISPO's only one: upper bound
+    tau: NonNegative = 1e-3  # K2.5, K1.5: weight of the squared log-ratio
+    low: Annotated[float, Range(1e-6, 0.999999)] = 0.2  # PPO, GSPO: the ratio is clipped to 1 - low, 1 + high
+    high: Annotated[float, Range(1e-6, 1e6)] = 0.2
+    temperature: Positive = 1.0  # of the sampler; the trained policy is softmax(logits / temperature) as well
+    deviation: bool = False  # advantages are also divided by the standard deviation of their group (GRPO)
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """A source of problems (`kimi_jax.rl.tasks`). `kind` names it; the other settings are those of files."""
+
+    kind: str = "copy"
+    weight: Positive = 1.0  # share of the prompts
+    path: str = ""  # of a JSONL file; the family of reasoning-gym
+    prompt: str = ""  # template of a JSONL line: {{field}}
+    truth: str = ""
+    verifier: str = ""
+    raw: bool = False  # `truth` names a field whose value is JSON
+    after: str = ""  # of the truth, only what follows this counts
+    blank: bool = False  # the control: every image is white
+
+
+@dataclass(frozen=True)
+class ToggleConfig:
+    """Phases with and without a length budget (`kimi_jax.rl.shaping.Toggle`)."""
+
+    period: Count = 10  # learning iterations of a phase; longer than the run: the budget is never lifted
+    threshold: Annotated[float, Range(-1e6, 1e6)] = 0.875
+    percentile: Annotated[float, Range(0.0, 100.0)] = 90.0
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How answers are sampled (`kimi_jax.rl.rollout`). An iteration: rollouts of one set of weights, then updates."""
+
+    prompts: Count = 64  # groups that an iteration trains on
+    samples: Annotated[int, Range(2, 4096)] = 8  # answers to a prompt, a group
+    max_new_tokens: Count = 64  # of an answer, over all its parts
+    # an answer that is longer goes on in the next iteration, with its weights (a partial rollout); 0: never cut
+    tokens_per_iteration: Natural = 0
+    max_staleness: Natural = 0  # eta: answers may be begun so many iterations before they are needed
+    updates: Count = 1  # training steps that share an iteration's groups between them
+    passes: Count = 1  # times that they are trained on
+    sync_interval: Count = 1  # iterations between two hand-overs of weights to the sampler
+    drop_uninformative: bool = True  # groups of equal rewards are replaced by other prompts (dynamic sampling)
+    max_draws: Annotated[float, Range(1.0, 1e6)] = 3.0  # times `prompts` that an iteration may draw in all
+    # reward of an answer that reached max_new_tokens; None: it is scored as it stands
+    cut_penalty: Annotated[float, Range(-1e6, 0.0)] | None = None
+    repeat_period: Natural = 16  # an answer ends that repeats up to so many tokens ...
+    repeat_times: Annotated[int, Range(2, 1 << 20)] = 16  # ... so many times; period 0: never
+    slots: Count = 64  # answers that are decoded together
+    page_size: Annotated[int, Range(1, 1 << 16)] = 16  # tokens of a page of the cache
+    tokens_per_call: Count = 16
+
+    def conflict(self) -> str:
+        """What does not go together; empty if all does."""
+        if self.page_size & (self.page_size - 1):
+            return f"page_size = {self.page_size} is no power of two"
+        if self.tokens_per_iteration and not self.max_staleness:
+            return "tokens_per_iteration cuts answers, so max_staleness must be at least 1"
+        return ""
+
+
+@dataclass(frozen=True)
+class RLConfig:
+    """Tasks, rollouts, loss, shaping of rewards, held-out evaluation."""
+
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    toggle: ToggleConfig | None = None

@@ -1,0 +1,81 @@
+"""Held-out problems of a run's tasks, answered greedily, beside the same problems with white images.
+
+Called by the training loop in the place of `eval.runner.evaluate`; its rows are that one's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from kimi_jax.config import TrainConfig
+from kimi_jax.data.example import Image, Text
+from kimi_jax.eval.runner import SAMPLES, Row
+from kimi_jax.eval.runner import Sample as Shown
+from kimi_jax.rl.rollout import settings
+from kimi_jax.rl.tasks import Problem, blank, open_task
+from kimi_jax.rl.worker import PendingGroup, RolloutWorker
+
+
+def evaluate(
+    worker: RolloutWorker,
+    params: Any,
+    config: TrainConfig,
+    tasks: Sequence[str],
+    limit: int,
+    *,
+    samples: list[Shown] | None = None,
+    frozen: Any = None,
+) -> list[Row]:
+    """A row for each named task of `config.rl.tasks` ("all": every one), up to `limit` held-out problems each.
+
+    score: the mean reward of greedy answers; control: with white images (for text the answer to the next problem);
+    chance: always giving the most common truth. frozen: unused, for the loop. Raises KeyError for an unknown task.
+    """
+    rl = settings(config)
+    names = list(rl.tasks) if "all" in tasks else list(tasks)
+    worker.set_params(params, 0)
+    rows = []
+    for name in names:
+        task = open_task(rl.tasks[name], "validation")
+        problems = [task[i] for i in range(min(limit, len(task)))]
+        answers = _answer(worker, name, problems)
+        has_images = any(isinstance(part, Image) for part in problems[0].parts)
+        if has_images:
+            control = _answer(worker, name, [blank(problem) for problem in problems])
+        else:
+            control = answers[1:] + answers[:1]
+        rewards = _rewards(problems, answers)
+        truth, _ = Counter(str(problem.truth) for problem in problems).most_common(1)[0]
+        rows.append(
+            Row(
+                name, rl.tasks[name].kind, "image" if has_images else "text", "reward", float(rewards.mean()),
+                float(rewards.std(ddof=1) / math.sqrt(len(rewards))) if len(rewards) > 1 else 0.0,
+                float(_rewards(problems, control).mean()), "white image" if has_images else "next answer",
+                float(_rewards(problems, [truth] * len(problems)).mean()), len(problems),
+            )
+        )  # fmt: skip
+        if samples is not None:
+            samples += [_shown(name, *each) for each in zip(problems[:SAMPLES], answers, control, strict=False)]
+    return rows
+
+
+def _answer(worker: RolloutWorker, name: str, problems: Sequence[Problem]) -> list[str]:
+    groups: list[PendingGroup] = [worker.begin(name, i, problem, 1, 0) for i, problem in enumerate(problems)]
+    worker.draw(groups, greedy=True)
+    return [worker.text(group.answers[0]) for group in groups]
+
+
+def _rewards(problems: Sequence[Problem], answers: Sequence[str]) -> np.ndarray:
+    return np.array([problem.reward(answer) for problem, answer in zip(problems, answers, strict=True)])
+
+
+def _shown(name: str, problem: Problem, answer: str, control: str) -> Shown:
+    media = tuple(np.asarray(part.image) for part in problem.parts if isinstance(part, Image))
+    question = "".join(part.text for part in problem.parts if isinstance(part, Text))
+    correct = problem.reward(answer) >= 1.0
+    return Shown(name, question.strip(), str(problem.truth), answer.strip(), control.strip(), correct, media)
