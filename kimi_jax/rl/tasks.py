@@ -19,12 +19,11 @@ from kimi_jax.config import ConfigError, TaskConfig, nearest
 from kimi_jax.data.example import Image, Text
 from kimi_jax.data.sources import demo_image
 from kimi_jax.data.sources.demo_base import check_split, generator
+from kimi_jax.data.sources.demo_count import QUESTION, counted
 from kimi_jax.rl.rewards import VERIFIERS, verify
 from kimi_jax.untrusted import parse_object, read_bytes
 
 MAX_FILE = 1 << 28  # bytes of a JSONL file of problems
-MAX_COUNT = 5  # blobs of a rendered image
-SIDE, CELL = 56, 14  # pixels of a rendered image, and of the cell that a blob lies in
 LENGTH = 1 << 30  # of tasks that are generated: as good as endless
 SYMBOLS = "abcdefgh"
 PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*\}\}")
@@ -115,24 +114,9 @@ class ModularSum:
         return Problem(f"modsum/{self.split}/{index}", (Text(f"{a} + {b} mod 10 =", 0.0),), "exact", str((a + b) % 10))
 
 
-def render_blobs(count: int, rng: np.random.Generator) -> np.ndarray:
-    """uint8 [SIDE, SIDE, 3]: `count` discs of random colour and size, each in a cell of its own, on a light ground."""
-    side = SIDE // CELL
-    ground = rng.integers(200, 256, 3)
-    picture = np.tile(ground.astype(np.uint8), (SIDE, SIDE, 1))
-    y, x = np.mgrid[:CELL, :CELL]
-    for cell in rng.choice(side * side, count, replace=False):
-        radius = rng.uniform(3.5, 5.0)
-        centre = CELL / 2 - 0.5 + rng.uniform(-1, 1, 2)
-        inside = (y - centre[0]) ** 2 + (x - centre[1]) ** 2 <= radius**2
-        top, left = CELL * (cell // side), CELL * (cell % side)
-        picture[top : top + CELL, left : left + CELL][inside] = rng.integers(0, 140, 3)
-    return picture
-
-
 @dataclass(frozen=True)
 class CountBlobs:
-    """How many discs are in a rendered image, 1 to MAX_COUNT. verifier: "count" (soft) or "mathematics" (0 or 1)."""
+    """How many discs are in a rendered image, 1 to 5. verifier: "count" (soft) or "mathematics" (0 or 1)."""
 
     verifier: str = "count"
     split: str = "train"
@@ -144,9 +128,8 @@ class CountBlobs:
         return LENGTH
 
     def __getitem__(self, index: int) -> Problem:
-        rng = generator("rl/count", self.split, index)
-        count = int(rng.integers(1, MAX_COUNT + 1))
-        parts = Image(render_blobs(count, rng)), Text("\nhow many?", 0.0)
+        picture, count = counted("rl/count", self.split, index)
+        parts = Image(picture), Text(QUESTION, 0.0)
         truth = count if self.verifier == "count" else str(count)
         return Problem(f"count/{self.split}/{index}", parts, self.verifier, truth)
 

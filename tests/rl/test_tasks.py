@@ -8,6 +8,7 @@ import pytest
 
 from kimi_jax.config import ConfigError
 from kimi_jax.data.example import Image, Text
+from kimi_jax.data.sources import demo_count
 from kimi_jax.rl import tasks
 from kimi_jax.rl.tasks import LADDER, JsonlProblems, Problem, ReasoningGym
 
@@ -44,14 +45,14 @@ def test_dense_reverse_pays_for_parts_and_sparse_does_not():
     assert dense.reward(wrong) == 0.75 and sparse.reward(wrong) == 0
 
 
-@pytest.mark.parametrize("count", range(1, tasks.MAX_COUNT + 1))
+@pytest.mark.parametrize("count", range(1, demo_count.MAX_COUNT + 1))
 def test_rendered_discs_can_be_counted(count):
     """As many connected dark regions as discs, whatever the draw."""
     from scipy import ndimage
 
     for seed in range(20):
-        picture = tasks.render_blobs(count, np.random.default_rng(seed))
-        assert picture.shape == (tasks.SIDE, tasks.SIDE, 3) and picture.dtype == np.uint8
+        picture = demo_count.render_blobs(count, np.random.default_rng(seed))
+        assert picture.shape == (demo_count.SIDE, demo_count.SIDE, 3) and picture.dtype == np.uint8
         assert ndimage.label((picture < 150).all(-1))[1] == count
 
 

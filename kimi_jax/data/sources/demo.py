@@ -11,6 +11,7 @@
 | chat_vqa      | easy-VQA's scenes with questions, as conversations | its own test set          | MIT                 |
 | chat_sums     | sums and differences up to 30, as conversations   | 20 % of the operand pairs  | generated           |
 | digits        | scanned digits: naming, strings, larger           | 20 % of the digits         | BSD (UCI, CC BY)    |
+| count         | discs in a rendered image, to be counted          | other images               | generated           |
 | video         | a digit moving over four frames of real clips     | a clip; 20 % of the digits | BSD; CC BY          |
 | video_mixed   | three such clips of 1 to 7 frames, other shapes   | as video                   | BSD; CC BY          |
 """
@@ -22,7 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kimi_jax.config import ConfigError
-from kimi_jax.data.sources import demo_chat, demo_image, demo_text, demo_video
+from kimi_jax.data.sources import demo_chat, demo_count, demo_image, demo_text, demo_video
 from kimi_jax.data.sources.demo_base import check_split
 
 OPENERS: dict[str, Callable[[str], Any]] = {
@@ -33,6 +34,7 @@ OPENERS: dict[str, Callable[[str], Any]] = {
     "easyvqa": demo_image.EasyVQA,
     "easyvqa_large": functools.partial(demo_image.EasyVQA, large=True),
     "digits": demo_image.Digits,
+    "count": demo_count.Counting,
     "chat_vqa": demo_chat.VQAChat,
     "chat_sums": demo_chat.SumsChat,
     "video": demo_video.MovingDigit,
