@@ -15,7 +15,7 @@ from kimi_jax import config as c
 from kimi_jax.config_rl import PolicyConfig, RLConfig
 
 PROMPTS, SAMPLES = 64, 8
-ANSWER = 2  # tokens: the number and [EOS]
+ANSWER = 3  # tokens: a space, the number, [EOS]
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -28,17 +28,17 @@ def get_config() -> ml_collections.ConfigDict:
         dataclasses.replace(
             start,
             workdir="runs/rl_count",
-            steps=120,
+            steps=90,
             log_interval=1,
             init_from=c.InitFromConfig(path=start.workdir),
             data=dataclasses.replace(
                 start.data, sources={}, rows_per_pack=PROMPTS * SAMPLES, vision_bins=((64, PROMPTS // 4),)
             ),
             optimizer=c.OptimizerConfig(
-                peak_lr=1e-3, final_lr=1e-3, warmup_steps=5, decay_fraction=0.0, weight_decay=0.0
+                peak_lr=5e-4, final_lr=5e-4, warmup_steps=5, decay_fraction=0.0, weight_decay=0.0
             ),
-            checkpoint=c.CheckpointConfig(interval=40, keep=2),
-            eval=c.EvalConfig(tasks=("count",), interval=40, limit=256, final_limit=512),
+            checkpoint=c.CheckpointConfig(interval=30, keep=2),
+            eval=c.EvalConfig(tasks=("count",), interval=30, limit=256, final_limit=512),
             rl=RLConfig({"count": c.TaskConfig("count_exact")}, rollout, PolicyConfig()),
         )
     )

@@ -1,4 +1,4 @@
-"""A K2.5-shaped model of 0.25 M parameters learns from answers to count discs in images: the start of configs/rl/count.py.
+"""A K2.5-shaped model of 0.36 M parameters sees how discs in images are counted, a little: the start of rl/count.py.
 
 Run:     make rl-demo      (or)
          python -m kimi_jax.data tokenizer --config=configs/rl/count_sft.py
@@ -19,7 +19,7 @@ MODEL = c.ModelConfig(
                           init_pos_emb_height=4, init_pos_emb_width=4),
     media_placeholder_token_id=9, bos_token_id=0, eos_token_id=1, pad_token_id=2, dtype="float32",
 )  # fmt: skip
-STEPS = 30
+STEPS = 47
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -32,7 +32,7 @@ def get_config() -> ml_collections.ConfigDict:
             data=c.DataConfig(
                 sources={"count": c.SourceConfig(kind="demo", path="count", vision=True)},
                 tokenizer="runs/rl_sft/tokenizer.json",
-                sequence_length=20,
+                sequence_length=21,
                 num_packs=1,
                 rows_per_pack=64,
                 vision_bins=((64, 16),),

@@ -142,6 +142,18 @@ class RolloutWorker:
             for event in self._engine.step():
                 self._take(event, running)
 
+    def score(self, groups: Sequence[PendingGroup]) -> list[list[np.ndarray]]:
+        """float32 [n] for each answer of each group: log-probabilities of its tokens under the weights of now."""
+        assert self._engine is not None, "set_params comes first"
+        requests = []
+        for group in groups:
+            for answer in group.answers:
+                tokens = np.concatenate([group.prompt.tokens, np.array(answer.tokens, np.int32)]).astype(np.int32)
+                sampling = Sampling(self._temperature, max_new_tokens=0, score_from=len(group.prompt.tokens))
+                requests.append(Request(tokens, group.prompt.media, sampling))
+        scored = iter(self._engine.run(requests))
+        return [[np.array(next(scored).prompt_logprobs, np.float32) for _ in group.answers] for group in groups]
+
     def text(self, answer: Answer) -> str:
         """What an answer says, without special tokens."""
         return self.tokenizer.decode(answer.tokens, skip_special_tokens=True)

@@ -9,8 +9,10 @@ import pytest
 
 from kimi_jax.config import ConfigError, LoRAConfig, MeshConfig, RLConfig, TaskConfig
 from kimi_jax.data.packing import PackShape, unpack
+from kimi_jax.eval.runner import Row, Sample
 from kimi_jax.nn.kimi import init_params
 from kimi_jax.nn.param import unbox
+from kimi_jax.rl import page
 from kimi_jax.rl.rollout import RolloutSource
 from kimi_jax.rl.tasks import LADDER, Problem
 from kimi_jax.rl.worker import RolloutWorker
@@ -290,3 +292,28 @@ def test_rollouts_on_a_mesh_are_those_of_one_device(folder, worker, text_params)
         for s, t in zip(a.trajectories, b.trajectories, strict=True):
             np.testing.assert_array_equal(s.segments[1].tokens, t.segments[1].tokens)
             np.testing.assert_allclose(s.segments[1].logp, t.segments[1].logp, atol=1e-5)  # order of float32 sums
+
+
+def test_scores_of_the_weights_that_drew_are_the_recorded_ones(folder, text_params):
+    config = settings(folder)
+    worker = worker_of(config)
+    worker.set_params(text_params, 0)
+    groups = [worker.begin("toy", i, LADDER["copy"][i], 3, 0) for i in range(2)]
+    worker.draw(groups)
+    for group, logp in zip(groups, worker.score(groups), strict=True):
+        for answer, found in zip(group.answers, logp, strict=True):
+            np.testing.assert_allclose(found, answer.logp, atol=1e-5)  # read in pieces instead of token by token
+
+
+def test_page_shows_problems_and_marks_tokens_and_takes_answers_for_text(folder, text_params):
+    config = settings(folder)
+    worker = worker_of(config)
+    other = jax.tree.map(lambda x: 3 * x, text_params)
+    groups = page.rollouts(worker, config, text_params, other)
+    assert len(groups) == page.GROUPS and "class=low" not in groups[0]
+    assert any('class="low"' in group or 'class="high"' in group for group in groups)
+    hostile = "<script>alert(1)</script>"
+    row = Row("toy", "copy", "text", "reward", 0.5, 0.1, 0.1, "next answer", 0.2, 9)
+    shown = Sample("toy", hostile, "a", hostile, "b", False, ())
+    text = page.page({n: [row] for n in page.NAMES}, {n: [shown] for n in page.NAMES}, groups, (0.5, 2.0))
+    assert "0.500 ± 0.100" in text and hostile not in text and "&lt;script&gt;" in text
