@@ -58,8 +58,8 @@ of the items need earlier ones. **Gain** is the time of the sequential run over 
 with slots, as a geometric mean; **work** the steps of all agents over those of the sequential run: tokens, where every
 step costs the same. Brackets are 95 % intervals over tasks (`experiments/statistics.py`), each for itself: of many
 cells one in twenty misses. A level counts as a gain if the interval of the gain lies above 1 and that of the change of
-item F1 above -{loss}; as no gain if the first lies below 1 ("time") or the second below -{loss} ("quality"); else as open.
-A run that is stopped early with a poor answer is fast, so a gain in time says nothing where quality is lost.
+item F1 above -{loss}; as no gain if the first lies below 1 ("time") or the second below -{loss} ("quality"); else as
+open. A run that is stopped early with a poor answer is fast, so a gain in time says nothing where quality is lost.
 """
 
 
