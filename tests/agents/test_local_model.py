@@ -117,7 +117,7 @@ def test_serve_answers_a_swarm_over_http(tmp_path):
 
 @pytest.mark.slow
 def test_serve_shares_the_prefixes_of_32_conversations(tmp_path, record_property):
-    """32 subagents of four turns each on the real engine: what the prefix cache gives, beside the most that it could."""
+    """32 subagents of four turns each on the real engine: what the prefix cache gives, and the most that it could."""
     model = load_checkpoint(tmp_path / "model")
     engine = Engine(model, slots=32, max_sequence_length=4096)
     events = []
