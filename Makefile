@@ -15,13 +15,14 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 # with CI=true a missing Python is an error, elsewhere a reason to skip
 NO_PYTHON = if [ "$$CI" = true ]; then echo "FAILED: $@ needs Python $(1)" >&2; exit 1; else echo "SKIPPED: $@ needs Python $(1)"; fi
 
-.PHONY: help demo sft-demo rl-demo plan experiments-smoke setup test lint quick test-slow test-long test-tfds test-lm-eval test-tpu test-py312 fuzz run-tfds run-lm-eval run-py312 clean
+.PHONY: help demo sft-demo rl-demo swarm-demo plan experiments-smoke setup test lint quick test-slow test-long test-tfds test-lm-eval test-tpu test-py312 fuzz run-tfds run-lm-eval run-py312 clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo          train the whole model on text, images and video, evaluate it, write $(WORKDIR)/report.html"
 	@echo "make sft-demo      fine-tune the demo on conversations; held-out image questions before and after"
 	@echo "make rl-demo       a small model learns to count what is in images by reward; held-out images before and after"
+	@echo "make swarm-demo    one agent and a swarm answer a wide question over real documents; scores, costs, trace pages"
 	@echo "make plan          what Kimi K2.5 needs of three TPU pods: memory, predicted time and traffic (no TPU needed)"
 	@echo "make test          style, types and the quick tests"
 	@echo "make test-slow     long proofs, TFDS and seqio sources, lm-eval, transformers, the TPU compiler, Python 3.12"
@@ -61,13 +62,16 @@ sft-demo: setup
 	@$(VENV)/bin/python -m kimi_jax.train --config=configs/sft/demo.py --config.init_from.path=$(WORKDIR)
 	@$(VENV)/bin/python -m kimi_jax.eval.conversations --before=$(WORKDIR) --after=runs/sft_demo
 
-# a small model that counts discs in images badly learns to do it by reward; SEED=1 for another run of both
-SEED ?= 0
+# a small model that counts discs in images badly learns to do it by reward
 rl-demo: setup
 	@$(VENV)/bin/python -m kimi_jax.data tokenizer --config=configs/rl/count_sft.py
-	@$(VENV)/bin/python -m kimi_jax.train --config=configs/rl/count_sft.py --config.seed=$(SEED) --config.data.seed=$(SEED)
-	@$(VENV)/bin/python -m kimi_jax.rl --config=configs/rl/count.py --config.seed=$(SEED)
+	@$(VENV)/bin/python -m kimi_jax.train --config=configs/rl/count_sft.py
+	@$(VENV)/bin/python -m kimi_jax.rl --config=configs/rl/count.py
 	@$(VENV)/bin/python -m kimi_jax.rl.page
+
+# a script in the place of a model searches and reads by the real runtime, alone and as a swarm; less than a minute, no network
+swarm-demo: setup
+	@$(VENV)/bin/python -m kimi_jax.agents.demo
 
 # -------------------------------------------------------------------------------------------------------------- plan
 

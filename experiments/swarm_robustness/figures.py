@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from experiments.swarm_robustness.simulate import FAULTS
+from experiments.swarm_robustness.verdicts import LOSS, quality
 
 Row = dict[str, Any]
-COLOURS = {"mixed": "#d98c1f", "parallel": "#1f5fa8", "checked": "#3b8f4e"}
+COLOURS = {"half": "#d98c1f", "parallel": "#1f5fa8", "checked": "#3b8f4e"}
 FAMILY_COLOURS = {"wide": "#1f5fa8", "longdoc": "#3b8f4e", "download": "#7a4fa3", "mixed": "#d98c1f", "trap": "#b5363c",
                   "deep": "#777777"}  # fmt: skip
 
 
 def draw(rows: Sequence[Row], folder: Path) -> None:
-    """Writes faults.png (gain and item F1 by level, one fault a column, tasks `wide`) and scale.png."""
+    """Writes faults.png (gain and change of item F1 by level, tasks `wide`) and scale.png (gain of `parallel`)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -33,51 +34,63 @@ def _faults(pyplot: Any, rows: Sequence[Row], path: Path) -> None:
             line = [
                 next(r for r in rows if (r["fault"], r["level"], r["policy"]) == (fault, x, policy)) for x in levels
             ]
-            for axis, name, low, high in (
-                (axes[0, column], "gain", "gain_low", "gain_high"),
-                (axes[1, column], "item_f1", None, None),
-            ):
-                axis.plot(range(5), [r[name] for r in line], color=colour, marker="o", markersize=3, label=policy)
-                if low:
-                    axis.fill_between(
-                        range(5), [r[low] for r in line], [r[high] for r in line], color=colour, alpha=0.2
-                    )
+            _points(axes[0, column], line, ("gain", "gain_low", "gain_high"), colour, policy)
+            _points(axes[1, column], line, ("f1_change", "f1_low", "f1_high"), colour, policy)
         axes[0, column].set_title(fault.replace("_", " "))
         axes[0, column].axhline(1, color="black", linewidth=0.8, linestyle=":")
         axes[0, column].set_xticks(range(5), [])
         axes[1, column].set_xticks(range(5), [f"{x:g}" for x in levels])
-        axes[1, column].set_ylim(0, 1.05)
+        axes[1, column].set_ylim(-1.05, 0.05)
     axes[0, 0].set_ylabel("gain in time over\none agent (log)")
     axes[0, 0].set_yscale("log")
     axes[0, 0].set_yticks([0.5, 1, 2, 4], ["0.5", "1", "2", "4"])
     axes[0, 0].minorticks_off()
-    axes[1, 0].set_ylabel("item F1")
+    axes[1, 0].set_ylabel("change of item F1")
     axes[0, 0].legend(frameon=False, fontsize=8)
-    figure.supxlabel("level of the fault")
+    figure.supxlabel(
+        f"level of the fault; hollow: more than {LOSS:g} of item F1 is lost, so that a gain in time says nothing"
+    )
     figure.savefig(path, dpi=90, metadata={"Software": None})
     pyplot.close(figure)
 
 
+def _points(axis: Any, line: Sequence[Row], names: tuple[str, str, str], colour: str, label: str) -> None:
+    """A line with its band; points whose quality is lost are hollow."""
+    values, low, high = ([row[name] for row in line] for name in names)
+    axis.plot(range(len(line)), values, color=colour, linewidth=1.3, label=label)
+    axis.fill_between(range(len(line)), low, high, color=colour, alpha=0.2, linewidth=0)
+    for i, (row, value) in enumerate(zip(line, values, strict=True)):
+        inner = "white" if quality(row) == "lost" else colour
+        axis.plot(i, value, marker="o", markersize=4, color=colour, markerfacecolor=inner, zorder=3)
+
+
 def _scale(pyplot: Any, rows: Sequence[Row], path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
-    for axis, name, other, fixed in ((left, "slots", "items", 12), (right, "items", "slots", 8)):
-        ends: dict[str, float] = {}
+    for axis, name, other, fixed in ((left, "slots", "items", 12), (right, "items", "slots", 32)):
+        ends: dict[tuple[float, float], list[str]] = {}  # families whose lines end in one place share a name
         for family, colour in FAMILY_COLOURS.items():
             line = sorted((r for r in rows if r["family"] == family and r[other] == fixed), key=lambda r: r[name])
             axis.plot([r[name] for r in line], [r["gain"] for r in line], color=colour, marker="o", markersize=3)
-            ends[family] = line[-1]["gain"]
-        height = -1.0
-        for family in sorted(ends, key=ends.__getitem__):  # names of lines that end together stand above one another
-            height = max(ends[family], height + 0.3)
-            axis.annotate(family, (line[-1][name] * 1.1, height), va="center", color=FAMILY_COLOURS[family], fontsize=8)
+            axis.fill_between(
+                [r[name] for r in line], [r["gain_low"] for r in line], [r["gain_high"] for r in line], color=colour,
+                alpha=0.2, linewidth=0,
+            )  # fmt: skip
+            ends.setdefault((line[-1][name], round(line[-1]["gain"], 1)), []).append(family)
+        heights: dict[float, float] = {}
+        span = max(r["gain"] for r in rows)
+        for place, height in sorted(ends):
+            found = ends[place, height]
+            heights[place] = max(height, heights.get(place, -span) + 0.05 * span)
+            axis.annotate(", ".join(found), (place * 1.1, heights[place]), va="center", fontsize=8,
+                          color=FAMILY_COLOURS[found[0]])  # fmt: skip
         values = sorted({r[name] for r in rows if r[other] == fixed})
         axis.set_xscale("log", base=2)
         axis.set_xticks(values, [str(v) for v in values])
         axis.minorticks_off()
         axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
-        axis.set_xlim(values[0] * 0.9, values[-1] * 1.9)
+        axis.set_xlim(values[0] * 0.9, values[-1] * 2.2)
     left.set_xlabel("slots (12 items)")
-    right.set_xlabel("items (8 slots)")
+    right.set_xlabel("items (32 slots)")
     left.set_ylabel("gain in time over one agent")
     figure.savefig(path, dpi=90, metadata={"Software": None})
     pyplot.close(figure)

@@ -7,7 +7,7 @@ the same on every machine.
 The orchestrator does in each turn what it can: it assigns items that wait for no other, waits for all of these
 subagents (a barrier, as in the report), and does other items itself, one step of it a step of the item. What visibly
 fails is assigned once more, then done by the orchestrator. It does not make mistakes of its own: whatever a run loses,
-it loses by its subagents. Policies: sequential (assigns nothing), mixed (half of what it could), parallel (all), and
+it loses by its subagents. Policies: sequential (assigns nothing), half (half of what it could), parallel (all), and
 checked (parallel, and one step to verify each result, which finds every wrong one).
 """
 
@@ -24,7 +24,7 @@ from kimi_jax.agents.evals import Score, Table
 from kimi_jax.agents.events import ROOT, Event, Kind, Status
 from kimi_jax.agents.families import Task
 
-POLICIES = ("sequential", "mixed", "parallel", "checked")
+POLICIES = ("sequential", "half", "parallel", "checked")
 # fault -> what its level is, and the five levels; the first is no fault
 FAULTS: dict[str, tuple[str, tuple[float, ...]]] = {
     "wrong": ("share of subagents that return a wrong fact", (0, 0.1, 0.3, 0.6, 1)),
@@ -37,7 +37,7 @@ FAULTS: dict[str, tuple[str, tuple[float, ...]]] = {
     "injected": ("share of results with an order to start ten more subagents", (0, 0.1, 0.3, 0.6, 1)),
 }
 STRAGGLERS = 0.2
-CHILD_LIMIT = 40  # steps after which a subagent is stopped
+CHILD_LIMIT = 40  # steps after which a subagent is stopped, unless said
 ASSIGNED = 2  # times that an item is assigned before the orchestrator does it itself
 OBEYED, OBEYED_STEPS = 10, 8  # subagents that an injected order starts, and steps that each takes
 ATTEMPTS = 8  # requests for one step before a subagent gives up
@@ -109,6 +109,7 @@ class Run:
     level: float
     slots: int
     rng: random.Random
+    child_limit: int = CHILD_LIMIT
     now: int = 0
     work: int = 0
     peak: int = 0
@@ -166,7 +167,7 @@ class Run:
         fresh = [i for i in ready if self.tries.get(i, 0) < ASSIGNED]
         if self.policy == "sequential":
             return []
-        return fresh[: (len(fresh) + 1) // 2] if self.policy == "mixed" else fresh
+        return fresh[: (len(fresh) + 1) // 2] if self.policy == "half" else fresh
 
     def do_itself(self, i: int) -> bool:
         for _ in range(self.task.items[i].steps):
@@ -304,7 +305,7 @@ class Run:
         """Whether it took its last step, or is stopped at the limit."""
         if child.taken >= child.steps:
             self.end(child, "error" if child.fate == "error" else "ok")
-        elif child.taken >= CHILD_LIMIT:
+        elif child.taken >= self.child_limit:
             self.end(child, "timeout")
         else:
             return False
@@ -316,14 +317,23 @@ class Run:
 
 
 def simulate(
-    task: Task, policy: str, *, fault: str = "wrong", level: float = 0, slots: int = 8, seed: int = 0
+    task: Task,
+    policy: str,
+    *,
+    fault: str = "wrong",
+    level: float = 0,
+    slots: int = 8,
+    child_limit: int = CHILD_LIMIT,
+    seed: int = 0,
 ) -> Result:
-    """One run. slots: subagents that may run at once. seed: of the faults; runs that share it share their luck.
+    """One run. slots: subagents that may run at once. child_limit: steps after which one is stopped. seed: of the
+    faults; runs that share it share their luck.
 
     Raises ValueError for an unknown policy or fault.
     """
-    if policy not in POLICIES or fault not in FAULTS or slots < 1:
+    if policy not in POLICIES or fault not in FAULTS or min(slots, child_limit) < 1:
         raise ValueError(
-            f"policy {policy!r}, fault {fault!r} or {slots} slots: not one of {POLICIES} and {tuple(FAULTS)}"
+            f"policy {policy!r}, fault {fault!r}, {slots} slots or a limit of {child_limit} steps: policies are"
+            f" {POLICIES}, faults {tuple(FAULTS)}, and the two numbers at least 1"
         )
-    return Run(task, policy, fault, level, slots, random.Random(f"{task.name}/{seed}")).play()
+    return Run(task, policy, fault, level, slots, random.Random(f"{task.name}/{seed}"), child_limit).play()

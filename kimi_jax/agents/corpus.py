@@ -9,8 +9,10 @@ Tokens of the index are stemmed words (PyStemmer), scores those of bm25s with it
 
 import html.parser
 import json
+import logging
 import os
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,10 +50,9 @@ class Corpus:
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
-        import bm25s
         import Stemmer
 
-        self._bm25s, self._stem = bm25s, Stemmer.Stemmer("english")
+        self._bm25s, self._stem = _import_bm25s(), Stemmer.Stemmer("english")
         self.folder = Path(folder)
         self.documents: dict[str, Document] = {}
         texts = []
@@ -63,7 +64,7 @@ class Corpus:
         if not texts:
             raise CorpusError(f"{self.folder} has no documents; those end in {', '.join(SUFFIXES)}")
         self._names = list(self.documents)
-        self._index = bm25s.BM25()
+        self._index = self._bm25s.BM25()
         self._index.index(self._tokens(texts), show_progress=False)
 
     def _tokens(self, texts: list[str]) -> Any:
@@ -75,7 +76,7 @@ class Corpus:
         if not tokens.vocab:
             return []
         count = min(count, len(self._names))
-        found, scores = self._index.retrieve(tokens, k=count, show_progress=False)
+        found, scores = self._index.retrieve(tokens, k=count, show_progress=False, backend_selection="numpy")
         return [(self._names[i], float(s)) for i, s in zip(found[0], scores[0], strict=True) if s > 0]
 
     def text(self, name: str) -> str:
@@ -124,6 +125,20 @@ class Corpus:
         place = next((p for p in (lower.find(word.lower()) for word in words[:5]) if p >= 0), 0)
         begin = max(0, place - SNIPPET // 3)
         return ("..." if begin else "") + text[begin : begin + SNIPPET]
+
+
+def _import_bm25s() -> Any:
+    """bm25s without jax, which its import initialises: on a TPU host that would take the chips from the server."""
+    if "jax" in sys.modules:  # a local model runs in this process
+        import bm25s
+    else:
+        sys.modules["jax"] = None  # type: ignore[assignment]
+        try:
+            import bm25s
+        finally:
+            del sys.modules["jax"]
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets DEBUG for itself
+    return bm25s
 
 
 # ----------------------------------------------------------------------------------------------------------- the folder

@@ -199,7 +199,7 @@ def _text(country: Country, *keys: str) -> str:
     return plain(value) if isinstance(value, str) else ""
 
 
-def _number(text: str) -> str:
+def read_number(text: str) -> str:
     """The number before a unit: "1.267 million sq km" is 1267000, "Galdhopiggen 2,469 m" is 2469."""
     found = re.search(r"(-?\d[\d,]*(?:\.\d+)?)( million)? ?(?:sq km|km|m|years)\b", text)
     if not found:
@@ -212,7 +212,7 @@ def facts() -> dict[str, Facts]:
     """Countries of which every column is known, by name."""
     known = {}
     for country in countries():
-        cells = {column: _number(_text(country, *keys)) for column, keys in NUMBERS.items()}
+        cells = {column: read_number(_text(country, *keys)) for column, keys in NUMBERS.items()}
         cells["Capital"] = country.capital
         if all(cells.values()) and re.fullmatch(r"[A-Za-z' ().-]+", country.name):
             text = _text(country, "Geography", "Land boundaries", "border countries")

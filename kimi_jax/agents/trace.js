@@ -49,7 +49,8 @@ function axis(width, height, paint) {
     pen.fillStyle = paint.line;
     pen.fillRect(x(t), AXIS - 4, 1, height);
     pen.fillStyle = paint.soft;
-    pen.fillText(seconds(t), x(t) + 3, AXIS - 8);
+    const label = seconds(t);
+    if (x(t) + 3 + pen.measureText(label).width < width) pen.fillText(label, x(t) + 3, AXIS - 8);
   }
 }
 

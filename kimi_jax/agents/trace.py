@@ -46,7 +46,7 @@ def page_data(meta: dict[str, Any], events: Sequence[Event]) -> dict[str, Any]:
     failed = sum(agent["status"] != "ok" for agent in agents)
     return {
         "question": _cut(str(meta.get("question", ""))),
-        "summary": f"{root['status'] if root else 'running'} · {len(agents)} agents, {failed} of them not ok · "
+        "summary": f"{root['status'] if root else 'running'} · {_count(len(agents), 'agent')}, {failed} not ok · "
         f"model {str(meta.get('model', '?'))[:100]}",
         "measures": measures(events, slots if isinstance(slots, int) and slots > 0 else None),
         "end": max((event.time for event in events), default=0.0),
@@ -66,7 +66,7 @@ def measures(events: Sequence[Event], slots: int | None) -> list[tuple[str, str,
     ]
     if slots:
         makespan = str(critical.makespan(graph, slots))
-        found.append((f"makespan, {slots} slots", makespan, "steps when so many subagents run at a time"))
+        found.append((f"makespan, {_count(slots, 'slot')}", makespan, "steps when so many subagents run at a time"))
     steps = critical.critical_steps(critical.stages(events))
     return [
         *found,
@@ -110,7 +110,12 @@ def _agent(name: str, own: Sequence[Event], spawn: Event | None) -> dict[str, An
     begin = spawn or start
     usage = sum((e.usage for e in own), Usage())
     status = end.status if end else "running"
-    facts = [status, f"{sum(e.kind == 'step' for e in own)} steps", f"{usage.tokens:,} tokens", f"${usage.cost:.4f}"]
+    facts = [
+        status,
+        _count(sum(e.kind == "step" for e in own), "step"),
+        f"{usage.tokens:,} tokens",
+        f"${usage.cost:.4f}",
+    ]
     if start and end:
         facts.append(f"{start.duration:.2f} s queued, {end.duration:.2f} s running")
     return {
@@ -147,6 +152,10 @@ def _turn(event: Event) -> dict[str, Any]:
         "tokens": tokens,
         "texts": [_cut(str(text)) for text in texts if text],
     }
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def _cut(text: str) -> str:

@@ -267,3 +267,17 @@ def test_journal_scripted_model_is_counted():
     model = ScriptedModel(answer)
     run(Swarm(model))
     assert model.asked == 1
+
+
+def test_journal_and_children_leave_no_file_open(tmp_path):
+    """After a run with a child that hangs, one that crashes and two that are refused."""
+
+    def open_files():
+        links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+        return [os.readlink(link) for link in links if os.path.islink(link)]  # the listing itself is closed by now
+
+    run_real(swarm(tmp_path / "warm.sqlite", "new", model_with_faults()))  # what libraries open once
+    before = sorted(open_files())
+    run_real(swarm(tmp_path / "run.sqlite", "new", model_with_faults()))
+    assert sorted(open_files()) == before
+    assert not [name for name in before if str(tmp_path) in name]

@@ -48,7 +48,7 @@ def test_mcp_schema_comes_through_and_calls_are_answered(tmp_path):
     assert "no such thing" in (tmp_path / "log").read_text(), "what the server writes to its standard error is kept"
 
 
-def test_mcp_server_killed_in_mid_call_is_an_error_at_once_and_back_for_the_next(tmp_path):
+def test_mcp_server_killed_in_mid_call_is_an_error_at_once_and_back_for_the_next(tmp_path, record_property):
     async def main():
         async with McpServer("calc", STDIO, timeout=600.0) as server:
             calls = Toolset.of(*server.tools)
@@ -64,6 +64,8 @@ def test_mcp_server_killed_in_mid_call_is_an_error_at_once_and_back_for_the_next
                 killed = anyio.current_time()
                 os.kill(pid, signal.SIGKILL)
             assert got[0].status == "error" and "ended during the call" in got[0].text
+            print(f"{got[1] - killed:.3f} s from the kill to the error")
+            record_property("seconds from the kill to the error", got[1] - killed)
             assert got[1] - killed < 60, "by the death of the server, not by the timeout of ten minutes"
             assert (await calls.call("calc_add", '{"a": 2}')).text == "7", "it was started again"
 

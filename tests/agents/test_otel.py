@@ -12,7 +12,8 @@ from kimi_jax.agents.swarm import Swarm
 from kimi_jax.agents.tools import from_function
 from tests.agents.scripts import brief, orchestrator, run, say, turn
 
-# semantic conventions for generative AI, 1.37: attribute -> type of its value in OTLP
+# semantic conventions for generative AI, 1.37: attribute -> type of its value in OTLP; all of them are in the package
+# opentelemetry-semantic-conventions 0.66b2 too
 KNOWN = {
     "gen_ai.operation.name": "stringValue", "gen_ai.provider.name": "stringValue",
     "gen_ai.request.model": "stringValue",

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import subprocess
+import sys
 
 import anyio
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from kimi_jax.agents.corpus import Corpus, CorpusError
 from kimi_jax.agents.tools import ToolError, Toolset, check_arguments, from_function
+from tests.environment import REPO
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "array"}}, "required": ["a"]}
 
@@ -114,6 +117,13 @@ def test_corpus_finds_documents_of_every_kind(corpus):
     assert corpus.best("river flowing", 5)[0][0] == "page.html", "words are stemmed"
     assert corpus.best("glacier", 5)[0][0] == "wiki.jsonl#2", "scripts and links out of the folder are not searched"
     assert corpus.best("quantum", 5) == [] and corpus.best("the of", 5) == []
+
+
+def test_corpus_leaves_jax_alone(corpus):
+    """A swarm beside a server must not take the host's chips, and bm25s initialises jax where it finds it."""
+    code = f"import sys; from kimi_jax.agents.corpus import Corpus; Corpus({str(corpus.folder)!r}).best('ghana', 3); "
+    line = [sys.executable, "-c", code + "assert 'jax' not in sys.modules; import jax"]
+    subprocess.run(line, cwd=REPO, check=True)
 
 
 def test_corpus_text_of_a_page_keeps_its_links(corpus):

@@ -169,8 +169,8 @@ def play_on_the_runtime(task, policy: str, fault: str, level: float, slots: int)
         ("wide", "parallel", "wrong", 0.6, 8),
         ("mixed", "parallel", "crash", 0.6, 4),
         ("trap", "parallel", "garbage", 0.6, 4),
-        ("mixed", "mixed", "garbage", 0.3, 2),
-        ("wide", "mixed", "loop", 0.3, 8),
+        ("mixed", "half", "garbage", 0.3, 2),
+        ("wide", "half", "loop", 0.3, 8),
         ("longdoc", "parallel", "straggler", 5, 3),
     ],
 )
@@ -186,9 +186,20 @@ def test_simulator_agrees_with_the_real_runtime(family, policy, fault, level, sl
 
 
 def test_gain_is_a_geometric_mean():
-    tasks = [make("wide", seed, Knobs(items=4)) for seed in range(3)]
-    alone = [simulate(task, "sequential") for task in tasks]
-    row = run.cell(tasks, alone, lambda task: simulate(task, "parallel"))
+    tasks, alone = run.tasks_of("wide", 4, range(3))
+    setting = next(s for s in run.settings() if s["policy"] == "parallel" and s["slots"] == 8)
+    row = run.measure(setting, tasks, alone)
     ratios = [other.time / simulate(task, "parallel").time for task, other in zip(tasks, alone, strict=True)]
     assert row["gain"] == pytest.approx(math.prod(ratios) ** (1 / 3), abs=1e-5)
-    assert run.cell(tasks, alone, lambda task: simulate(task, "sequential"))["gain"] == 1
+    assert run.measure({**setting, "policy": "sequential"}, tasks, alone)["gain"] == 1
+
+
+def test_limit_of_steps_stops_a_loop_and_what_is_longer_than_it():
+    longest = max(item.steps for item in WIDE.items)
+    for level, limit in ((1, longest), (0, longest - 1)):
+        found = simulate(WIDE, "parallel", fault="loop", level=level, child_limit=limit)
+        assert "timeout" in {event.status for event in found.events if event.kind == "end"}
+        assert max(sum(e.kind == "step" for e in found.events if e.agent == name) for name in
+                   {e.agent for e in found.events if e.parent}) == limit  # fmt: skip
+    clean = simulate(WIDE, "parallel", child_limit=longest)
+    assert {event.status for event in clean.events if event.kind == "end"} == {"ok"}
