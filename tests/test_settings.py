@@ -12,7 +12,19 @@ from hypothesis import strategies as st
 from kimi_jax import config as c
 
 # checked where they are used
-FREE_TEXTS = {"kind", "path", "split", "tokenizer", "workdir", "remat_policy", "base"}
+FREE_TEXTS = {
+    "kind",
+    "path",
+    "split",
+    "tokenizer",
+    "workdir",
+    "remat_policy",
+    "base",
+    "prompt",
+    "truth",
+    "verifier",
+    "after",
+}
 FREE_TEXTS |= {"vision", "projector", "language"}  # of init_from
 HOSTILE = [
     math.inf, -math.inf, math.nan, 0, -1, 1, 1e308, -1e308, 10**400, 2**31, 2**63, True, None, "", "float16", "nan", [],

@@ -19,7 +19,7 @@ from kimi_jax.config import ConfigError, TaskConfig, nearest
 from kimi_jax.data.example import Image, Text
 from kimi_jax.data.sources import demo_image
 from kimi_jax.data.sources.demo_base import check_split, generator
-from kimi_jax.data.sources.demo_count import QUESTION, counted
+from kimi_jax.data.sources.demo_count import QUESTION, draw_count, render_blobs
 from kimi_jax.rl.rewards import VERIFIERS, verify
 from kimi_jax.untrusted import parse_object, read_bytes
 
@@ -128,8 +128,8 @@ class CountBlobs:
         return LENGTH
 
     def __getitem__(self, index: int) -> Problem:
-        picture, count = counted("rl/count", self.split, index)
-        parts = Image(picture), Text(QUESTION, 0.0)
+        count, rng = draw_count("rl/count", self.split, index)
+        parts = Image(render_blobs(count, rng)), Text(QUESTION, 0.0)
         truth = count if self.verifier == "count" else str(count)
         return Problem(f"count/{self.split}/{index}", parts, self.verifier, truth)
 

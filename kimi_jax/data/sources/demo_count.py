@@ -28,11 +28,10 @@ def render_blobs(count: int, rng: np.random.Generator) -> np.ndarray:
     return picture
 
 
-def counted(name: str, split: str, index: int) -> tuple[np.ndarray, int]:
-    """(image, how many discs are in it, 1 to MAX_COUNT) of one item."""
+def draw_count(name: str, split: str, index: int) -> tuple[int, np.random.Generator]:
+    """(how many discs item `index` has, 1 to MAX_COUNT, the random numbers of its image)."""
     rng = generator(name, split, index)
-    count = int(rng.integers(1, MAX_COUNT + 1))
-    return render_blobs(count, rng), count
+    return int(rng.integers(1, MAX_COUNT + 1)), rng
 
 
 class Counting:
@@ -44,7 +43,12 @@ class Counting:
     def __len__(self) -> int:
         return LENGTH
 
+    def record(self, index: int) -> Example:
+        """The example without its image."""
+        count, _ = draw_count("count", self.split, index)
+        return Example((Text(QUESTION, 0.0), Text(f" {count}")), f"count/{self.split}/{index}")
+
     def __getitem__(self, index: int) -> Example:
-        picture, count = counted("count", self.split, index)
-        parts = Image(picture), Text(QUESTION, 0.0), Text(f" {count}")
-        return Example(parts, f"count/{self.split}/{index}")
+        picture = render_blobs(*draw_count("count", self.split, index))
+        record = self.record(index)
+        return Example((Image(picture), *record.parts), record.key)
