@@ -17,7 +17,7 @@ from kimi_jax import sharding
 from kimi_jax.config import MemoryConfig, MeshConfig
 from kimi_jax.nn.kimi import KimiK25, init_params
 from kimi_jax.nn.param import unbox
-from kimi_jax.rl import policy_loss
+from kimi_jax.rl import losses, policy_loss
 from kimi_jax.rl.objective import PolicyConfig, policy
 from kimi_jax.train.step import gradients, make_layout
 from tests.nn.tiny import QUICK
@@ -146,3 +146,34 @@ def test_policy_refuses_a_batch_without_the_samplers_numbers():
     del batch["logp_sampler"]
     with pytest.raises(ValueError, match="needs the column 'logp_sampler'"):
         gradients(params(), batch, settings(32, 1), objective=policy(SETTINGS))
+
+
+@pytest.mark.parametrize("name, objective", [
+    ("k2_5", losses.KimiK25(0.5, 2.0, 0.1)), ("ppo", losses.PPO(0.2, 0.3)), ("gspo", losses.GSPO(0.2, 0.3)),
+    ("cispo", losses.CISPO(2.0)), ("k1_5", losses.KimiK15(0.1)),
+])  # fmt: skip
+def test_every_loss_of_the_settings_is_that_objective_over_the_packed_responses(name, objective):
+    """Responses of a row are told apart by their segments, which GSPO and K1.5 need."""
+    batch = jax.tree.map(jnp.asarray, batch_of(LAYOUTS["packed"]))
+    config = PolicyConfig(name, alpha=0.5, beta=2.0, tau=0.1, low=0.2, high=0.3)
+    logp = jnp.asarray(np.random.default_rng(1).normal(-4.0, 0.7, batch["targets"].shape), jnp.float32)
+    chosen = policy(config)
+    totals = chosen.totals(batch)
+    value, metrics = chosen.loss(logp, batch, totals)
+    expected, _ = losses.objective_loss(
+        objective, logp, batch["logp_sampler"], batch["advantage"],
+        batch["loss_weights"], totals["num_tokens"], sequences=batch["segment_ids"],
+    )  # fmt: skip
+    assert value == expected and metrics["max_log_ratio"].value > 0
+
+
+def test_loss_without_bounds_keeps_every_token():
+    """The negative control of experiments: the gradient of a token that K2.5 drops is there."""
+    batch = jax.tree.map(jnp.asarray, batch_of(LAYOUTS["padded"]))
+    logp = batch["logp_sampler"] + 3.0  # ratio 20
+
+    def gradient(name):
+        objective = policy(PolicyConfig(name, tau=0.0))
+        return jax.grad(lambda x: objective.loss(x, batch, objective.totals(batch))[0])(logp)
+
+    assert not gradient("k2_5").any() and gradient("none").any()
