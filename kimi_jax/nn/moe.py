@@ -58,14 +58,16 @@ def route(
     moe: MoEConfig,
     expert_ids: Int[Array, "*b k"] | None = None,
 ) -> Routing:
-    """Choose k experts a token, all in float32. `expert_ids` pins the choice; the gates still come from these
-    scores."""
+    """Choose k experts a token, all in float32.
+
+    expert_ids: forces the choice (replay of a sampler's routing, arXiv 2510.11370); the gates still come from these
+    scores and have their gradient. Where they are negative the router chooses.
+    """
     logits = jnp.matmul(x.astype(jnp.float32), kernel.astype(jnp.float32), precision=lax.Precision.HIGHEST)
     scores = jax.nn.sigmoid(logits)
-    if expert_ids is None:
-        _, experts = lax.top_k(lax.stop_gradient(scores + bias.astype(jnp.float32)), moe.num_experts_per_tok)
-    else:
-        experts = expert_ids.astype(jnp.int32)
+    _, experts = lax.top_k(lax.stop_gradient(scores + bias.astype(jnp.float32)), moe.num_experts_per_tok)
+    if expert_ids is not None:
+        experts = jnp.where(expert_ids >= 0, expert_ids.astype(jnp.int32), experts)
     gates = jnp.take_along_axis(scores, experts, axis=-1)
     if moe.norm_topk_prob and moe.num_experts_per_tok > 1:
         gates = gates / (gates.sum(axis=-1, keepdims=True) + 1e-20)
@@ -302,9 +304,9 @@ class MoE(nn.Module):
         expert_ids: Int[Array, "B S k"] | None = None,
         experts: Callable[[Array, Array, Array], ExpertsOut] | None = None,
     ) -> tuple[Float[Array, "B S D"], MoEAux]:
-        """Same shape, in the activations' dtype. Padding (segment 0) is routed nowhere. `expert_ids` pins the experts.
+        """Same shape, in the activations' dtype. Padding (segment 0) is routed nowhere.
 
-        experts: stands in for the layer's own `Experts`, see `run_experts`.
+        expert_ids: see `route`. experts: stands in for the layer's own `Experts`, see `run_experts`.
         """
         moe = self.config.moe
         routing = self.router(x, expert_ids)
