@@ -48,7 +48,7 @@ class Aux:
     imbalance: Any
 
 
-# What `config.remat_policy` keeps of a layer beside its input: names given below and in `kernels.segment_attention`.
+# What `config.remat_policy` keeps of a layer beside its input: names given below and in `kernels.attention.segment`.
 REMAT_POLICIES: dict[str, tuple[str, ...]] = {
     "layer_inputs": (),  # the least memory; everything is recomputed
     "attention_sum": ("expert_inputs",),  # what the MLP's norm takes: the output projection runs once

@@ -18,8 +18,8 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from kimi_jax.config import ModelConfig
-from kimi_jax.kernels.cross_entropy import chunked_cross_entropy
-from kimi_jax.kernels.vocabulary import look_up, sharded_cross_entropy
+from kimi_jax.kernels.vocab.cross_entropy import chunked_cross_entropy
+from kimi_jax.kernels.vocab.vocab_parallel import look_up, sharded_cross_entropy
 from kimi_jax.nn.decoder import Aux, gather_aux, layer_stack
 from kimi_jax.nn.layers import RMSNorm, precision
 from kimi_jax.nn.layout import Layout
@@ -72,8 +72,8 @@ class Head(nn.Module):
     ) -> Float[Array, "B S"]:
         """-log softmax(logits / temperature)[target], float32, without holding the logits."""
         if self.layout is not None:
-            cut = self.layout.vocabulary(("embed", "vocab"), self.kernel.shape)
-            return sharded_cross_entropy(cut, x, self.kernel, targets, temperature)
+            sharding = self.layout.vocabulary(("embed", "vocab"), self.kernel.shape)
+            return sharded_cross_entropy(sharding, x, self.kernel, targets, temperature)
         flat = x.reshape(-1, x.shape[-1])
         nll = chunked_cross_entropy(flat, self.kernel, targets.reshape(-1), temperature=temperature)
         return nll.reshape(targets.shape)
