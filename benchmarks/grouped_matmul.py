@@ -31,7 +31,7 @@ from jax import lax
 
 from kimi_jax import sharding
 from kimi_jax.config import MeshConfig
-from kimi_jax.kernels.grouped_matmul import combine, dispatch, grouped_swiglu, plan_blocks
+from kimi_jax.kernels.moe.grouped_matmul import combine, dispatch, grouped_swiglu, plan_blocks
 from kimi_jax.train.metrics import measure_matmul_rate
 
 FLAGS = flags.FLAGS

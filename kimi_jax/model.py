@@ -28,6 +28,7 @@ from kimi_jax.config import ConfigError, MeshConfig, ModelConfig
 from kimi_jax.data.conversation import Message
 from kimi_jax.data.patches import Grid, item_layout, num_features
 from kimi_jax.data.reply import Reply
+from kimi_jax.data.routing import FREE, RoutingShape
 from kimi_jax.data.tokenizer import Tokenizer, load_tokenizer
 from kimi_jax.hf import stream
 from kimi_jax.infer.request import Sampling
@@ -151,7 +152,8 @@ class Model:
         input_ids: ints [B, S], each picture or video chunk as as many media pads as it has features; pixel_values:
         [N, 3, p, p], floats in [-1, 1] or uint8 as in the image, all items one after the other in order of appearance,
         patches in raster order;
-        grid_thws: [items, 3]. routed_experts [MoE layers, B, S, k] pins the experts, for comparisons across dtypes.
+        grid_thws: [items, 3]. routed_experts: ints [B, MoE layers, S, k] force the experts of every token; -1 in
+        place of all k lets the router choose.
         Raises ValueError for shapes, ids or counts that do not fit together.
         """
         tokens = self._check_tokens(input_ids)
@@ -177,7 +179,7 @@ class Model:
             index[pads] = places
             batch["feature_index"] = _pad(index, padded, -1)
         if routed_experts is not None:
-            batch["routed_experts"] = self._check_routed_experts(routed_experts, tokens.shape, padded)
+            batch["routed_experts"] = self._check_routed_experts(np.asarray(routed_experts), tokens.shape, padded)
         return np.asarray(self._logits(self.params, batch)[:rows, :length])
 
     def vision_features(self, pixel_values: Any, grid_thws: Any) -> np.ndarray:
@@ -242,13 +244,13 @@ class Model:
         flat = np.split(pixels.reshape(len(pixels), 3 * size * size), np.cumsum(counts)[:-1])
         return [(patches, tuple(map(int, grid))) for patches, grid in zip(flat, grids, strict=True)]  # type: ignore[misc]
 
-    def _check_routed_experts(self, experts: Any, shape: tuple[int, ...], padded: tuple[int, int]) -> np.ndarray:
-        moe = self.config.moe
-        experts = np.asarray(experts, np.int32)
-        want = (self.config.num_moe_layers, *shape, moe.num_experts_per_tok if moe else 0)
-        if experts.shape != want:
-            raise ValueError(f"routed_experts must be {want} (MoE layers, B, S, k), not {experts.shape}")
-        return np.stack([_pad(layer, (*padded, want[-1]), 0) for layer in experts])
+    def _check_routed_experts(self, experts: np.ndarray, shape: tuple[int, ...], padded: tuple[int, int]) -> np.ndarray:
+        routing = RoutingShape.of(self.config)
+        if routing is None:
+            raise ValueError("this model has no experts; it cannot take routed_experts")
+        (rows, length), (layers, k, _) = shape, routing
+        routing.check(experts, (rows, layers, length, k), "the batch")
+        return _pad(experts.astype(np.int32), (padded[0], layers, padded[1], k), FREE)
 
 
 def _bucket(n: int, least: int) -> int:

@@ -54,7 +54,7 @@ def model():
 
 
 def picks(io, prefix):
-    return np.stack([io[f"{prefix}.text.layer{layer}.topk_indices"] for layer in (1, 2)])[:, None]
+    return np.stack([io[f"{prefix}.text.layer{layer}.topk_indices"] for layer in (1, 2)])[None]
 
 
 def test_fixture_in_float32(model, io, media):
@@ -67,7 +67,7 @@ def test_pinned_to_the_released_picks_nothing_changes(model, io, media):
     """The picks are the router's own, so pinning them proves that the pin reaches the right layers and tokens."""
     pinned = model.logits(io["mm.input_ids"], *media, routed_experts=picks(io, "mm"))
     assert error(pinned, io["mm.logits"]) <= EXACT
-    other = model.logits(io["mm.input_ids"], *media, routed_experts=picks(io, "mm")[::-1])
+    other = model.logits(io["mm.input_ids"], *media, routed_experts=picks(io, "mm")[:, ::-1])
     assert error(other, io["mm.logits"]) > 0.01
 
 

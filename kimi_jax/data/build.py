@@ -50,7 +50,7 @@ SHOWN = 3  # bad records named in a message
 
 
 @dataclass(frozen=True)
-class Plan:
+class BuildPlan:
     """What decides the bytes of a build. Two runs of one plan write the same files."""
 
     source: SourceConfig
@@ -76,7 +76,7 @@ class Plan:
         return {k: v for k, v in asdict(self).items() if k in kept} | {"version": VERSION}
 
 
-class Shard(NamedTuple):
+class ShardSummary(NamedTuple):
     """What one finished shard holds."""
 
     records: int
@@ -166,7 +166,7 @@ def build(
         return _finish(plan, folder, [shards[i] for i in range(plan.num_shards)])
 
 
-def make_plan(src: str, tokenizer: str, shard_size: int, name: str) -> Plan:
+def make_plan(src: str, tokenizer: str, shard_size: int, name: str) -> BuildPlan:
     """Looks at the source and fixes what the result depends on. Raises ConfigError."""
     path = src.partition("?")[0]
     kind = {".jsonl": "jsonl", ".parquet": "parquet"}.get(Path(path).suffix)
@@ -183,7 +183,7 @@ def make_plan(src: str, tokenizer: str, shard_size: int, name: str) -> Plan:
             raise ConfigError(f"--tokenizer: {e}") from e
     digest_of_tokenizer = _digest([Path(tokenizer)]) if tokenizer else ""
     name = name or Path(path.replace("*", "")).stem.rstrip("-") or "data"
-    return Plan(config, digest, records, tokenizer, digest_of_tokenizer, shard_size, name)
+    return BuildPlan(config, digest, records, tokenizer, digest_of_tokenizer, shard_size, name)
 
 
 def summary(manifest: dict[str, Any], dst: str) -> str:
@@ -202,7 +202,7 @@ def summary(manifest: dict[str, Any], dst: str) -> str:
 # ------------------------------------------------------------------------------------------------------------- shards
 
 
-def _write_all(plan: Plan, folder: Path, todo: list[int], workers: int) -> Iterator[tuple[int, Shard]]:
+def _write_all(plan: BuildPlan, folder: Path, todo: list[int], workers: int) -> Iterator[tuple[int, ShardSummary]]:
     """Writes the shards, yielding each as it is done; when the caller stops, no further one is begun."""
     if workers == 0 or len(todo) < 2:
         for i in todo:
@@ -235,12 +235,12 @@ def _worker() -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(plan: Plan) -> tuple[Any, Any]:
+def _opened(plan: BuildPlan) -> tuple[Any, Any]:
     """The source and the tokenizer, once a process."""
     return open_source(plan.source), load_tokenizer(plan.tokenizer) if plan.tokenizer else _Bytes()
 
 
-def write_shard(plan: Plan, folder: Path, shard: int) -> Shard:
+def write_shard(plan: BuildPlan, folder: Path, shard: int) -> ShardSummary:
     """Writes one shard and then its counts; both appear whole or not at all."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -269,23 +269,23 @@ def write_shard(plan: Plan, folder: Path, shard: int) -> Shard:
     writer.close()
     with temporary.open("rb") as f:
         os.fsync(f.fileno())
-    result = Shard(len(lengths), temporary.stat().st_size, media["image"], media["video"], learned, lengths, bad)
+    result = ShardSummary(len(lengths), temporary.stat().st_size, media["image"], media["video"], learned, lengths, bad)
     temporary.replace(target)
     _write(folder / PROGRESS / f"{shard:05d}.json", json.dumps(result._asdict()).encode())
     return result
 
 
-def _read_shard(plan: Plan, folder: Path, shard: int) -> Shard | None:
+def _read_shard(plan: BuildPlan, folder: Path, shard: int) -> ShardSummary | None:
     """The counts of a finished shard, None when it is missing or not whole."""
     try:
-        result = Shard(**json.loads((folder / PROGRESS / f"{shard:05d}.json").read_bytes()))
+        result = ShardSummary(**json.loads((folder / PROGRESS / f"{shard:05d}.json").read_bytes()))
         whole = (folder / plan.shard_name(shard)).stat().st_size == result.size
     except (FileNotFoundError, ValueError, TypeError):
         return None
     return result if whole else None
 
 
-def _span(plan: Plan, shard: int) -> int:
+def _span(plan: BuildPlan, shard: int) -> int:
     return min(plan.shard_size, plan.records - shard * plan.shard_size)
 
 
@@ -293,7 +293,7 @@ def _span(plan: Plan, shard: int) -> int:
 
 
 @contextlib.contextmanager
-def _claimed(plan: Plan, folder: Path) -> Iterator[None]:
+def _claimed(plan: BuildPlan, folder: Path) -> Iterator[None]:
     """The folder for this process alone, and for this plan alone."""
     progress = folder / PROGRESS
     if folder.exists() and not progress.exists() and any(folder.iterdir()):
@@ -312,7 +312,7 @@ def _claimed(plan: Plan, folder: Path) -> Iterator[None]:
         yield
 
 
-def _check_same(plan: Plan, begun: dict[str, Any], folder: Path) -> None:
+def _check_same(plan: BuildPlan, begun: dict[str, Any], folder: Path) -> None:
     names = {"sha256": "the source", "tokenizer_sha256": "--tokenizer", "records": "the source", "version": "the code"}
     for key, value in plan.identity().items():
         if begun.get(key) != value:
@@ -323,14 +323,14 @@ def _check_same(plan: Plan, begun: dict[str, Any], folder: Path) -> None:
             )
 
 
-def _finished(plan: Plan, folder: Path) -> dict[str, Any]:
+def _finished(plan: BuildPlan, folder: Path) -> dict[str, Any]:
     manifest = read_manifest(str(folder))
     _check_same(plan, manifest["plan"], folder)
     shutil.rmtree(folder / PROGRESS, ignore_errors=True)  # killed between the last two steps
     return manifest
 
 
-def _finish(plan: Plan, folder: Path, shards: list[Shard]) -> dict[str, Any]:
+def _finish(plan: BuildPlan, folder: Path, shards: list[ShardSummary]) -> dict[str, Any]:
     lengths = np.array([x for s in shards for x in s.lengths], np.int32).reshape(-1, 2)
     manifest = {
         "format": FORMAT,
@@ -356,7 +356,7 @@ def _finish(plan: Plan, folder: Path, shards: list[Shard]) -> dict[str, Any]:
     return manifest
 
 
-def _check_bad(plan: Plan, folder: Path, shards: dict[int, Shard], max_bad_fraction: float) -> None:
+def _check_bad(plan: BuildPlan, folder: Path, shards: dict[int, ShardSummary], max_bad_fraction: float) -> None:
     """Raises DataError as soon as the share of bad records cannot end below the limit."""
     bad = [b for s in shards.values() for b in s.bad]
     if len(bad) <= max_bad_fraction * plan.records:
@@ -372,7 +372,7 @@ def _check_bad(plan: Plan, folder: Path, shards: dict[int, Shard], max_bad_fract
     )
 
 
-def _write_bad(folder: Path, shards: dict[int, Shard]) -> None:
+def _write_bad(folder: Path, shards: dict[int, ShardSummary]) -> None:
     lines = [json.dumps(b, ensure_ascii=False) + "\n" for i in sorted(shards) for b in shards[i].bad]
     _write(folder / BAD, "".join(lines).encode("utf-8", "surrogatepass"))
 

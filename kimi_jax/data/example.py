@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checka
 import numpy as np
 
 from kimi_jax.data import BadRecord, DataError
-from kimi_jax.data.image import Image, Plan, decode, fit_image, image_patches_of, image_size
+from kimi_jax.data.image import Image, ResizePlan, decode, fit_image, image_patches_of, image_size
 from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.data.video import Video, chunk_patches, chunks, fit_frame, timestamp, video_size
 
@@ -163,7 +163,7 @@ class _Picture:
     height: int
     frames: tuple[int, ...]  # of each chunk; (1,) for an image
 
-    def plan(self, limits: Limits, patch_size: int, area: float | None = None) -> Plan:
+    def plan(self, limits: Limits, patch_size: int, area: float | None = None) -> ResizePlan:
         """The largest plan within the limits and, if given, within `area` patches before padding."""
         if isinstance(self.part, Image):
             limit = limits.image_patches if area is None else min(area, limits.image_patches)
@@ -172,7 +172,7 @@ class _Picture:
         most = max(self.frames)
         return fit_frame(self.width, self.height, most, limits.max_patches, limit, limits.side_patches, patch_size)
 
-    def items(self, plan: Plan, patch_size: int, key: str) -> list[MediaItem]:
+    def items(self, plan: ResizePlan, patch_size: int, key: str) -> list[MediaItem]:
         """Decoded, resized, cut."""
         if isinstance(self.part, Image):
             patches = image_patches_of(decode(self.part.image, key), plan, patch_size)
@@ -352,7 +352,7 @@ class _Choice(NamedTuple):
     dropped: int
     spans: Sequence[Span]
     pictures: Sequence[_Picture]
-    plans: Sequence[Plan]
+    plans: Sequence[ResizePlan]
 
 
 def _longest_that_fits(
@@ -395,7 +395,7 @@ def _kept_parts(example: Example, dropped: int) -> frozenset[int]:
 
 def _plan_together(
     pictures: Sequence[_Picture], spans: Sequence[Span], limits: Limits, patch_size: int, example: Example
-) -> list[Plan]:
+) -> list[ResizePlan]:
     """Plans of all pictures of an example, shrunk by one common factor of area if they do not fit together.
 
     Raises BadRecord(too_long).
@@ -405,7 +405,7 @@ def _plan_together(
     if not pictures and example.turns and longest is not None and fixed > longest:
         raise BadRecord("too_long", key, f"a conversation of {fixed} tokens; a row has {longest}")
 
-    def fits(plans: list[Plan]) -> bool:
+    def fits(plans: list[ResizePlan]) -> bool:
         sizes = [plan.patches * t for picture, plan in zip(pictures, plans, strict=True) for t in picture.frames]
         tokens = fixed + sum(plan.tokens * len(p.frames) for p, plan in zip(pictures, plans, strict=True))
         if limits.sequence_length is not None and tokens > limits.sequence_length:
@@ -416,7 +416,7 @@ def _plan_together(
     if not pictures or fits(alone):
         return alone
 
-    def shrunk(factor: float) -> list[Plan]:
+    def shrunk(factor: float) -> list[ResizePlan]:
         return [p.plan(limits, patch_size, area=factor * a.patches) for p, a in zip(pictures, alone, strict=True)]
 
     low, high = 0.0, 1.0

@@ -53,7 +53,7 @@ class Image:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ResizePlan:
     """What becomes of a picture: resized to (width, height) pixels, padded to h by w patches."""
 
     width: int
@@ -78,7 +78,7 @@ def plan_image(
     patch_limit: float | int = PATCH_LIMIT,
     side_limit: int = SIDE_LIMIT,
     patch_size: int = 14,
-) -> Plan:
+) -> ResizePlan:
     """The released size plan.
 
     patch_limit bounds the area before padding (padding may exceed it), side_limit each side; both in patches.
@@ -96,10 +96,12 @@ def plan_image(
     new_w = min(max(1, int(width * scale)), side_limit * p)
     new_h = min(max(1, int(height * scale)), side_limit * p)
     window = 2 * p
-    return Plan(new_w, new_h, 2 * -(-new_h // window), 2 * -(-new_w // window))
+    return ResizePlan(new_w, new_h, 2 * -(-new_h // window), 2 * -(-new_w // window))
 
 
-def largest(plan_with_limit: Callable[[float | int], Plan], patch_limit: float | int, max_patches: int | None) -> Plan:
+def largest(
+    plan_with_limit: Callable[[float | int], ResizePlan], patch_limit: float | int, max_patches: int | None
+) -> ResizePlan:
     """The plan of the largest area limit up to `patch_limit` whose *padded* patches are at most `max_patches`.
 
     Raises ValueError if even the smallest plan, 2x2 patches, is too large.
@@ -125,7 +127,7 @@ def fit_image(
     patch_limit: float | int = PATCH_LIMIT,
     side_limit: int = SIDE_LIMIT,
     patch_size: int = 14,
-) -> Plan:
+) -> ResizePlan:
     """`plan_image`, made smaller where needed so that the padded patches are at most `max_patches`."""
     return largest(lambda a: plan_image(width, height, a, side_limit, patch_size), patch_limit, max_patches)
 
@@ -199,7 +201,7 @@ def decode(image: PIL.Image.Image | np.ndarray, key: str = "") -> PIL.Image.Imag
         raise BadRecord("broken_image", key, f"{type(error).__name__}: {error}") from error
 
 
-def image_patches_of(rgb: PIL.Image.Image, plan: Plan, patch_size: int = 14) -> np.ndarray:
+def image_patches_of(rgb: PIL.Image.Image, plan: ResizePlan, patch_size: int = 14) -> np.ndarray:
     """Resizes, pads and cuts one RGB picture. Returns uint8 [h*w, C], rasters of (channel, y, x) patches."""
     if rgb.size != (plan.width, plan.height):
         rgb = rgb.resize((plan.width, plan.height), PIL.Image.Resampling.BICUBIC)
@@ -216,7 +218,7 @@ def image_patches_of(rgb: PIL.Image.Image, plan: Plan, patch_size: int = 14) -> 
 
 def image_patches(
     image: PIL.Image.Image | np.ndarray,
-    plan: Plan | None = None,
+    plan: ResizePlan | None = None,
     patch_size: int = 14,
     key: str = "",
 ) -> tuple[np.ndarray, tuple[int, int, int]]:

@@ -24,7 +24,7 @@ MARGIN, HEAD = 0.3, 0.9  # inches
 LEARNED, GIVEN, SPECIAL = "#f2a33c", "#555555", "#1f4e79"
 
 
-class Piece(NamedTuple):
+class StyledSpan(NamedTuple):
     """Characters of one line in one style. weight: of predicting the tokens they belong to."""
 
     text: str
@@ -32,7 +32,7 @@ class Piece(NamedTuple):
     special: bool
 
 
-def pieces_of(document: Document, tokenizer: Tokenizer) -> Iterator[Piece]:
+def pieces_of(document: Document, tokenizer: Tokenizer) -> Iterator[StyledSpan]:
     """The text of a document, special tokens by name, runs of pads as their number. Line ends show as ⏎ and remain."""
     # loss_weights[i] is that of predicting token i + 1; nothing predicts the first one
     weights = np.concatenate([[0.0], document.loss_weights[:-1]])
@@ -40,11 +40,11 @@ def pieces_of(document: Document, tokenizer: Tokenizer) -> Iterator[Piece]:
     for (kind, weight), group in itertools.groupby(range(len(kinds)), key=lambda i: (kinds[i], float(weights[i]))):
         ids = document.tokens[list(group)]
         if kind == "pad":
-            yield Piece(f"[{len(ids)} media tokens]", weight, True)
+            yield StyledSpan(f"[{len(ids)} media tokens]", weight, True)
         elif kind == "special":
-            yield from (Piece(tokenizer.decode([int(token)]), weight, True) for token in ids)
+            yield from (StyledSpan(tokenizer.decode([int(token)]), weight, True) for token in ids)
         else:
-            yield Piece(tokenizer.decode(ids.tolist()).replace("\n", "⏎\n"), weight, False)
+            yield StyledSpan(tokenizer.decode(ids.tolist()).replace("\n", "⏎\n"), weight, False)
 
 
 def _kind(token: int, tokenizer: Tokenizer) -> str:
@@ -53,9 +53,9 @@ def _kind(token: int, tokenizer: Tokenizer) -> str:
     return "text" if tokenizer.token_bytes([token]) else "special"
 
 
-def lines_of(pieces: Sequence[Piece], columns: int = COLUMNS) -> list[list[Piece]]:
+def lines_of(pieces: Sequence[StyledSpan], columns: int = COLUMNS) -> list[list[StyledSpan]]:
     """Pieces broken into lines of at most `columns` characters, and where a text has a line end."""
-    lines: list[list[Piece]] = [[]]
+    lines: list[list[StyledSpan]] = [[]]
     room = columns
     for piece in pieces:
         for number, text in enumerate(piece.text.split("\n")):
@@ -105,12 +105,12 @@ def _head(axes: Any, largest: float) -> None:
         ("learned", 1.0, False), ("given", 0.0, False), ("special token, learned", 1.0, True),
         ("special token, given", 0.0, True),
     ):  # fmt: skip
-        _write(axes, Piece(text, weight, special), x, 0.62, 1.0)
+        _write(axes, StyledSpan(text, weight, special), x, 0.62, 1.0)
         x += (len(text) + 3) * ACROSS
     axes.text(x, 0.62, f"largest weight here: {largest:g}", fontsize=FONT, va="center", color=GIVEN)
 
 
-def _draw_document(axes: Any, document: Document, lines: list[list[Piece]], top: float, width: float) -> float:
+def _draw_document(axes: Any, document: Document, lines: list[list[StyledSpan]], top: float, width: float) -> float:
     """Draws a document below `top` (inches) and returns where the next one begins."""
     learned = int((document.loss_weights > 0).sum())
     title = f"row {document.row}, token {document.start}: {len(document.tokens)} tokens, {learned} of them learned"
@@ -129,7 +129,7 @@ def _draw_document(axes: Any, document: Document, lines: list[list[Piece]], top:
     return top + 2 * DOWN
 
 
-def _write(axes: Any, piece: Piece, x: float, y: float, share: float) -> None:
+def _write(axes: Any, piece: StyledSpan, x: float, y: float, share: float) -> None:
     """share: of the largest weight of the document."""
     from matplotlib.patches import Rectangle
 

@@ -22,7 +22,7 @@ from PIL.IcoImagePlugin import IcoFile
 
 from kimi_jax.data import BadRecord
 from kimi_jax.data.example import MediaItem
-from kimi_jax.data.image import MAX_PIXELS, Plan, image_patches, image_size, open_image, plan_image
+from kimi_jax.data.image import MAX_PIXELS, ResizePlan, image_patches, image_size, open_image, plan_image
 from kimi_jax.data.video import (
     CHUNK_FRAMES,
     CONTAINERS,
@@ -62,7 +62,7 @@ class MediaPlan:
 
     source: Any
     key: str
-    frame: Plan
+    frame: ResizePlan
     num_frames: int = 0
     max_frames: int = MAX_FRAMES
     max_bytes: int = MAX_BYTES

@@ -6,6 +6,7 @@ R, S       rows of a pack, tokens of a row
 K          bin classes; class k has v_k bins of P_k patches, W_k = P_k/4 windows (one feature each)
 n, N       tokens of an example, patches of an item
 C          3 * patch_size^2
+L, k       MoE layers, experts of a token
 F          features of a pack, sum of v_k * W_k
 
 A pack is the unit of packing: an example takes a span of one row, and each of its items a span of one bin of the
@@ -28,6 +29,7 @@ import numpy as np
 from kimi_jax.config import ConfigError, DataConfig, ModelConfig
 from kimi_jax.data.example import Encoded, MediaItem, place_items
 from kimi_jax.data.patches import item_layout, num_features
+from kimi_jax.data.routing import FREE, RoutingShape
 
 Batch = dict  # the packed batch: arrays by name, "vision" a tuple of dicts of arrays
 
@@ -42,10 +44,17 @@ class PackShape:
     pad_id: int
     media_pad_id: int
     patch_size: int = 14
+    routing: RoutingShape | None = None  # that a pack holds routed experts, and of which model
 
     @classmethod
-    def of(cls, data: DataConfig, model: ModelConfig) -> PackShape:
-        """The shape a run's settings ask for. Raises ConfigError for bins that cannot work."""
+    def of(cls, data: DataConfig, model: ModelConfig, routed_experts: bool = False) -> PackShape:
+        """The shape a run's settings ask for; routed_experts: with the column that replays a sampler's routing.
+
+        Raises ConfigError for bins that cannot work, or routed experts of a model that has none.
+        """
+        routing = RoutingShape.of(model) if routed_experts else None
+        if routed_experts and routing is None:
+            raise ConfigError("routed experts cannot be replayed: config.model.moe is None, this model has none")
         bins = data.vision_bins if model.vision else ()
         for i, (patches, count) in enumerate(bins):
             if patches < 4 or patches % 4 or count < 1:
@@ -65,6 +74,7 @@ class PackShape:
             model.pad_token_id,
             model.media_placeholder_token_id,
             patch_size,
+            routing,
         )
 
     @property
@@ -77,7 +87,8 @@ class Pack:
     """One pack while it is filled. `add` takes an example or says that there is no room; `arrays` is the result.
 
     columns: names of further float32 [R, S] arrays, which lie as `loss_weights` does: beside the target that a value is
-    about, 0 elsewhere.
+    about, 0 elsewhere. With `shape.routing` there is the array `routed_experts` int32 [R, L, S, k] too, which lies as
+    `tokens` does: the experts that each token is sent to, `FREE` where the router chooses.
     """
 
     def __init__(self, shape: PackShape, columns: Sequence[str] = ()):
@@ -91,6 +102,7 @@ class Pack:
         self._modality = np.zeros(rows, np.int32)
         self._feature_index = np.full(rows, -1, np.int32)
         self._columns = {name: np.zeros(rows, np.float32) for name in columns}
+        self._routed_experts = _free_experts(shape)
         self._bins = [_empty_bins(patches, count, 3 * shape.patch_size**2) for patches, count in shape.bins]
         self._row_room = [shape.sequence_length] * shape.rows
         self._row_documents = [0] * shape.rows
@@ -107,11 +119,18 @@ class Pack:
         """Whether this very item lies in the bins already."""
         return id(item) in self._features
 
-    def add(self, example: Encoded, row: int, columns: Mapping[str, np.ndarray] | None = None) -> bool:
+    def add(
+        self,
+        example: Encoded,
+        row: int,
+        columns: Mapping[str, np.ndarray] | None = None,
+        experts: np.ndarray | None = None,
+    ) -> bool:
         """Packs the example into the row and returns True, or changes nothing and returns False for lack of room.
 
-        columns: float32 [n] for each name of the pack's, beside the example's tokens as its loss weights are.
-        Raises ValueError for an example that does not fit an empty pack.
+        columns: float32 [n] for each name of the pack's, beside the example's tokens as its loss weights are. experts:
+        ints [n, L, k] that each token is sent to, which a pack without `shape.routing` does not hold.
+        Raises ValueError for an example that does not fit an empty pack, or experts that the model cannot have.
         """
         n = len(example.tokens)
         new = list({id(m): m for m in example.media if not self.holds(m)}.values())
@@ -123,10 +142,20 @@ class Pack:
                     f"does not fit an empty pack of {self.shape}; encode it with the limits of the pack"
                 )
             return False
+        if experts is not None:
+            self._add_experts(experts, row, n, example.key)
         for item, (k, b) in zip(new, places, strict=True):
             self._features[id(item)] = item, self._add_item(item, k, b)
         self._add_document(example, row, [self._features[id(m)][1] for m in example.media], columns or {})
         return True
+
+    def _add_experts(self, experts: np.ndarray, row: int, n: int, key: str) -> None:
+        routing = self.shape.routing
+        if routing is None or self._routed_experts is None:
+            return
+        routing.check(experts, (n, routing.num_layers, routing.experts_per_token), f"example {key}")
+        start = self.shape.sequence_length - self._row_room[row]
+        self._routed_experts[row, :, start : start + n] = experts.swapaxes(0, 1)
 
     def _add_document(
         self, example: Encoded, row: int, features: list[np.ndarray], columns: Mapping[str, np.ndarray]
@@ -177,6 +206,7 @@ class Pack:
             "modality": self._modality,
             "feature_index": self._feature_index,
             **self._columns,
+            **({} if self._routed_experts is None else {"routed_experts": self._routed_experts}),
             "vision": tuple(self._bins),
         }
 
@@ -264,6 +294,13 @@ def best_subset(lengths: Sequence[int], room: int) -> list[int]:
             chosen.append(i)
             total -= lengths[i]
     return chosen[::-1]
+
+
+def _free_experts(shape: PackShape) -> np.ndarray | None:
+    if shape.routing is None:
+        return None
+    layers, k, _ = shape.routing
+    return np.full((shape.rows, layers, shape.sequence_length, k), FREE, np.int32)
 
 
 def _empty_bins(patches: int, count: int, pixels: int) -> dict[str, np.ndarray]:

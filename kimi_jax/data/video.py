@@ -38,7 +38,7 @@ from kimi_jax.data.image import (
     MAX_PIXELS,
     MAX_SIDE,
     SIDE_LIMIT,
-    Plan,
+    ResizePlan,
     decode,
     image_patches_of,
     largest,
@@ -113,7 +113,7 @@ def plan_frame(
     patch_limit: float | int = FRAME_PATCH_LIMIT,
     side_limit: int = SIDE_LIMIT,
     patch_size: int = 14,
-) -> Plan:
+) -> ResizePlan:
     """The one plan of all frames of a video: an image's, with the limit of a frame."""
     return plan_image(width, height, patch_limit, side_limit, patch_size)
 
@@ -126,7 +126,7 @@ def fit_frame(
     patch_limit: float | int = FRAME_PATCH_LIMIT,
     side_limit: int = SIDE_LIMIT,
     patch_size: int = 14,
-) -> Plan:
+) -> ResizePlan:
     """`plan_frame`, made smaller where needed so that a chunk of `frames` frames has at most `max_patches` patches."""
     per_frame = None if max_patches is None else max_patches // frames
     return largest(lambda a: plan_frame(width, height, a, side_limit, patch_size), patch_limit, per_frame)
@@ -157,7 +157,7 @@ def video_size(video: Video, key: str = "") -> tuple[int, int]:
 
 
 def chunk_patches(
-    video: Video, chunk: tuple[int, int], plan: Plan, patch_size: int = 14
+    video: Video, chunk: tuple[int, int], plan: ResizePlan, patch_size: int = 14
 ) -> tuple[np.ndarray, tuple[int, int, int]]:
     """Patches of one chunk: (uint8 [t*h*w, C] frame by frame in raster order, grid (t, h, w))."""
     start, end = chunk

@@ -44,7 +44,7 @@ from kimi_jax.hf.export import COMMITTED, Export, layout
 from kimi_jax.hf.files import INDEX, CheckpointError, Writer, stamp, write_index
 from kimi_jax.hf.leaves import Leaves
 from kimi_jax.hf.stacks import Stacks
-from kimi_jax.hf.stream import BIAS, PACKED, SCALE, Piece, Released, parallel, pieces
+from kimi_jax.hf.stream import BIAS, PACKED, SCALE, Released, TensorSlice, parallel, pieces
 from kimi_jax.untrusted import check_link, is_remote
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -99,8 +99,8 @@ class Journal:
 
 def _run(
     journal: Journal,
-    work: Callable[[Piece], None],
-    every: Iterable[Piece],
+    work: Callable[[TensorSlice], None],
+    every: Iterable[TensorSlice],
     progress: Progress,
     sync: Callable[[], None] = lambda: None,
 ) -> None:
@@ -192,7 +192,7 @@ def from_hf(
         plan.create(params, scales)
         notes: list[str] = []
 
-        def convert(piece: Piece) -> None:
+        def convert(piece: TensorSlice) -> None:
             tensor = piece.tensor
             params.write(tensor.leaf, tensor.place(piece.first, piece.last), checkpoint.read(piece))
             if checkpoint.is_int4(tensor):

@@ -44,8 +44,8 @@ from kimi_jax.hf.stream import (
     SCALE,
     SCALE_INV,
     SHAPE,
-    Piece,
     Released,
+    TensorSlice,
     output_entries,
     pieces,
     write_piece,
@@ -90,11 +90,11 @@ class _Step:
         self.scale_shapes = {leaf: tuple(store.shape) for leaf, store in stored.items()}
         self.packed = set(self.scale_shapes)
 
-    def read(self, piece: Piece) -> np.ndarray:
+    def read(self, piece: TensorSlice) -> np.ndarray:
         """The piece in our layout."""
         return self._params.read(piece.tensor.leaf, piece.tensor.place(piece.first, piece.last))
 
-    def scales(self, piece: Piece) -> np.ndarray:
+    def scales(self, piece: TensorSlice) -> np.ndarray:
         """The released scales of a piece of a leaf in `packed`."""
         return self._scales.read(piece.tensor.leaf, (*piece.tensor.index, slice(piece.first, piece.last)))
 
@@ -117,7 +117,7 @@ class _Base:
         self.packed = {tensor.leaf for tensor in self._checkpoint.tensors if self._checkpoint.is_int4(tensor)}
         self.read, self.close = self._checkpoint.read, self._checkpoint.close
 
-    def scales(self, piece: Piece) -> np.ndarray:
+    def scales(self, piece: TensorSlice) -> np.ndarray:
         """See `_Step`."""
         name = piece.tensor.name.removesuffix("weight") + SCALE
         return self._checkpoint.directory.rows(name, piece.first, piece.last)
@@ -133,7 +133,7 @@ class _Adapters:
         self._options = options
         self.leaves = {leaf.removesuffix(".a") for leaf in self._arrays if leaf.endswith(".a")}
 
-    def add(self, piece: Piece, ours: np.ndarray) -> np.ndarray:
+    def add(self, piece: TensorSlice, ours: np.ndarray) -> np.ndarray:
         """The piece with alpha / r * A B, in float32 and rounded once."""
         tensor = piece.tensor
         if tensor.leaf not in self.leaves:
@@ -237,7 +237,7 @@ class Export:
     def _entries(self, tensor: Tensor, dtype: str) -> list[Entry]:
         return output_entries(tensor, dtype, tensor.name in self.packed, self.group)
 
-    def pieces_of(self, entries: list[Entry]) -> Iterator[Piece]:
+    def pieces_of(self, entries: list[Entry]) -> Iterator[TensorSlice]:
         """Of the tensors that these entries hold, whole or in part."""
         names = {entry.name for entry in entries}
         for tensor in self.tensors:
@@ -245,14 +245,14 @@ class Export:
             if names & {part.name for part in parts}:
                 yield from pieces(tensor)
 
-    def write(self, writer: Writer, piece: Piece) -> None:
+    def write(self, writer: Writer, piece: TensorSlice) -> None:
         """The piece as it is now, into the files."""
         ours, packed = self._weights.read(piece), piece.tensor.name in self.packed
         if self._adapters is not None:
             ours = self._adapters.add(piece, ours)
         write_piece(writer, piece, ours, self._dtypes, packed=packed, scales=self._scales_of(piece), group=self.group)
 
-    def _scales_of(self, piece: Piece) -> np.ndarray | None:
+    def _scales_of(self, piece: TensorSlice) -> np.ndarray | None:
         """The released scales of a packed piece, None if it needs new ones or none."""
         leaf = piece.tensor.leaf
         changed = self._adapters is not None and leaf in self._adapters.leaves

@@ -50,7 +50,7 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """Where one tensor lies: bytes start..start+nbytes of `file`."""
 
     file: str
@@ -63,13 +63,13 @@ class Stored:
 class Directory:
     """A directory of safetensors files opened for reading; only headers are read until `rows` is called.
 
-    tensors: name -> Stored, in the order of the files; metadata: file -> its own metadata.
+    tensors: name -> StoredTensor, in the order of the files; metadata: file -> its own metadata.
     Raises CheckpointError that lists missing, truncated or damaged files.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = epath.Path(path)
-        self.tensors: dict[str, Stored] = {}
+        self.tensors: dict[str, StoredTensor] = {}
         self.metadata: dict[str, dict[str, str]] = {}
         self._open: dict[str, io.BufferedIOBase] = {}
         self._lock = threading.Lock()
@@ -111,7 +111,7 @@ class Directory:
         end = 0
         for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             first, last = entry["data_offsets"]
-            stored = Stored(name, entry["dtype"], tuple(entry["shape"]), start + first, last - first)
+            stored = StoredTensor(name, entry["dtype"], tuple(entry["shape"]), start + first, last - first)
             if key in self.tensors:
                 problems.append(f"{key} is in {self.tensors[key].file} and in {name}")
             if stored.start + stored.nbytes > size:
@@ -181,7 +181,7 @@ def stamp(file: epath.Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def _nbytes(stored: Stored) -> int:
+def _nbytes(stored: StoredTensor) -> int:
     return math.prod(stored.shape) * DTYPES[stored.dtype].itemsize
 
 
@@ -252,7 +252,7 @@ class Entry:
     @property
     def nbytes(self) -> int:
         """Bytes it takes."""
-        return _nbytes(Stored("", self.dtype, self.shape, 0, 0))
+        return _nbytes(StoredTensor("", self.dtype, self.shape, 0, 0))
 
 
 class Writer:

@@ -45,7 +45,7 @@ WORDS, SCALES = "words", "scales"  # of a leaf in EXPERTS that did
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorSlice:
     """Rows first..last-1 of a released tensor."""
 
     tensor: Tensor
@@ -53,11 +53,11 @@ class Piece:
     last: int
 
 
-def pieces(tensor: Tensor, block: int | None = None) -> Iterator[Piece]:
+def pieces(tensor: Tensor, block: int | None = None) -> Iterator[TensorSlice]:
     """The tensor in pieces of `block` positions of our first output axis; by default as many as PIECE elements hold."""
     limit = (block or max(PIECE // tensor.columns // tensor.step, 1)) * tensor.step
     for first in range(0, tensor.rows, limit):
-        yield Piece(tensor, first, min(first + limit, tensor.rows))
+        yield TensorSlice(tensor, first, min(first + limit, tensor.rows))
 
 
 class Released:
@@ -153,7 +153,7 @@ class Released:
         found = stored[tensor.name].dtype
         return "BF16" if found == "F8_E4M3" else found
 
-    def read(self, piece: Piece) -> np.ndarray:
+    def read(self, piece: TensorSlice) -> np.ndarray:
         """The piece in our layout, dequantised."""
         tensor, first, last = piece.tensor, piece.first, piece.last
         base = tensor.name.removesuffix("weight")
@@ -168,7 +168,7 @@ class Released:
                 rows = fp8.dequantise(rows, scales, self.quantization.block, first)
         return tensor.to_ours(rows)
 
-    def read_int4(self, piece: Piece) -> tuple[np.ndarray, np.ndarray]:
+    def read_int4(self, piece: TensorSlice) -> tuple[np.ndarray, np.ndarray]:
         """Words int32 [columns/8, n] and scales [columns/group, n] of a piece of an INT4 tensor: our layout."""
         base = piece.tensor.name.removesuffix("weight")
         words, scales = (self.directory.rows(base + part, piece.first, piece.last) for part in (PACKED, SCALE))
@@ -297,10 +297,10 @@ class Parts:
         return jax.make_array_from_single_device_arrays(self._shape, self._cut, placed)
 
 
-def _fill(members: list[Tensor], arrays: list[Parts], read: Callable[[Piece], tuple[np.ndarray, ...]]) -> None:
+def _fill(members: list[Tensor], arrays: list[Parts], read: Callable[[TensorSlice], tuple[np.ndarray, ...]]) -> None:
     """Every piece that a part of the arrays needs is read once; `read` gives it for each of them."""
 
-    def fill(piece: Piece) -> None:
+    def fill(piece: TensorSlice) -> None:
         place = piece.tensor.place(piece.first, piece.last)
         wanted = [parts.overlaps(place) for parts in arrays]
         if any(wanted):
@@ -395,7 +395,7 @@ def save(
     writer = Writer(target, plan, {})
     dtypes = {entry.name: DTYPES[entry.dtype] for entry in entries}
 
-    def write(piece: Piece) -> None:
+    def write(piece: TensorSlice) -> None:
         leaf, place = get_leaf(params, piece.tensor.leaf), piece.tensor.place(piece.first, piece.last)
         if kept and is_packed[piece.tensor.name]:
             words, scales = (transpose(np.asarray(leaf[part][place])) for part in (WORDS, SCALES))
@@ -432,7 +432,7 @@ def output_entries(tensor: Tensor, dtype: str, packed: bool, group: int = 32) ->
 
 def write_piece(
     writer: Writer,
-    piece: Piece,
+    piece: TensorSlice,
     ours: np.ndarray,
     dtypes: dict[str, np.dtype],
     *,
@@ -453,7 +453,7 @@ def write_piece(
 
 
 def _write_words(
-    writer: Writer, piece: Piece, words: np.ndarray, scales: np.ndarray, dtypes: dict[str, np.dtype]
+    writer: Writer, piece: TensorSlice, words: np.ndarray, scales: np.ndarray, dtypes: dict[str, np.dtype]
 ) -> None:
     tensor = piece.tensor
     base = tensor.name.removesuffix("weight")

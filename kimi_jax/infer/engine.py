@@ -42,10 +42,10 @@ from kimi_jax.infer.cache import Cache, PagePool, media_digest
 from kimi_jax.infer.checks import check_media, check_sampling, check_tokens
 from kimi_jax.infer.pages import Pages, Place
 from kimi_jax.infer.pictures import encode_pictures
-from kimi_jax.infer.programs import Piece, Programs, Sizes
+from kimi_jax.infer.programs import PrefillChunk, Programs, Sizes
 from kimi_jax.infer.request import Completion, Event, Request, Sampling, completion
-from kimi_jax.infer.sequence import Group
 from kimi_jax.infer.sequence import Sequence as Answer
+from kimi_jax.infer.sequence import SequenceGroup
 from kimi_jax.infer.unfinished import Unfinished, restore
 from kimi_jax.model import Model
 
@@ -132,7 +132,7 @@ class Engine:
         with_seed = [dataclasses.replace(request.sampling, seed=seed) for seed in seeds]
         first = self._enter(dataclasses.replace(request, sampling=with_seed[0]))
         if first.owners[-1] < 0:  # who begins at the last token embeds it as a token, which a media pad is not
-            first.group = Group(len(seeds))
+            first.group = SequenceGroup(len(seeds))
         members = [first]
         for sampling in with_seed[1:]:
             member = dataclasses.replace(
@@ -388,13 +388,13 @@ class Engine:
     def _read(self) -> list[Event]:
         """The next pieces of prompts, all of one length; after the last one of a prompt its first new token."""
         size = self._piece(self._reading[0].goal - self._reading[0].filled)
-        pieces: list[Piece] = []
+        pieces: list[PrefillChunk] = []
         for answer in self._reading:
             start = answer.filled
             while start < answer.goal and len(pieces) < self._programs.sizes.rows[size]:
                 if self._piece(answer.goal - start) != size:
                     break
-                pieces.append(Piece(answer, start, min(size, answer.goal - start)))
+                pieces.append(PrefillChunk(answer, start, min(size, answer.goal - start)))
                 start += size
         scored = any(s.sampling.score_from is not None and start < s.prompt for s, start, _ in pieces)
         record = any(piece.sequence.sampling.routed_experts for piece in pieces)

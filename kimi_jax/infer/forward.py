@@ -9,7 +9,8 @@ data, so one program serves all lengths), and the absorbed form of attention: wi
 so that decoding reads the latents as they lie and never makes a key or a value. A chunk of many queries is cheaper with
 keys and values expanded: the chunk's own at once, then those before it a block of pages at a time.
 
-Over a mesh the chunk's tokens are sent to the routed experts (`kernels.expert_parallel`); the rest is the compiler's.
+Over a mesh the chunk's tokens are sent to the routed experts (`kernels.moe.expert_parallel`); the rest is the
+compiler's.
 
 B rows   T tokens of a row's chunk   L layers   P pages   s tokens a page   W pages in a row's table   D width   H heads
 n, r, v  widths of a head without rotary, its rotary part, its values    R = kv_lora_rank    C = R + r    E experts
@@ -30,8 +31,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kimi_jax.config import ModelConfig
 from kimi_jax.infer.cache import NULL_PAGE, Cache
-from kimi_jax.kernels.expert_parallel import expert_parallel
-from kimi_jax.kernels.single_rows import single_rows_swiglu
+from kimi_jax.kernels.moe.expert_parallel import expert_parallel
+from kimi_jax.kernels.moe.single_rows import single_rows_swiglu
 from kimi_jax.nn.decoder import DENSE, MOE
 from kimi_jax.nn.kimi import Embedding, Head
 from kimi_jax.nn.layers import SwiGLU, precision, rms_norm
@@ -302,8 +303,8 @@ def _over(layout: Layout, expert_weights: ExpertWeights, layer: int) -> RunExper
             return jnp.pad(a, ((0, padding), (0, 0)), constant_values=fill).reshape(parts, -1, a.shape[1])
 
         x = dealt(rows)
-        cut = shard_experts(layout, x.shape, expert_weights, layer)
-        y, report = expert_parallel(cut, x, dealt(chosen, num), dealt(gates), tuple(expert_weights))
+        sharding = shard_experts(layout, x.shape, expert_weights, layer)
+        y, report = expert_parallel(sharding, x, dealt(chosen, num), dealt(gates), tuple(expert_weights))
         return y.reshape(-1, rows.shape[1])[:count], report.load, report.computed
 
     return experts

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kimi_jax.infer.cache import PagePool
-from kimi_jax.infer.sequence import Group, Sequence
+from kimi_jax.infer.sequence import Sequence, SequenceGroup
 
 
 class Place(NamedTuple):
@@ -35,7 +35,7 @@ class Pages:
 
     def __init__(self, pool: PagePool, page_size: int):
         self.pool, self.page_size = pool, page_size
-        self._groups: set[Group] = set()  # whose prompt's pages are held
+        self._groups: set[SequenceGroup] = set()  # whose prompt's pages are held
         self._experts: dict[int, np.ndarray] = {}  # int32 [s, L, k] of known pages, where they were asked for
 
     def count(self, tokens: int) -> int:
@@ -149,7 +149,7 @@ class Pages:
         for group in tuple(self._groups):
             self._drop(group)
 
-    def _drop(self, group: Group) -> None:
+    def _drop(self, group: SequenceGroup) -> None:
         if group.pages is not None:
             self.pool.release(group.pages)
             group.pages = None

@@ -24,7 +24,7 @@ from kimi_jax.infer import forward as decoder
 from kimi_jax.infer import sequence as state
 from kimi_jax.infer.cache import NULL_PAGE, Cache, empty_cache
 from kimi_jax.infer.sampler import Settings
-from kimi_jax.infer.step import Decoded, Drawn, Ends, copy_pages, cut, decode_tokens, next_tokens
+from kimi_jax.infer.step import Decoded, Drawn, Ends, copy_pages, decode_tokens, next_tokens, rows_sharding
 from kimi_jax.nn.kimi import abstract_params
 from kimi_jax.nn.param import metadata, unbox
 
@@ -43,7 +43,7 @@ class Sizes:
     rows: Mapping[int, int]
 
 
-class Piece(NamedTuple):
+class PrefillChunk(NamedTuple):
     """The next tokens of a prompt: `length` of them from number `start` on."""
 
     sequence: state.Sequence
@@ -62,7 +62,7 @@ class Programs:
         self.compilations = 0
         self.weights: decoder.Weights | None = None
         make = functools.partial(empty_cache, config, sizes.pages, sizes.page_size)
-        self.cache: Cache = make() if mesh is None else jax.jit(make, out_shardings=cut(mesh, sizes.pages))()
+        self.cache: Cache = make() if mesh is None else jax.jit(make, out_shardings=rows_sharding(mesh, sizes.pages))()
 
     # ------------------------------------------------------------------------------------------------------- weights
 
@@ -121,7 +121,7 @@ class Programs:
 
     # --------------------------------------------------------------------------------------------------------- calls
 
-    def read(self, pieces: Sequence[Piece], size: int, scored: bool, record: bool) -> Drawn:
+    def read(self, pieces: Sequence[PrefillChunk], size: int, scored: bool, record: bool) -> Drawn:
         """Pieces of prompts, each padded to `size` tokens, in rows of one call; arrays of the host.
 
         Several pieces of one prompt may stand in it one after the other: in every layer all of them are in the pages

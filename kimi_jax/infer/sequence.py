@@ -15,7 +15,7 @@ from kimi_jax.infer.request import Event, Sampling
 
 
 @dataclass(eq=False)
-class Group:
+class SequenceGroup:
     """Answers that differ in their seeds only: one of them reads the prompt, the others begin at its last token.
 
     When the prompt has been read, `pages` holds those of the prompt, for as long as somebody still has to begin.
@@ -53,7 +53,7 @@ class Sequence:
     owners: np.ndarray  # int32 [n]: the media item whose feature stands there, or -1
     digests: list[bytes]
     seed: int
-    group: Group | None = None
+    group: SequenceGroup | None = None
     keys: list[bytes] = field(default_factory=list)  # of the full pages of what is read
     features: np.ndarray | None = None  # [F, D], until the prompt is read
     pages: list[int] = field(default_factory=list)

@@ -73,14 +73,14 @@ def next_tokens(
     rows, length = chunk.tokens.shape
     decoding = length == 1
     if mesh is not None and decoding:
-        chunk, settings = jax.lax.with_sharding_constraint((chunk, settings), cut(mesh, rows))
+        chunk, settings = jax.lax.with_sharding_constraint((chunk, settings), rows_sharding(mesh, rows))
     # a few rows: room for all of them at any expert device, so that they travel in one round
     layout = None if mesh is None else sharding.layout(mesh, expert_capacity_factor=float(mesh.shape["expert"]))
     chosen: list[Array] | None = [] if record else None
     hidden, cache = decoder.forward(config, weights, cache, chunk, absorbed=decoding, layout=layout, chosen=chosen)
     last = jnp.take_along_axis(hidden, jnp.maximum(chunk.count - 1, 0)[:, None, None], axis=1)[:, 0]
     if mesh is not None:
-        cache = jax.lax.with_sharding_constraint(cache, cut(mesh, cache[0].shape[0]))
+        cache = jax.lax.with_sharding_constraint(cache, rows_sharding(mesh, cache[0].shape[0]))
     sampled = sample(decoder.logits(config, weights, last), settings)
     scores = None if targets is None else _scores(config, weights, hidden, targets, settings)
     return cache, Drawn(sampled, scores, jnp.stack(chosen, axis=2) if chosen else None)
@@ -147,6 +147,6 @@ def copy_pages(cache: Cache, source: Int[Array, " n"], target: Int[Array, " n"])
     return tuple(pages.at[target].set(pages[source]) for pages in cache)
 
 
-def cut(mesh: Mesh, size: int) -> NamedSharding:
+def rows_sharding(mesh: Mesh, size: int) -> NamedSharding:
     """A first axis of this size along the batch's axes of the mesh, or whole if it does not divide."""
     return NamedSharding(mesh, sharding.layout(mesh).spec(("batch",), (size,)))

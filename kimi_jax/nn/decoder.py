@@ -48,7 +48,7 @@ class Aux:
     imbalance: Any
 
 
-# What `config.remat_policy` keeps of a layer beside its input: names given below and in `kernels.segment_attention`.
+# What `config.remat_policy` keeps of a layer beside its input: names given below and in `kernels.attention.segment`.
 REMAT_POLICIES: dict[str, tuple[str, ...]] = {
     "layer_inputs": (),  # the least memory; everything is recomputed
     "attention_sum": ("expert_inputs",),  # what the MLP's norm takes: the output projection runs once
@@ -93,7 +93,7 @@ class DecoderLayer(nn.Module):
         segment_ids: Int[Array, "B S"],
         expert_ids: Int[Array, "B S k"] | None = None,
     ) -> tuple[Float[Array, "B S D"], tuple[Float[Array, " H"], MoEAux | None]]:
-        """The new x and (max logits of each head, the MoE's report or None). `expert_ids` pins this layer's experts."""
+        """The new x and (max logits of each head, the MoE's report or None). `expert_ids`: see `moe.route`."""
         x = checkpoint_name(x, "layer_inputs")
         attended, max_logits = self.attention(self.input_norm(x), positions, segment_ids)
         x = checkpoint_name(x + attended, "expert_inputs")
@@ -136,7 +136,7 @@ def stacked(
 def layer_stack(config: ModelConfig, *, routed: bool, layout: Layout | None = None) -> nn.Module:
     """The dense or the MoE layers as one module `(x, positions, segment_ids, expert_ids) -> (x, stacked aux)`.
 
-    expert_ids [L, B, S, k] pins the experts of the MoE layers; None lets the router choose.
+    expert_ids [L, B, S, k] forces the experts of the MoE layers where it is not negative; None lets the router choose.
     """
     length = config.num_moe_layers if routed else config.num_dense_layers
     remat = remat_policy(config.remat_policy) if config.remat else None

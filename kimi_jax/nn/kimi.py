@@ -3,7 +3,7 @@
 Source: docs/released_model.md section 3 (merge: features replace the embeddings of media pads; untied head, float32
 logits), section 1.5 (sizes); docs/architecture.md section 3 (bins lie beside the rows of their group).
 
-G groups   B = G*R rows   S tokens   D width   V vocabulary   F features a group   L layers
+G groups   B = G*R rows   S tokens   D width   V vocabulary   F features a group   Lmoe MoE layers   k experts a token
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from kimi_jax.config import ModelConfig
-from kimi_jax.kernels.cross_entropy import chunked_cross_entropy
-from kimi_jax.kernels.vocabulary import look_up, sharded_cross_entropy
+from kimi_jax.kernels.vocab.cross_entropy import chunked_cross_entropy
+from kimi_jax.kernels.vocab.vocab_parallel import look_up, sharded_cross_entropy
 from kimi_jax.nn.decoder import Aux, gather_aux, layer_stack
 from kimi_jax.nn.layers import RMSNorm, precision
 from kimi_jax.nn.layout import Layout
@@ -72,8 +72,8 @@ class Head(nn.Module):
     ) -> Float[Array, "B S"]:
         """-log softmax(logits / temperature)[target], float32, without holding the logits."""
         if self.layout is not None:
-            cut = self.layout.vocabulary(("embed", "vocab"), self.kernel.shape)
-            return sharded_cross_entropy(cut, x, self.kernel, targets, temperature)
+            sharding = self.layout.vocabulary(("embed", "vocab"), self.kernel.shape)
+            return sharded_cross_entropy(sharding, x, self.kernel, targets, temperature)
         flat = x.reshape(-1, x.shape[-1])
         nll = chunked_cross_entropy(flat, self.kernel, targets.reshape(-1), temperature=temperature)
         return nll.reshape(targets.shape)
@@ -120,7 +120,8 @@ class KimiK25(nn.Module):
         """Final-normed hidden states of a packed batch.
 
         Reads tokens, positions, segment_ids, and, if `vision` is not empty, feature_index and vision. If there is
-        `routed_experts` [Lmoe, B, S, k], it pins the experts of every token; the router chooses otherwise.
+        `routed_experts` int32 [B, Lmoe, S, k], it forces the experts of every token where it is not -1; the router
+        chooses otherwise. Raises ValueError if it has another shape or dtype.
         """
         tokens, positions, segment_ids = (jnp.asarray(batch[k]) for k in ("tokens", "positions", "segment_ids"))
         x = self.embed(tokens)
@@ -134,8 +135,22 @@ class KimiK25(nn.Module):
         if self.config.num_dense_layers:
             x, dense = self.dense_layers(x, positions, segment_ids, None)
         if self.config.num_moe_layers:
-            x, routed = self.moe_layers(x, positions, segment_ids, batch.get("routed_experts"))
+            x, routed = self.moe_layers(x, positions, segment_ids, self._forced_experts(batch))
         return self.final_norm(x), gather_aux(dense, routed)
+
+    def _forced_experts(self, batch: Batch) -> Int[Array, "Lmoe B S k"] | None:
+        """The batch's routed experts as the scan over layers takes them, sharded as the tokens; None if it has none."""
+        if "routed_experts" not in batch:
+            return None
+        experts, (rows, length) = jnp.asarray(batch["routed_experts"]), batch["tokens"].shape
+        wanted = (rows, self.config.num_moe_layers, length, self.config.moe.num_experts_per_tok)
+        if experts.shape != wanted or experts.dtype != jnp.int32:
+            raise ValueError(
+                f"routed_experts of a batch must be int32 {wanted} (rows, MoE layers, tokens, experts of a token), not "
+                f"{experts.dtype} {experts.shape}"
+            )
+        experts = experts.swapaxes(0, 1)
+        return experts if self.layout is None else self.layout.constrain(experts, None, "batch", "sequence", None)
 
     def __call__(self, batch: Batch, num_packs: int = 1) -> tuple[Float[Array, "B S V"], Aux]:
         """Float32 logits of every position."""

@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from kimi_jax.kernels.fsdp import LinearSharding
-from kimi_jax.kernels.vocabulary import VocabSharding
+from kimi_jax.kernels.vocab.vocab_parallel import VocabSharding
 
 
 class ShardingError(ValueError):

@@ -17,8 +17,8 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from kimi_jax.config import ModelConfig
-from kimi_jax.kernels.latent_attention import AttentionSharding, join_heads, latent_attention
-from kimi_jax.kernels.segment_attention import segment_attention
+from kimi_jax.kernels.attention.mla import AttentionSharding, join_heads, latent_attention
+from kimi_jax.kernels.attention.segment import segment_attention
 from kimi_jax.nn.layers import RMSNorm, text_linear
 from kimi_jax.nn.layout import Layout, ShardingError
 from kimi_jax.nn.rope import apply_rope, softmax_scale, text_rotary
@@ -95,10 +95,10 @@ class MLA(nn.Module):
             out, max_logits = segment_attention(q, *self.expand(latent), segment_ids, causal=True, scale=scale)
         else:
             query, kernel = (self.q if c.q_lora_rank is None else self.q_b).matrix(), self.kv_b.matrix()
-            cut = shard_attention(self.layout, x.shape, query.shape, kernel.shape, scale, c.q_lora_rank is None)
+            sharding = shard_attention(self.layout, x.shape, query.shape, kernel.shape, scale, c.q_lora_rank is None)
             query_input, cos, sin, latent = self.inputs(x, positions)
             args = query_input.astype(c.dtype), query, cos, sin, latent, kernel, segment_ids
-            out, max_logits = latent_attention(cut, *args)
+            out, max_logits = latent_attention(sharding, *args)
         return self.o(out), max_logits
 
 

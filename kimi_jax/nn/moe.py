@@ -21,9 +21,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kimi_jax.config import ModelConfig, MoEConfig
-from kimi_jax.kernels.expert_parallel import ExpertSharding, Report, expert_parallel
-from kimi_jax.kernels.expert_weights import CODES, ExpertWeight, Int4, LoRAWeights
-from kimi_jax.kernels.grouped_matmul import combine, dispatch, grouped_swiglu, plan_blocks
+from kimi_jax.kernels.moe.expert_parallel import DispatchReport, ExpertSharding, expert_parallel
+from kimi_jax.kernels.moe.expert_weights import CODES, ExpertWeight, Int4, LoRAWeights
+from kimi_jax.kernels.moe.grouped_matmul import combine, dispatch, grouped_swiglu, plan_blocks
 from kimi_jax.nn.layers import SwiGLU
 from kimi_jax.nn.layout import Layout, ShardingError
 from kimi_jax.nn.param import ADAPTERS, Frozen, Muon, RouterBias, declare
@@ -58,14 +58,16 @@ def route(
     moe: MoEConfig,
     expert_ids: Int[Array, "*b k"] | None = None,
 ) -> Routing:
-    """Choose k experts a token, all in float32. `expert_ids` pins the choice; the gates still come from these
-    scores."""
+    """Choose k experts a token, all in float32.
+
+    expert_ids: forces the choice (replay of a sampler's routing, arXiv 2510.11370); the gates still come from these
+    scores and have their gradient. Where they are negative the router chooses.
+    """
     logits = jnp.matmul(x.astype(jnp.float32), kernel.astype(jnp.float32), precision=lax.Precision.HIGHEST)
     scores = jax.nn.sigmoid(logits)
-    if expert_ids is None:
-        _, experts = lax.top_k(lax.stop_gradient(scores + bias.astype(jnp.float32)), moe.num_experts_per_tok)
-    else:
-        experts = expert_ids.astype(jnp.int32)
+    _, experts = lax.top_k(lax.stop_gradient(scores + bias.astype(jnp.float32)), moe.num_experts_per_tok)
+    if expert_ids is not None:
+        experts = jnp.where(expert_ids >= 0, expert_ids.astype(jnp.int32), experts)
     gates = jnp.take_along_axis(scores, experts, axis=-1)
     if moe.norm_topk_prob and moe.num_experts_per_tok > 1:
         gates = gates / (gates.sum(axis=-1, keepdims=True) + 1e-20)
@@ -145,8 +147,8 @@ STD_OF_CODES = (255 / 12) ** 0.5  # of 16 equally likely neighbours
 
 
 class ExpertWeights(NamedTuple):
-    """The routed experts' matrices: gate and up [E, D, F], down [E, F, D], each of them what `kernels.expert_weights`
-    knows."""
+    """The routed experts' matrices: gate and up [E, D, F], down [E, F, D], each of them what
+    `kernels.moe.expert_weights` knows."""
 
     gate: ExpertWeight
     up: ExpertWeight
@@ -213,9 +215,9 @@ def shard_experts(
         layout = dataclasses.replace(layout, rules=tuple((n, tuple(a for a in axes if a != "tensor"))
                                                          for n, axes in layout.rules))  # fmt: skip
     specs = [layout.spec(axes, array.shape) for axes, array in arrays]
-    cuts = jax.tree.unflatten(jax.tree.structure(tuple(expert_weights)), specs)
+    weight_specs = jax.tree.unflatten(jax.tree.structure(tuple(expert_weights)), specs)
     return ExpertSharding(
-        layout.mesh, tokens, cuts, expert, tensor, layout.expert_capacity_factor, layer, layout.reduce_dtype
+        layout.mesh, tokens, weight_specs, expert, tensor, layout.expert_capacity_factor, layer, layout.reduce_dtype
     )
 
 
@@ -263,13 +265,13 @@ class Experts(nn.Module):
 
     def __call__(
         self, x: Float[Array, "B S D"], experts: Int[Array, "B S k"], gates: Float[Array, "B S k"]
-    ) -> tuple[Float[Array, "B S D"], Report]:
+    ) -> tuple[Float[Array, "B S D"], DispatchReport]:
         """See `run_experts`; over the devices of a layout, `expert_parallel`."""
         c, expert_weights = self.config, self.expert_weights(stored=self.layout is not None)
         x = x.astype(c.dtype)
         if self.layout is not None:
-            cut = shard_experts(self.layout, x.shape, expert_weights)
-            return expert_parallel(cut, x, experts, gates, tuple(expert_weights))
+            sharding = shard_experts(self.layout, x.shape, expert_weights)
+            return expert_parallel(sharding, x, experts, gates, tuple(expert_weights))
         run = functools.partial(run_experts, expert_weights=expert_weights, num_experts=c.moe.n_routed_experts)
         return _flat(run, x, experts, gates)
 
@@ -277,7 +279,7 @@ class Experts(nn.Module):
 def _flat(run: Callable[[Array, Array, Array], ExpertsOut], x: Array, experts: Array, gates: Array) -> tuple:
     """All rows one after the other, on what is one device or looks like it."""
     y, load, computed = run(*(a.reshape(-1, a.shape[-1]) for a in (x, experts, gates)))
-    return y.reshape(x.shape), Report(load, computed, jnp.int32(1), jnp.float32(1.0))
+    return y.reshape(x.shape), DispatchReport(load, computed, jnp.int32(1), jnp.float32(1.0))
 
 
 class MoE(nn.Module):
@@ -302,9 +304,9 @@ class MoE(nn.Module):
         expert_ids: Int[Array, "B S k"] | None = None,
         experts: Callable[[Array, Array, Array], ExpertsOut] | None = None,
     ) -> tuple[Float[Array, "B S D"], MoEAux]:
-        """Same shape, in the activations' dtype. Padding (segment 0) is routed nowhere. `expert_ids` pins the experts.
+        """Same shape, in the activations' dtype. Padding (segment 0) is routed nowhere.
 
-        experts: stands in for the layer's own `Experts`, see `run_experts`.
+        expert_ids: see `route`. experts: stands in for the layer's own `Experts`, see `run_experts`.
         """
         moe = self.config.moe
         routing = self.router(x, expert_ids)

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Num
 
 from kimi_jax.config import ModelConfig
-from kimi_jax.kernels.segment_attention import segment_attention
+from kimi_jax.kernels.attention.segment import segment_attention
 from kimi_jax.nn.decoder import stacked
 from kimi_jax.nn.layers import LayerNorm, Linear
 from kimi_jax.nn.layout import Layout

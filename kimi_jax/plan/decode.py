@@ -20,8 +20,8 @@ from kimi_jax.config import ModelConfig
 from kimi_jax.infer import forward as decoder
 from kimi_jax.infer.cache import empty_cache
 from kimi_jax.infer.sampler import Settings
-from kimi_jax.infer.step import cut, next_tokens
-from kimi_jax.kernels.expert_weights import Int4
+from kimi_jax.infer.step import next_tokens, rows_sharding
+from kimi_jax.kernels.moe.expert_weights import Int4
 from kimi_jax.nn.decoder import DENSE, MOE
 from kimi_jax.nn.kimi import abstract_params
 from kimi_jax.nn.param import metadata, unbox
@@ -44,7 +44,7 @@ def lower(config: ModelConfig, mesh: Mesh, slots: int, length: int, page_size: i
     chunk = decoder.Chunk(given((slots, 1), "int32"), rows, rows, given((slots, width), "int32"))
     settings = Settings(given((slots,), "float32"), given((slots,), "float32"), given((slots,), "uint32"), rows, rows)
     cache = jax.eval_shape(functools.partial(empty_cache, config, pages, page_size))
-    cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut(mesh, pages)), cache)
+    cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows_sharding(mesh, pages)), cache)
     step = jax.jit(functools.partial(next_tokens, config, mesh), donate_argnums=1)
     return step.lower(abstract_weights(config, mesh), cache, chunk, settings)
 

@@ -21,6 +21,7 @@ import numpy as np
 from kimi_jax.data import packing
 from kimi_jax.data.example import Encoded, MediaItem
 from kimi_jax.data.patches import num_features
+from kimi_jax.data.routing import FREE
 
 MAX_TOKENS = 1 << 20  # of a segment; the longest context of the model is a quarter of it
 MAX_SEGMENTS = 1 << 14  # of a trajectory
@@ -46,7 +47,7 @@ class Segment:
     parent:   index of the segment that this one continues, lower than its own; None begins a context.
     frozen:   drawn by weights that are not trained (a subagent): an observation, whatever `sampled` says.
     media:    indices into the media of the group, one for each run of media pads.
-    experts:  int [n, L, k] that each token was routed to (-1: it was drawn and never read), or None.
+    experts:  int [n, L, k] that each token was routed to (`FREE`: it was drawn and never read), or None.
     """
 
     tokens: np.ndarray
@@ -150,16 +151,21 @@ class Group:
 
 
 class Sample(NamedTuple):
-    """A context as the packer takes it. columns: COLUMNS, float32 [n] beside the tokens."""
+    """A context as the packer takes it. columns: COLUMNS, float32 [n] beside the tokens.
+
+    experts: int [n, L, k] that the sampler routed each token to, `FREE` where it recorded none; None: nowhere.
+    """
 
     encoded: Encoded
     columns: dict[str, np.ndarray]
+    experts: np.ndarray | None = None
 
 
 def samples(group: Group, advantages: Sequence[float], media_pad_id: int) -> list[Sample]:
     """The contexts of a group that hold a token to train on.
 
-    advantages: one for each trajectory. Raises TrajectoryError if media pads and pictures do not agree.
+    advantages: one for each trajectory. Raises TrajectoryError if media pads and pictures, or the shapes of recorded
+    experts, do not agree.
     """
     out = []
     for number, (trajectory, advantage) in enumerate(zip(group.trajectories, advantages, strict=True)):
@@ -179,22 +185,38 @@ def samples(group: Group, advantages: Sequence[float], media_pad_id: int) -> lis
             modality = 2 if any(item.grid[0] > 1 for item in media) else int(bool(media))
             logp = np.where(mask, np.concatenate([p.logp for p in parts]), 0).astype(np.float32)
             encoded = Encoded(tokens, mask.astype(np.float32), media, modality, f"{group.key}#{number}")
-            out.append(Sample(encoded, {"logp_sampler": logp, "advantage": np.where(mask, np.float32(advantage), 0)}))
+            columns = {"logp_sampler": logp, "advantage": np.where(mask, np.float32(advantage), 0)}
+            out.append(Sample(encoded, columns, _experts(parts, encoded.key)))
     return out
+
+
+def _experts(parts: Sequence[Segment], key: str) -> np.ndarray | None:
+    """Those of a context, `FREE` for segments without a record; None if no segment has one."""
+    shapes = {part.experts.shape[1:] for part in parts if part.experts is not None}
+    if len(shapes) > 1:
+        raise TrajectoryError(f"{key}: its segments record experts of different models, [L, k] = {sorted(shapes)}")
+    if not shapes:
+        return None
+    (shape,) = shapes
+    each = [np.full((len(p.tokens), *shape), FREE, np.int32) if p.experts is None else p.experts for p in parts]
+    return np.concatenate(each)
 
 
 def pack(items: Sequence[Sample], shape: packing.PackShape, num_packs: int) -> tuple[packing.Batch, list[Sample]]:
     """A batch of `num_packs` packs with the columns of COLUMNS, and the samples that found no room, both in order.
 
+    With `shape.routing` the batch also holds `routed_experts`, which the training step then forces.
     First fit, but a pack that holds a sample's pictures comes first, so that each picture lies once in as few packs as
-    its group takes. Raises ValueError for a sample that does not fit an empty pack.
+    its group takes. Raises ValueError for a sample that does not fit an empty pack, or experts that the model cannot
+    have.
     """
     packs = [packing.Pack(shape, COLUMNS) for _ in range(num_packs)]
     left = []
     for item in items:
         media = item.encoded.media
         order = sorted(packs, key=lambda pack: -sum(pack.holds(m) for m in media))
-        if not any(pack.add(item.encoded, row, item.columns) for pack in order for row in range(shape.rows)):
+        places = ((pack, row) for pack in order for row in range(shape.rows))
+        if not any(pack.add(item.encoded, row, item.columns, item.experts) for pack, row in places):
             left.append(item)
     return packing.concatenate([pack.arrays() for pack in packs]), left
 

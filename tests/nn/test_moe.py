@@ -33,11 +33,11 @@ def _swiglu(x, gate, up, down):
     return (jax.nn.silu(x @ gate) * (x @ up)) @ down
 
 
-def _dense(params, x, ids):
-    """All experts for all tokens; padding tokens get the shared expert only."""
+def _dense(params, x, ids, picked=None):
+    """All experts for all tokens; padding tokens get the shared expert only. picked: in place of the router's."""
     router, experts, shared = (params[k] for k in ("router", "experts", "shared"))
     scores = jax.nn.sigmoid(x @ router["kernel"])
-    picked = jnp.argsort(-(scores + router["bias"]), axis=-1)[..., :K]
+    picked = jnp.argsort(-(scores + router["bias"]), axis=-1)[..., :K] if picked is None else picked
     chosen = jax.nn.one_hot(picked, E).sum(axis=-2)
     gates = scores * chosen
     gates = gates / gates.sum(axis=-1, keepdims=True) * MOE.routed_scaling_factor * (ids > 0)[..., None]
@@ -72,6 +72,36 @@ def test_equals_every_expert_for_every_token(bias):
     assert aux.expert_load.sum() == (ids > 0).sum() * K and aux.dropped == 0
     if bias and bias[2] < 0:
         assert not aux.expert_load[2:].any()
+
+
+def test_forced_experts_equal_the_plain_statement_with_their_gates():
+    """Replay: two experts of each token as given, gates and their gradient from this router's scores of them; tokens
+    of -1 go where the router sends them. Against `_dense`, whose choice is written in by hand."""
+    params, (x, ids) = _layer([0, 9, -9, -9.5]), _inputs()
+    given = np.random.default_rng(0).permuted(np.tile(np.arange(E), (*ids.shape, 1)), axis=-1)[..., :K]
+    free = np.random.default_rng(1).uniform(size=ids.shape) < 0.3
+    scores = jax.nn.sigmoid(x @ params["router"]["kernel"]) + params["router"]["bias"]
+    picked = np.where(free[..., None], np.argsort(-np.asarray(scores), axis=-1)[..., :K], given)
+    forced = jnp.asarray(np.where(free[..., None], -1, given), jnp.int32)
+
+    def replayed(params, x):
+        y, aux = MoE(tiny.CONFIG).apply({"params": params}, x, ids, forced)
+        return jnp.sin(y).sum(), (y, aux)
+
+    def naive(params, x):
+        y = _dense(params, x, ids, picked)
+        return jnp.sin(y).sum(), y
+
+    run, run_naive = (jax.value_and_grad(f, (0, 1), has_aux=True) for f in (replayed, naive))
+    (_, (y, aux)), grads = jax.jit(run, compiler_options=tiny.QUICK)(params, x)
+    (_, want), want_grads = jax.jit(run_naive, compiler_options=tiny.QUICK)(params, x)
+    tiny.assert_trees_close(y, want, 1e-5)
+    tiny.assert_trees_close(grads, want_grads, 1e-5)
+    assert np.abs(grads[0]["router"]["kernel"]).max() > 1e-3
+    np.testing.assert_array_equal(aux.expert_load, np.bincount(picked[np.asarray(ids) > 0].ravel(), minlength=E))
+    assert aux.dropped == 0
+    _, own = MoE(tiny.CONFIG).apply({"params": params}, x, ids)  # the balance loss is of the scores, not of the choice
+    np.testing.assert_allclose(aux.balance_loss, own.balance_loss, rtol=1e-6)
 
 
 def test_bias_selects_but_does_not_weigh():

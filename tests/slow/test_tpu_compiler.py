@@ -34,8 +34,8 @@ import jax
 from jax.sharding import NamedSharding
 from kimi_jax import sharding
 from kimi_jax.config import MeshConfig
-from kimi_jax.kernels.expert_weights import LoRAWeights, Int4
-from kimi_jax.kernels.expert_parallel import expert_parallel
+from kimi_jax.kernels.moe.expert_weights import LoRAWeights, Int4
+from kimi_jax.kernels.moe.expert_parallel import expert_parallel
 from kimi_jax.nn.moe import EXPERT_AXES, ExpertWeights, shard_experts
 from kimi_jax.plan import chips, program
 

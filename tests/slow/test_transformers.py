@@ -139,7 +139,7 @@ def text_peer(path, dtype="float32", **rope):
 
 
 def asked(model, ids, picks=None, **inputs):
-    """(logits float32 [B, S, V], the experts of every token int [MoE layers, B, S, k]) of a transformers model.
+    """(logits float32 [B, S, V], the experts of every token int [B, MoE layers, S, k]) of a transformers model.
 
     picks: experts instead of the routers' own.
     """
@@ -148,7 +148,7 @@ def asked(model, ids, picks=None, **inputs):
     def choose(router, _, output):
         logits, gates, experts = output
         if picks is not None:
-            experts = torch.tensor(picks[len(found)].reshape(experts.shape))
+            experts = torch.tensor(picks[:, len(found)].reshape(experts.shape))
             gates = logits.sigmoid().gather(1, experts)
             gates = gates / (gates.sum(-1, keepdim=True) + 1e-20) * router.routed_scaling_factor
         found.append(experts.numpy())
@@ -160,11 +160,11 @@ def asked(model, ids, picks=None, **inputs):
         logits = model(input_ids=torch.tensor(ids), use_cache=False, **inputs).logits
     for hook in hooks:
         hook.remove()
-    return logits.float().numpy(), np.stack(found).reshape(len(found), *ids.shape, -1)
+    return logits.float().numpy(), np.stack(found).reshape(len(found), *ids.shape, -1).swapaxes(0, 1)
 
 
 def experts_of(model, ids):
-    """Which experts our routers choose for every token, sorted, [MoE layers, B, S, k]."""
+    """Which experts our routers choose for every token, sorted, [B, MoE layers, S, k]."""
     where = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape), jnp.ones(ids.shape, jnp.int32)
     x, found = jnp.asarray(model.params["embed"]["embedding"])[ids], []
 
@@ -179,7 +179,7 @@ def experts_of(model, ids):
         for n in range(len(model.params[name]["input_norm"]["scale"])):
             x, experts = step(routed, jax.tree.map(lambda a, n=n: a[n], model.params[name]), x)
             found += [np.sort(experts)] if routed else []
-    return np.stack(found)
+    return np.stack(found, axis=1)
 
 
 def error(ours, theirs):

@@ -9,8 +9,8 @@ import pytest
 
 from kimi_jax import sharding
 from kimi_jax.config import MemoryConfig, MeshConfig
-from kimi_jax.kernels.cross_entropy import chunked_cross_entropy
-from kimi_jax.kernels.vocabulary import sharded_cross_entropy
+from kimi_jax.kernels.vocab.cross_entropy import chunked_cross_entropy
+from kimi_jax.kernels.vocab.vocab_parallel import sharded_cross_entropy
 from kimi_jax.nn.kimi import KimiK25, init_params
 from kimi_jax.nn.param import unbox
 from kimi_jax.train.objective import Last, Max, Mean, Objective, Sum, merge_microbatches, next_token

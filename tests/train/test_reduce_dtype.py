@@ -10,7 +10,7 @@ import pytest
 
 from kimi_jax import config as c
 from kimi_jax import sharding
-from kimi_jax.kernels import vocabulary
+from kimi_jax.kernels.vocab import vocab_parallel
 from kimi_jax.nn.kimi import Embedding, init_params
 from kimi_jax.nn.param import unbox
 from kimi_jax.train import state as state_lib
@@ -109,8 +109,8 @@ def test_embedding_gradient_on_a_mesh_is_summed_in_float32(axes):
 
 
 def test_embedding_gradient_in_parts_of_columns(monkeypatch):
-    monkeypatch.setattr(vocabulary, "SCATTER_BYTES", 4 * 256 * 8)
-    assert vocabulary._column_parts(256, 32) == 4
+    monkeypatch.setattr(vocab_parallel, "SCATTER_BYTES", 4 * 256 * 8)
+    assert vocab_parallel._column_parts(256, 32) == 4
     assert embedding_gradients({"fsdp": 1, "expert": 8}) < 1e-6
 
 

@@ -22,14 +22,14 @@ from etils import epath
 from kimi_jax.config import ConfigError
 from kimi_jax.data import BadRecord
 from kimi_jax.data.example import Example
-from kimi_jax.data.sources.record import Stored, decode, unpack
+from kimi_jax.data.sources.record import StoredRecord, decode, unpack
 
 FORMAT = "kimi_jax.records"
 VERSION = 1
 MANIFEST = "dataset.json"
 
 
-class Shard(NamedTuple):
+class ShardFile(NamedTuple):
     """One file of the data set."""
 
     name: str
@@ -43,7 +43,7 @@ class ArrayRecordSource:
     def __init__(self, path: str) -> None:
         self._folder = epath.Path(path)
         self.manifest = read_manifest(path)
-        self._shards = [Shard(**s) for s in self.manifest["shards"]]
+        self._shards = [ShardFile(**s) for s in self.manifest["shards"]]
         self._ends = list(itertools.accumulate(s.records for s in self._shards))
         for shard in self._shards:
             _check_size(self._folder / shard.name, shard)
@@ -67,7 +67,7 @@ class ArrayRecordSource:
         """Example `index`. Raises BadRecord for a damaged record and for media that do not decode (they did once)."""
         return decode(self.stored(index).record)
 
-    def stored(self, index: int) -> Stored:
+    def stored(self, index: int) -> StoredRecord:
         """Record `index`, media still encoded, with its token and patch lengths.
 
         Raises IndexError, and BadRecord(damaged_file) for bytes that are not what was built.
@@ -132,7 +132,7 @@ def read_manifest(path: str) -> dict:
     return manifest
 
 
-def _check_size(file: Any, shard: Shard) -> None:
+def _check_size(file: Any, shard: ShardFile) -> None:
     size = file.stat().length if file.exists() else None
     if size != shard.size:
         found = "is missing" if size is None else f"has {size:,} bytes"

@@ -61,7 +61,7 @@ class Record:
     turns: Turns | None = None  # of a conversation
 
 
-class Stored(NamedTuple):
+class StoredRecord(NamedTuple):
     """A record and its lengths, as read back from disk."""
 
     record: Record
@@ -107,7 +107,7 @@ def pack(record: Record, token_length: int, patch_length: int) -> bytes:
     return b"".join([struct.pack("<I", len(head)), head, *blobs])
 
 
-def unpack(data: bytes) -> Stored:
+def unpack(data: bytes) -> StoredRecord:
     """The record of `pack`. Raises ValueError for bytes that are not one."""
     try:
         (n,) = struct.unpack_from("<I", data)
@@ -125,7 +125,7 @@ def unpack(data: bytes) -> Stored:
             parts.append(Media(kind, _typed(part[kind], str), data=data[at : at + size]))
             at += size
         lengths = [_typed(header[k], int) for k in ("token_length", "patch_length")]
-        stored = Stored(Record(_typed(header["key"], str), tuple(parts)), *lengths)
+        stored = StoredRecord(Record(_typed(header["key"], str), tuple(parts)), *lengths)
     except (struct.error, KeyError, TypeError, StopIteration, ValueError, OverflowError, RecursionError) as e:
         raise ValueError(f"these {len(data)} bytes are not a record of kimi_jax (format version 1): {e!r}") from e
     if at != len(data):

@@ -2,8 +2,8 @@
 
 Source: docs/released_model.md section 4 (INT4 pack-quantized; the layout here is the released one transposed, so that
 neighbours in memory are outputs). The blocked grouped matmul asks for one expert's matrix at a time (`matrix`) and
-hands back what the backward pass found for it (`add_gradient`); on TPU `kernels.int4_matmul` makes floats of one tile
-at a time. Of a whole stack floats are never made.
+hands back what the backward pass found for it (`add_gradient`); on TPU `kernels.moe.int4_matmul` makes floats of one
+tile at a time. Of a whole stack floats are never made.
 
 E experts   C inputs   O outputs   C8 = C / 8 words   G = C / group scales   r rank of an adapter   b rows of a block
 """

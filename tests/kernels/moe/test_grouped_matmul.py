@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kimi_jax.kernels import grouped_matmul as gm
+from kimi_jax.kernels.moe import grouped_matmul as gm
 
 E, D, F, K = 4, 5, 6, 2
 

@@ -1,7 +1,7 @@
 """Segment attention on TPU: the splash kernel that comes with JAX, forward with its log-sum-exp and backward from it.
 
 Source: docs/architecture.md section 9 (the kernel refuses to be differentiated where it also returns the log-sum-exp,
-so forward and backward are called one by one and `kernels.segment_attention` makes one `custom_vjp` of them). Blocks
+so forward and backward are called one by one and `kernels.attention.segment` makes one `custom_vjp` of them). Blocks
 above the diagonal are skipped; segments are masked inside blocks. Queries are scaled beforehand, in their own dtype.
 Widths that the kernel does not take (it wants whole vectors of 128 values) are filled up with zeros.
 

@@ -12,7 +12,7 @@ Rows are sent in tiles of 8, the rows of one tile of a TPU's memory: what arrive
 it, where single rows would have to be copied into that form and back. Runs are padded to whole tiles with rows that
 count for nothing.
 
-Expert weights may be INT4 or adapted (`kernels.expert_weights`): words and scales lie, and are gathered, where the
+Expert weights may be INT4 or adapted (`kernels.moe.expert_weights`): words and scales lie, and are gathered, where the
 floats would be.
 
 On TPU rows are sent by `ragged_all_to_all`, which a CPU does not have: `_emulated` does there what its documentation
@@ -36,9 +36,9 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from kimi_jax.kernels.expert_weights import ExpertWeight, finish_gradient, learned, zero_gradient
 from kimi_jax.kernels.fsdp import all_gather, all_reduce, names, reduce_scatter
-from kimi_jax.kernels.sorted_experts import ExpertWeights, sorted_swiglu, sorted_swiglu_grads
+from kimi_jax.kernels.moe.expert_weights import ExpertWeight, finish_gradient, learned, zero_gradient
+from kimi_jax.kernels.moe.sorted_swiglu import ExpertWeights, sorted_swiglu, sorted_swiglu_grads
 
 LANES = 128  # numbers that are sent beside their tile take a vector of the TPU, which moves nothing narrower
 TILE = 8
@@ -63,7 +63,7 @@ class ExpertSharding(NamedTuple):
     reduce_dtype: str = "float32"
 
 
-class Report(NamedTuple):
+class DispatchReport(NamedTuple):
     """Of the whole mesh. load: tokens of each expert; computed: rows that an expert computed; rounds: of the exchange;
     imbalance: rows of the fullest expert device over the mean of its group."""
 
@@ -80,7 +80,7 @@ def expert_parallel(
     experts: Int[Array, "B S k"],
     gates: Float[Array, "B S k"],
     expert_weights: ExpertWeights,
-) -> tuple[Float[Array, "B S D"], Report]:
+) -> tuple[Float[Array, "B S D"], DispatchReport]:
     """Sum over a token's choices of gate * expert(token), float32. An expert number of E means nowhere (padding).
 
     Differentiable by x, gates and what of the expert weights is not frozen, unless they are stacks. Matrices of floats
@@ -88,7 +88,7 @@ def expert_parallel(
     mesh axis that cuts tokens must divide them.
     """
     specs = (sharding.tokens,) * 3 + (sharding.expert_weights,)
-    out = sharding.tokens, Report(*(PartitionSpec(),) * 4)
+    out = sharding.tokens, DispatchReport(*(PartitionSpec(),) * 4)
     return jax.shard_map(
         functools.partial(_forward, sharding), mesh=sharding.mesh, in_specs=specs, out_specs=out, check_vma=False
     )(x, experts, gates, expert_weights)
@@ -258,7 +258,7 @@ def _repeat(sharding: ExpertSharding, rounds: Array, body: Callable[[Array, Any]
     return lax.fori_loop(0, rounds, body, carry)
 
 
-class Plan(NamedTuple):
+class DispatchPlan(NamedTuple):
     """What both passes begin with. room: W in tiles."""
 
     order: Sorted
@@ -268,11 +268,11 @@ class Plan(NamedTuple):
     tile_rows: int
 
 
-def _plan(sharding: ExpertSharding, experts: Int[Array, "n k"], num_experts: int) -> Plan:
+def _plan(sharding: ExpertSharding, experts: Int[Array, "n k"], num_experts: int) -> DispatchPlan:
     tile_rows = _tile_rows(sharding, experts.size, num_experts)
     order = _sort(experts, num_experts, tile_rows)
     capacity = _capacity(sharding, experts.size, order.source.size) // tile_rows
-    return Plan(
+    return DispatchPlan(
         order,
         _dispatch_counts(sharding, order.counts, tile_rows),
         order.source // experts.shape[1],
@@ -283,7 +283,7 @@ def _plan(sharding: ExpertSharding, experts: Int[Array, "n k"], num_experts: int
 
 def _forward(
     sharding: ExpertSharding, x: Array, experts: Array, gates: Array, expert_weights: ExpertWeights
-) -> tuple[Array, Report]:
+) -> tuple[Array, DispatchReport]:
     shape = x.shape
     x, experts, gates = (a.reshape(-1, a.shape[-1]) for a in (x, experts, gates))
     order, dispatch, token, capacity, tile_rows = _plan(sharding, experts, _num_experts(sharding, expert_weights))
@@ -307,12 +307,12 @@ def _forward(
 
 def _report(
     sharding: ExpertSharding, dispatch: DispatchCounts, counts: Array, computed: Array, rounds: Array
-) -> Report:
+) -> DispatchReport:
     token_axes = tuple(axis for part in sharding.tokens for axis in names(part))
     received = dispatch.rows.sum(axis=0).reshape(dispatch.received.shape[0], -1).sum(axis=1)
     mean = jnp.maximum(jnp.mean(received.astype(jnp.float32)), 1.0)
     imbalance = lax.pmax(jnp.max(received) / mean, tuple(sharding.mesh.axis_names))
-    return Report(_sum(counts, token_axes), _sum(computed, token_axes), rounds, imbalance)
+    return DispatchReport(_sum(counts, token_axes), _sum(computed, token_axes), rounds, imbalance)
 
 
 def _backward(

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
-from kimi_jax.kernels.expert_weights import Int4, dequantise
-from kimi_jax.kernels.int4_matmul import dequantised, int4_gmm, row_tile
+from kimi_jax.kernels.moe.expert_weights import Int4, dequantise
+from kimi_jax.kernels.moe.int4_matmul import dequantised, int4_gmm, row_tile
 
 GROUP = 16
 

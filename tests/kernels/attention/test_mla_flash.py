@@ -10,9 +10,9 @@ import pytest
 
 from kimi_jax import sharding
 from kimi_jax.config import MeshConfig
-from kimi_jax.kernels import latent_flash
-from kimi_jax.kernels.latent_attention import _attend, _attend_grads, _Call, latent_attention
-from kimi_jax.kernels.segment_attention import Piece
+from kimi_jax.kernels.attention import mla_flash
+from kimi_jax.kernels.attention.mla import _attend, _attend_grads, _Call, latent_attention
+from kimi_jax.kernels.attention.segment import AttentionSpec
 from kimi_jax.nn.mla import shard_attention
 
 B, T, H, N, R, V = 1, 256, 2, 128, 64, 128
@@ -30,18 +30,18 @@ def inputs():
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_kernels_equal_the_plain_form(causal, monkeypatch):
-    monkeypatch.setattr(latent_flash, "BLOCKS", (128,))  # two blocks each way
+    monkeypatch.setattr(mla_flash, "BLOCKS", (128,))  # two blocks each way
     q, kv, rope, grad, cos, sin, ids = inputs()
-    call = _Call(Piece(causal, 0.1), H, N)
+    call = _Call(AttentionSpec(causal, 0.1), H, N)
     turn, twice = call.turn(cos, sin, rope)
     arrays = q, turn, kv, twice, ids, ids
-    out, lse, top = latent_flash.forward(call.flash(q, kv, rope), *arrays, interpret=True)
+    out, lse, top = mla_flash.forward(call.flash(q, kv, rope), *arrays, interpret=True)
     wide = [x.astype(jnp.float32) for x in (q, cos, sin, kv, rope)]
     want = _attend(call, *wide, ids, ids)
     close((out.reshape(B, T, H, V), lse, top.max(axis=(0, 2))), want, 0.01)
     flat = want[0].reshape(B, T, -1).astype(jnp.bfloat16)
     shape = call.flash(q, kv, rope)
-    dq, dkv, drope = latent_flash.backward(shape, *arrays, flat, want[1], grad.reshape(B, T, -1), interpret=True)
+    dq, dkv, drope = mla_flash.backward(shape, *arrays, flat, want[1], grad.reshape(B, T, -1), interpret=True)
     got = dq, dkv, drope[..., :R] + drope[..., R:]
     close(got, _attend_grads(call, *wide, ids, ids, *want[:2], grad.astype(jnp.float32)), 0.02)
 
@@ -49,7 +49,7 @@ def test_kernels_equal_the_plain_form(causal, monkeypatch):
 def close(got, want, tolerance):
     for a, b in zip(got, want, strict=True):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
-        assert np.abs(a - b).max() <= tolerance * np.abs(b[b > latent_flash.NOTHING]).max()
+        assert np.abs(a - b).max() <= tolerance * np.abs(b[b > mla_flash.NOTHING]).max()
 
 
 def test_tpu_program_has_the_kernels_and_no_head_is_copied():
@@ -66,5 +66,5 @@ def test_tpu_program_has_the_kernels_and_no_head_is_copied():
         return pullback(grad)
 
     text = jax.jit(both).trace(*arrays, ids, grad).lower(lowering_platforms=("tpu",)).as_text()
-    assert "latent_flash_forward" in text and "latent_flash_backward" in text
+    assert "mla_flash_forward" in text and "mla_flash_backward" in text
     assert f"1x{H}x{T}x{N}" not in text and f"1x{T}x{H}x{N + R}" not in text

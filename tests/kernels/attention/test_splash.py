@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kimi_jax.kernels import segment_attention as sa
-from kimi_jax.kernels import splash
+from kimi_jax.kernels.attention import segment as sa
+from kimi_jax.kernels.attention import splash
 
 T = 256
 

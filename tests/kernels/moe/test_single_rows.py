@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kimi_jax.kernels.expert_weights import Int4, LoRAWeights
-from kimi_jax.kernels.single_rows import single_rows_swiglu
+from kimi_jax.kernels.moe.expert_weights import Int4, LoRAWeights
+from kimi_jax.kernels.moe.single_rows import single_rows_swiglu
 from kimi_jax.nn.moe import ExpertWeights, run_experts
 
 E, D, F, N, K, FIRST, HELD = 4, 32, 16, 5, 2, 4, 12

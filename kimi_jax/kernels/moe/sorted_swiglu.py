@@ -1,8 +1,8 @@
 """The routed experts on rows that already lie in the order of their experts: what an expert device does in one round.
 
-Source: docs/architecture.md section 6. On TPU and in bfloat16 the kernels of `kernels.sorted_kernels` take such rows as
-they are. Elsewhere, and in float32, they take the blocks of `kernels.grouped_matmul`. Rows beyond the last expert are
-not computed; what they hold is unspecified.
+Source: docs/architecture.md section 6. On TPU and in bfloat16 the kernels of `kernels.moe.megablox` take such rows as
+they are. Elsewhere, and in float32, they take the blocks of `kernels.moe.grouped_matmul`. Rows beyond the last expert
+are not computed; what they hold is unspecified.
 
 W rows   E experts here, number `first` of the expert weights and those after it   D, F widths
 """
@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kimi_jax.kernels import sorted_kernels
-from kimi_jax.kernels.expert_weights import ExpertWeight, learned
-from kimi_jax.kernels.grouped_matmul import combine, dispatch, grouped_swiglu, plan_blocks
+from kimi_jax.kernels.moe import megablox
+from kimi_jax.kernels.moe.expert_weights import ExpertWeight, learned
+from kimi_jax.kernels.moe.grouped_matmul import combine, dispatch, grouped_swiglu, plan_blocks
 
 ExpertWeights = tuple[ExpertWeight, ExpertWeight, ExpertWeight]  # of gate and up [*, D, F], of down [*, F, D]
 Totals = tuple[Any, Any, Any]  # float32, in the form of `expert_weights.learned`
@@ -29,7 +29,7 @@ def sorted_swiglu(
     rows: Float[Array, "W D"], sizes: Int[Array, " E"], expert_weights: ExpertWeights, first: Int[Array, ""] | int = 0
 ) -> Float[Array, "W D"]:
     """(silu(row @ gate[e]) * (row @ up[e])) @ down[e]; the first sizes[0] rows are of expert 0, and so on."""
-    tpu = sorted_kernels.swiglu if sorted_kernels.supports(rows, expert_weights) else _blocks
+    tpu = megablox.swiglu if megablox.supports(rows, expert_weights) else _blocks
     return lax.platform_dependent(rows, sizes, expert_weights, jnp.asarray(first, jnp.int32), tpu=tpu, default=_blocks)
 
 
@@ -46,7 +46,7 @@ def sorted_swiglu_grads(
 
     Those of the expert weights are added to the totals; what is frozen has none.
     """
-    tpu = sorted_kernels.swiglu_grads if sorted_kernels.supports(rows, expert_weights) else _blocks_grads
+    tpu = megablox.swiglu_grads if megablox.supports(rows, expert_weights) else _blocks_grads
     return lax.platform_dependent(rows, scale, sizes, expert_weights, grad, totals, tpu=tpu, default=_blocks_grads)
 
 

@@ -16,10 +16,10 @@ import pytest
 
 from kimi_jax import sharding
 from kimi_jax.config import MeshConfig
-from kimi_jax.kernels import expert_parallel as expert_parallel_module
-from kimi_jax.kernels import sorted_experts, sorted_kernels
-from kimi_jax.kernels.expert_parallel import expert_parallel
-from kimi_jax.kernels.expert_weights import Int4, LoRAWeights, learned, zero_gradient
+from kimi_jax.kernels.moe import expert_parallel as expert_parallel_module
+from kimi_jax.kernels.moe import megablox, sorted_swiglu
+from kimi_jax.kernels.moe.expert_parallel import expert_parallel
+from kimi_jax.kernels.moe.expert_weights import Int4, LoRAWeights, learned, zero_gradient
 from kimi_jax.nn.layout import ShardingError
 from kimi_jax.nn.moe import ExpertWeights, run_experts, shard_experts
 from tests.nn.tiny import QUICK
@@ -279,12 +279,12 @@ def test_kernels_equal_blocks(kind):
         lambda a: jnp.asarray(rng.normal(size=a.shape), jnp.float32), tuple(map(zero_gradient, expert_weights))
     )
     mine = lambda tree: jax.tree.map(lambda a: a[first : first + num], tree)  # noqa: E731
-    got = sorted_kernels.swiglu(rows, sizes, expert_weights, first, interpret=True)
-    want = sorted_experts._blocks(rows, sizes, mine(expert_weights), 0)
-    *got_rows, got_banks = sorted_kernels.swiglu_grads(
+    got = megablox.swiglu(rows, sizes, expert_weights, first, interpret=True)
+    want = sorted_swiglu._blocks(rows, sizes, mine(expert_weights), 0)
+    *got_rows, got_banks = megablox.swiglu_grads(
         rows, scale, sizes, expert_weights, grad, totals, first, interpret=True
     )
-    *want_rows, want_banks = sorted_experts._blocks_grads(rows, scale, sizes, mine(expert_weights), grad, mine(totals))
+    *want_rows, want_banks = sorted_swiglu._blocks_grads(rows, scale, sizes, mine(expert_weights), grad, mine(totals))
     pairs = [(a[:used], b[:used]) for a, b in zip([got, *got_rows], [want, *want_rows], strict=True)]
     added = (
         jax.tree.map(jnp.subtract, mine(got_banks), mine(totals)),

@@ -1,9 +1,9 @@
 """The routed experts by TPU kernels, on rows in the order of their experts; bfloat16 only.
 
 Source: docs/architecture.md section 6. Floats: megablox' grouped matmul (`gmm` forward, `tgmm` for the weights'
-gradients: XLA's own gradient of `ragged_dot` is dense on jax 0.10.2). INT4: `kernels.int4_matmul`; its matrices have no
-gradient. Adapters: rows @ a @ b beside the product by their base, so that no matrix of the sum is made. Expert weights
-may hold more experts than there are groups of rows; what rows beyond the last group hold is unspecified.
+gradients: XLA's own gradient of `ragged_dot` is dense on jax 0.10.2). INT4: `kernels.moe.int4_matmul`; its matrices
+have no gradient. Adapters: rows @ a @ b beside the product by their base, so that no matrix of the sum is made. Expert
+weights may hold more experts than there are groups of rows; what rows beyond the last group hold is unspecified.
 
 W rows   n groups of rows   E experts of the expert weights, of which group 0 belongs to number `first`   D, F widths
 r rank
@@ -22,8 +22,8 @@ from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from kimi_jax.kernels import int4_matmul
-from kimi_jax.kernels.expert_weights import ExpertWeight, Int4, LoRAWeights
+from kimi_jax.kernels.moe import int4_matmul
+from kimi_jax.kernels.moe.expert_weights import ExpertWeight, Int4, LoRAWeights
 
 # rows, inputs, outputs of a tile. A v5p kernel has 16 MB of VMEM; `tgmm` accumulates inputs x outputs in float32
 TILES, OUTER_TILES = (512, 1024, 1024), (512, 1024, 512)

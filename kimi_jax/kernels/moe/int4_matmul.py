@@ -1,8 +1,9 @@
 """A grouped matmul by INT4 matrices for TPUs: a tile of words becomes floats where it is multiplied, in VMEM.
 
-Source: the structure is megablox' (`jax.experimental.pallas.ops.tpu.megablox`: a grid over the pairs of
-a tile of rows and an expert that has rows in it), whose table of such pairs is used as it is. What a word means is
-`kernels.expert_weights.dequantise`, to the bit: code * scale in float32, rounded once to the bfloat16 of the scales.
+Source: the structure is megablox' (`jax.experimental.pallas.ops.tpu.megablox`: a grid over the pairs of a tile of rows
+and an expert that has rows in it), whose table of such pairs is used as it is. What a word means is
+`kernels.moe.expert_weights.dequantise`, to the bit: code * scale in float32, rounded once to the bfloat16 of the
+scales.
 
 A tile is made of floats anew for every tile of rows, so what is stored and what is read from HBM are 4.5 bits a weight.
 
@@ -23,7 +24,7 @@ from jax.experimental.pallas.ops.tpu.megablox.gmm import make_group_metadata
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from kimi_jax.kernels.expert_weights import CODES, Int4
+from kimi_jax.kernels.moe.expert_weights import CODES, Int4
 
 # Widest tile. Of 16 MB of VMEM: rows, words and results twice, their sum, a tile of floats.
 ROWS, WIDTH = 512, 1024

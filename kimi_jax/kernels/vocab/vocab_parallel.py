@@ -20,8 +20,8 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from kimi_jax.kernels.cross_entropy import cross_entropy_and_lse, cross_entropy_grads
 from kimi_jax.kernels.fsdp import all_gather, names, reduce_scatter
+from kimi_jax.kernels.vocab.cross_entropy import cross_entropy_and_lse, cross_entropy_grads
 
 SCATTER_BYTES = 2**30  # of a device's float32 sums of rows of the table; more columns are taken one part after another
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kimi_jax.kernels import segment_attention as sa
+from kimi_jax.kernels.attention import segment as sa
 
 B, H, D, V = 2, 3, 8, 4
 

@@ -10,8 +10,8 @@ import pytest
 
 from kimi_jax import sharding
 from kimi_jax.config import MeshConfig
-from kimi_jax.kernels.latent_attention import join_heads, latent_attention
-from kimi_jax.kernels.segment_attention import segment_attention
+from kimi_jax.kernels.attention.mla import join_heads, latent_attention
+from kimi_jax.kernels.attention.segment import segment_attention
 from kimi_jax.nn.mla import shard_attention
 from kimi_jax.nn.rope import apply_rope
 from tests.nn.tiny import QUICK

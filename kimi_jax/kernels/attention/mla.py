@@ -8,8 +8,8 @@ pieces with the joint log-sum-exp, and the latents' gradient is scattered back. 
 piece.
 
 Queries, keys and values are made here as well, one product each, so that on TPU a kernel can take them as they come
-(`kernels.latent_flash`); elsewhere, and where it does not fit, heads are cut out of them. What turns a query, x cos +
-x' sin, has x' from columns of its own: the matrix' columns are swapped, not the lanes of all queries.
+(`kernels.attention.mla_flash`); elsewhere, and where it does not fit, heads are cut out of them. What turns a query, x
+cos + x' sin, has x' from columns of its own: the matrix' columns are swapped, not the lanes of all queries.
 
 B rows   S tokens   H heads   I input of queries   C latent with rotary key   L its rank   d, v widths of keys, values
 r rotary width   p = r / 2   n = d - r   w = n + 2 r and u = n + v columns of a head   t tokens of a stretch
@@ -29,14 +29,14 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from kimi_jax.kernels import latent_flash
+from kimi_jax.kernels.attention import mla_flash
+from kimi_jax.kernels.attention.segment import AttentionSpec, attend, attend_grads
 from kimi_jax.kernels.fsdp import all_gather, all_reduce, dot, reduce_scatter
-from kimi_jax.kernels.segment_attention import Piece, attend, attend_grads
 
 
 class AttentionSharding(NamedTuple):
     """Mesh axes of rows, of the tokens of a row and of heads (None: not cut); how the two matrices lie; scale,
-    exact_above: as in `Piece`; reduce_dtype: of sums over devices."""
+    exact_above: as in `AttentionSpec`; reduce_dtype: of sums over devices."""
 
     mesh: Mesh | AbstractMesh
     rows: tuple[str, ...]
@@ -157,7 +157,7 @@ def _keys(latent: Array, kernel: Array) -> tuple[Float[Array, "B t Hu"], Float[A
 class _Call(NamedTuple):
     """What is static in one piece of attention."""
 
-    how: Piece
+    spec: AttentionSpec
     heads: int
     nope: int
 
@@ -169,15 +169,15 @@ class _Call(NamedTuple):
         q = jnp.concatenate([plain, straight * cos + swapped * sin], axis=-1)
         return q, *join_heads(kv, rope, self.nope)
 
-    def flash(self, q: Array, kv: Array, rope: Array) -> latent_flash.Shape:
+    def flash(self, q: Array, kv: Array, rope: Array) -> mla_flash.Shape:
         """The same for the kernel."""
         value = kv.shape[-1] // self.heads - self.nope
         widths = self.heads, self.nope, 2 * rope.shape[-1], value
-        return latent_flash.Shape(*widths, q.shape[1], kv.shape[1], self.how.scale, self.how.causal)
+        return mla_flash.Shape(*widths, q.shape[1], kv.shape[1], self.spec.scale, self.spec.causal)
 
     def turn(self, cos: Array, sin: Array, rope: Array) -> tuple[Array, Array]:
         """How the kernel wants the rotation and the turned key."""
-        turn = jnp.concatenate([cos, cos, sin, sin], axis=-1).astype(jnp.float32) * self.how.scale
+        turn = jnp.concatenate([cos, cos, sin, sin], axis=-1).astype(jnp.float32) * self.spec.scale
         return turn, jnp.concatenate([rope, rope], axis=-1)
 
 
@@ -185,12 +185,12 @@ def _attend(call: _Call, *args: Array) -> tuple[Array, Array, Array]:
     """One piece: q, cos, sin, kv, rope and the ids of queries and keys to output [B, t, H, v], log-sum-exp, maxima."""
 
     def plain(*args: Array) -> tuple[Array, Array, Array]:
-        return attend(call.how, *call.heads_of(*args[:5]), *args[5:])
+        return attend(call.spec, *call.heads_of(*args[:5]), *args[5:])
 
     def kernel(q: Array, cos: Array, sin: Array, kv: Array, rope: Array, query_ids: Array, key_ids: Array) -> tuple:
         turn, rope_twice = call.turn(cos, sin, rope)
         arrays = q, turn, kv, rope_twice, query_ids, key_ids
-        out, lse, top = latent_flash.forward(call.flash(q, kv, rope), *arrays)
+        out, lse, top = mla_flash.forward(call.flash(q, kv, rope), *arrays)
         return out.reshape(*q.shape[:2], call.heads, -1), lse, top.max(axis=(0, 2))
 
     return lax.platform_dependent(*args, tpu=kernel if _supports(call, *args) else plain, default=plain)
@@ -201,7 +201,7 @@ def _attend_grads(call: _Call, *args: Array) -> tuple[Array, Array, Array]:
 
     def plain(q: Array, cos: Array, sin: Array, kv: Array, rope: Array, *others: Array) -> tuple:
         heads, pullback = jax.vjp(lambda q, kv, rope: call.heads_of(q, cos, sin, kv, rope), q, kv, rope)
-        return pullback(attend_grads(call.how, *heads, *others))
+        return pullback(attend_grads(call.spec, *heads, *others))
 
     def kernel(
         q: Array, cos: Array, sin: Array, kv: Array, rope: Array, query_ids: Array, key_ids: Array,
@@ -210,7 +210,7 @@ def _attend_grads(call: _Call, *args: Array) -> tuple[Array, Array, Array]:
         turn, rope_twice = call.turn(cos, sin, rope)
         out, grad = (a.reshape(*a.shape[:2], -1) for a in (out, grad))
         arrays = q, turn, kv, rope_twice, query_ids, key_ids, out, lse, grad.astype(q.dtype)
-        dq, dkv, drope = latent_flash.backward(call.flash(q, kv, rope), *arrays)
+        dq, dkv, drope = mla_flash.backward(call.flash(q, kv, rope), *arrays)
         first, second = jnp.split(drope, 2, axis=-1)
         return dq, dkv, (first + second).astype(rope.dtype)
 
@@ -218,7 +218,7 @@ def _attend_grads(call: _Call, *args: Array) -> tuple[Array, Array, Array]:
 
 
 def _supports(call: _Call, q: Array, cos: Array, sin: Array, kv: Array, rope: Array, *_: Array) -> bool:
-    return latent_flash.supports(call.flash(q, kv, rope), q.dtype)
+    return mla_flash.supports(call.flash(q, kv, rope), q.dtype)
 
 
 def _gather(sharding: AttentionSharding, x: Array) -> Array:
@@ -246,7 +246,7 @@ def _forward(
     q = _queries(x, query, nope)
 
     def piece(i: Array | int, causal: bool) -> tuple[Array, Array, Array]:
-        call = _Call(Piece(causal, sharding.scale, sharding.exact_above), query.shape[1], nope)
+        call = _Call(AttentionSpec(causal, sharding.scale, sharding.exact_above), query.shape[1], nope)
         return _attend(call, q, cos, sin, *_keys(latents[i], kernel), ids, all_ids[i])
 
     def join(i: Array, carry: tuple) -> tuple:
@@ -280,7 +280,7 @@ def _backward(
     q = _product(x, columns)
 
     def piece(i: Array | int, causal: bool) -> tuple[Array, Array, Array]:
-        call = _Call(Piece(causal, sharding.scale), query.shape[1], nope)
+        call = _Call(AttentionSpec(causal, sharding.scale), query.shape[1], nope)
         keys = _keys(latents[i], kernel)
         dq, dkv, drope = _attend_grads(call, q, cos, sin, *keys, ids, all_ids[i], out, lse, grad)
         dranked, dkernel = _product_grads(latents[i][..., : kernel.shape[0]], kernel, dkv)

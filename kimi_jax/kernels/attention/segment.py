@@ -6,9 +6,9 @@ per-head maximum logit is what QK-clip needs (docs/paper_notes.md section 2.4). 
 recomputes the probabilities in its own backward pass from the stored log-sum-exp. Its causal chunks skip the keys of
 later chunks. On CPU rows are taken one at a time so that a chunk's scores stay in cache (three times faster than the
 dense form at T = 512); elsewhere all at once. Probabilities enter the product with v unnormalised, in the dtype of v;
-the sum divides the result. On TPU bfloat16 goes to `kernels.splash`.
+the sum divides the result. On TPU bfloat16 goes to `kernels.attention.splash`.
 
-`attend` and `attend_grads` are one piece of attention each way: some queries, some keys. `kernels.latent_attention`
+`attend` and `attend_grads` are one piece of attention each way: some queries, some keys. `kernels.attention.mla`
 joins pieces over devices.
 
 B rows   T positions   H heads   d query/key width   v value width   c queries a chunk   K keys that a chunk sees
@@ -28,7 +28,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from kimi_jax.kernels import splash
+from kimi_jax.kernels.attention import splash
 
 CHUNK = 64  # queries a chunk: 4 heads x 64 x 512 float32 scores are 0.5 MB
 MAX_SPANS = 4  # unrolled spans of chunks with their own key range; more would save little and compile longer
@@ -79,17 +79,17 @@ def segment_attention(
     look at each other (float32; NEGATIVE if there are none). Where none exceeds `exact_above`, bounds below it may
     stand for the maxima (TPU: it makes them from what the kernel returns anyway).
     """
-    piece = Piece(causal, scale, exact_above)
-    short = -q.shape[1] % piece.chunk(q.shape[1])
+    spec = AttentionSpec(causal, scale, exact_above)
+    short = -q.shape[1] % spec.chunk(q.shape[1])
     if short:  # padding is segment 0: it changes nothing
         q, k, v = (jnp.pad(x, ((0, 0), (0, short), (0, 0), (0, 0))) for x in (q, k, v))
     ids = jnp.pad(segment_ids, ((0, 0), (0, short)))
-    out, max_logits = _attention(piece, q, k, v, ids)
+    out, max_logits = _attention(spec, q, k, v, ids)
     return out[:, : segment_ids.shape[1]], max_logits
 
 
-class Piece(NamedTuple):
-    """What is known of a piece of attention when it is compiled; see `segment_attention`."""
+class AttentionSpec(NamedTuple):
+    """What is known of a call of `attend` when it is compiled; see `segment_attention`."""
 
     causal: bool
     scale: float
@@ -101,7 +101,7 @@ class Piece(NamedTuple):
 
 
 def attend(
-    piece: Piece,
+    spec: AttentionSpec,
     q: Float[Array, "B T H d"],
     k: Float[Array, "B K H d"],
     v: Float[Array, "B K H v"],
@@ -112,11 +112,11 @@ def attend(
 
     No gradient is defined: that is `attend_grads`. T must be whole chunks.
     """
-    chunk = piece.chunk(q.shape[1])
+    chunk = spec.chunk(q.shape[1])
 
     def row(q: Array, k: Array, v: Array, query_ids: Array, key_ids: Array) -> tuple:
         q, k, v = (jnp.swapaxes(x, 0, 1) for x in (q, k, v))
-        out, lse, top = _row_forward(piece.causal, piece.scale, chunk, q, k, v, query_ids, key_ids)
+        out, lse, top = _row_forward(spec.causal, spec.scale, chunk, q, k, v, query_ids, key_ids)
         return jnp.swapaxes(out, 0, 1), lse, top
 
     def chunks(q: Array, k: Array, v: Array, query_ids: Array, key_ids: Array) -> tuple:
@@ -124,16 +124,16 @@ def attend(
         return out, lse, top.max(axis=0)
 
     def kernel(q: Array, k: Array, v: Array, query_ids: Array, key_ids: Array) -> tuple:
-        out, lse = splash.forward(q, k, v, query_ids, key_ids, causal=piece.causal, scale=piece.scale)
-        exact = functools.partial(splash.largest, q, k, query_ids, key_ids, causal=piece.causal, scale=piece.scale)
-        return out, lse, splash.bounded(lse, exact, piece.exact_above)
+        out, lse = splash.forward(q, k, v, query_ids, key_ids, causal=spec.causal, scale=spec.scale)
+        exact = functools.partial(splash.largest, q, k, query_ids, key_ids, causal=spec.causal, scale=spec.scale)
+        return out, lse, splash.bounded(lse, exact, spec.exact_above)
 
     tpu = kernel if _for_kernel(q, k) else chunks
     return lax.platform_dependent(q, k, v, query_ids, key_ids, tpu=tpu, default=chunks)
 
 
 def attend_grads(
-    piece: Piece,
+    spec: AttentionSpec,
     q: Float[Array, "B T H d"],
     k: Float[Array, "B K H d"],
     v: Float[Array, "B K H v"],
@@ -144,16 +144,16 @@ def attend_grads(
     grad: Float[Array, "B T H v"],
 ) -> tuple[Float[Array, "B T H d"], Float[Array, "B K H d"], Float[Array, "B K H v"]]:
     """Gradients of q, k and v; out and lse may be those over more keys than these (the rest of a longer row)."""
-    chunk = piece.chunk(q.shape[1])
+    chunk = spec.chunk(q.shape[1])
 
     def row(q: Array, k: Array, v: Array, query_ids: Array, key_ids: Array, out: Array, lse: Array, grad: Array):
         q, k, v, out, grad = (jnp.swapaxes(x, 0, 1) for x in (q, k, v, out, grad))
         arrays = q, k, v, query_ids, key_ids, out, lse, grad
-        return tuple(jnp.swapaxes(x, 0, 1) for x in _row_backward(piece.causal, piece.scale, chunk, *arrays))
+        return tuple(jnp.swapaxes(x, 0, 1) for x in _row_backward(spec.causal, spec.scale, chunk, *arrays))
 
     tpu = functools.partial(_rows, row)
     if _for_kernel(q, k):
-        tpu = functools.partial(splash.backward, causal=piece.causal, scale=piece.scale)
+        tpu = functools.partial(splash.backward, causal=spec.causal, scale=spec.scale)
     arrays = q, k, v, query_ids, key_ids, out, lse, grad
     return lax.platform_dependent(*arrays, tpu=tpu, default=functools.partial(_rows, row))
 
@@ -276,19 +276,19 @@ def _row_backward(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(piece: Piece, q: Array, k: Array, v: Array, ids: Array) -> tuple[Array, Array]:
-    return _attention_fwd(piece, q, k, v, ids)[0]
+def _attention(spec: AttentionSpec, q: Array, k: Array, v: Array, ids: Array) -> tuple[Array, Array]:
+    return _attention_fwd(spec, q, k, v, ids)[0]
 
 
-def _attention_fwd(piece: Piece, q: Array, k: Array, v: Array, ids: Array) -> tuple:
-    out, lse, top = attend(piece, q, k, v, ids, ids)
+def _attention_fwd(spec: AttentionSpec, q: Array, k: Array, v: Array, ids: Array) -> tuple:
+    out, lse, top = attend(spec, q, k, v, ids, ids)
     out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention")  # for policies of remat
     return (out, top), (q, k, v, ids, out, lse)
 
 
-def _attention_bwd(piece: Piece, residuals: tuple, grads: tuple) -> tuple:
+def _attention_bwd(spec: AttentionSpec, residuals: tuple, grads: tuple) -> tuple:
     q, k, v, ids, out, lse = residuals
-    return (*attend_grads(piece, q, k, v, ids, ids, out, lse, grads[0]), None)
+    return (*attend_grads(spec, q, k, v, ids, ids, out, lse, grads[0]), None)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)

@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_jax.hf import int4
-from kimi_jax.kernels import grouped_matmul as gm
-from kimi_jax.kernels.expert_weights import Int4, LoRAWeights, dequantise
+from kimi_jax.kernels.moe import grouped_matmul as gm
+from kimi_jax.kernels.moe.expert_weights import Int4, LoRAWeights, dequantise
 from kimi_jax.nn import moe
 
 E, D, F, K, GROUP, RANK = 4, 32, 16, 2, 16, 3

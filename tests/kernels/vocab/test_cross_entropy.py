@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from kimi_jax.kernels.cross_entropy import chunked_cross_entropy
+from kimi_jax.kernels.vocab.cross_entropy import chunked_cross_entropy
 
 
 @pytest.mark.parametrize("chunk", [4, 7, 64])

@@ -2,7 +2,7 @@
 
 Source: flash attention (Dao et al. 2022, Algorithms 1 and 2) for the naive form of MLA (docs/released_model.md section
 3). A head is a block of columns: queries [nope | rotary | swapped], keys and values [nope | value] as `kv_b` makes
-them, and one rotary key for all heads. A turned query is rotary * cos + swapped * sin (`kernels.latent_attention` makes
+them, and one rotary key for all heads. A turned query is rotary * cos + swapped * sin (`kernels.attention.mla` makes
 the swapped columns); both summands meet the same key, so that nothing is moved between lanes.
 
 Scores are held keys by queries, so that a query's statistics are a row. Forward has one head's keys and values of a row
@@ -114,7 +114,7 @@ def forward(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3, vmem_limit_bytes=VMEM),
         cost_estimate=_cost(shape, 2 * (shape.wide + shape.value), rows, q, turn, kv, rope),
         interpret=interpret,
-        name="latent_flash_forward",
+        name="mla_flash_forward",
     )(q, turn, kv, rope, _blocks(_told_apart(query_ids, -1), block), _blocks(key_ids, shape.k_block))
     return out, lse.reshape(rows, shape.heads, -1), top.reshape(rows, shape.heads, -1)
 
@@ -167,7 +167,7 @@ def backward(
         ),
         cost_estimate=_cost(shape, products, rows, q, turn, kv, rope, q, kv, rope, grad),
         interpret=interpret,
-        name="latent_flash_backward",
+        name="mla_flash_backward",
     )(
         q, turn, kv, rope, _blocks(_told_apart(query_ids, -1), block), _blocks(key_ids, shape.k_block),
         lse.reshape(rows, shape.heads, count, 1, block), delta.reshape(rows, shape.heads, count, 1, block), grad,

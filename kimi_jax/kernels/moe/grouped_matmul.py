@@ -27,8 +27,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kimi_jax.kernels import sorted_kernels
-from kimi_jax.kernels.expert_weights import (
+from kimi_jax.kernels.moe import megablox
+from kimi_jax.kernels.moe.expert_weights import (
     ExpertWeight,
     Int4,
     LoRAWeights,
@@ -42,7 +42,7 @@ MAX_BLOCK = 256  # measured on 2 cores: 256 is the fastest of 64, 128, 256 for 1
 MIN_BLOCK = 8
 
 
-class Plan(NamedTuple):
+class BlockPlan(NamedTuple):
     """Where every assignment goes. All integer; made by `plan_blocks`."""
 
     source: Int[Array, " R"]  # assignment that fills each row; M for padding rows
@@ -61,7 +61,7 @@ def block_size(assignments: int, num_experts: int) -> int:
 
 def plan_blocks(
     experts: Int[Array, "N k"], num_experts: int, block: int | None = None, first: Int[Array, ""] | int = 0
-) -> Plan:
+) -> BlockPlan:
     """Sort assignments by expert and pad each expert to whole blocks.
 
     experts: expert of each assignment; a value of `num_experts` or more sends it nowhere (padding tokens).
@@ -87,7 +87,7 @@ def plan_blocks(
     rank = jnp.zeros(total, jnp.int32).at[order].set(jnp.arange(total, dtype=jnp.int32), unique_indices=True)
     row = jnp.where(ids < num_experts, starts[ids] + rank - edges[ids], num_rows)
     first = jnp.asarray(first, jnp.int32)
-    return Plan(source, row.reshape(experts.shape), expert + first, block_ends[-1], counts, first)
+    return BlockPlan(source, row.reshape(experts.shape), expert + first, block_ends[-1], counts, first)
 
 
 def _take(x: Array, index: Array) -> Array:
@@ -96,16 +96,16 @@ def _take(x: Array, index: Array) -> Array:
 
 
 @jax.custom_vjp
-def dispatch(x: Float[Array, "N D"], plan: Plan) -> Float[Array, "R D"]:
+def dispatch(x: Float[Array, "N D"], plan: BlockPlan) -> Float[Array, "R D"]:
     """Copy each token to the rows of its experts; padding rows are zero."""
     return _take(x, plan.source // plan.row.shape[1])
 
 
-def _dispatch_fwd(x: Array, plan: Plan) -> tuple[Array, Plan]:
+def _dispatch_fwd(x: Array, plan: BlockPlan) -> tuple[Array, BlockPlan]:
     return dispatch(x, plan), plan
 
 
-def _dispatch_bwd(plan: Plan, grad: Array) -> tuple[Array, None]:
+def _dispatch_bwd(plan: BlockPlan, grad: Array) -> tuple[Array, None]:
     return _take(grad, plan.row).astype(jnp.float32).sum(axis=1).astype(grad.dtype), None
 
 
@@ -113,12 +113,12 @@ dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 
 
 @jax.custom_vjp
-def combine(rows: Float[Array, "R D"], gates: Float[Array, "N k"], plan: Plan) -> Float[Array, "N D"]:
+def combine(rows: Float[Array, "R D"], gates: Float[Array, "N k"], plan: BlockPlan) -> Float[Array, "N D"]:
     """Sum over a token's choices of gate * row, in float32 (docs/released_model.md section 3: the cast comes after)."""
     return jnp.einsum("nkd,nk->nd", _take(rows, plan.row).astype(jnp.float32), gates.astype(jnp.float32))
 
 
-def _combine_fwd(rows: Array, gates: Array, plan: Plan) -> tuple[Array, tuple]:
+def _combine_fwd(rows: Array, gates: Array, plan: BlockPlan) -> tuple[Array, tuple]:
     return combine(rows, gates, plan), (rows, gates, plan)
 
 
@@ -143,23 +143,23 @@ def grouped_swiglu(
     gate: Float[Array, "E D F"] | Int4 | LoRAWeights,
     up: Float[Array, "E D F"] | Int4 | LoRAWeights,
     down: Float[Array, "E F D"] | Int4 | LoRAWeights,
-    plan: Plan,
+    plan: BlockPlan,
 ) -> Float[Array, "R D"]:
     """(silu(row @ gate[e]) * (row @ up[e])) @ down[e], e the row's expert. Float32 is true float32.
 
-    The expert weights may be INT4 or adapted (`kernels.expert_weights`); what is frozen gets no gradient.
+    The expert weights may be INT4 or adapted (`kernels.moe.expert_weights`); what is frozen gets no gradient.
 
     CPU: one loop over the used blocks does all three products of a block while it is in cache, and the backward pass
     makes the inner values again (a third less time than one loop a product, and nothing [R, F] is stored). Other
     platforms: three `ragged_dot`, the seam for megablox. Rows of unused blocks are zeros on CPU, unspecified elsewhere.
-    INT4 and adapted expert weights, of which `ragged_dot` would need floats: the kernels of `sorted_kernels` on TPU in
+    INT4 and adapted expert weights, of which `ragged_dot` would need floats: the kernels of `megablox` on TPU in
     bfloat16, else the loop, which makes floats of one expert's matrix at a time, forward and backward.
     """
     return _run(_Ways(_blocked, _ragged, _kernel), rows, (gate, up, down), plan)
 
 
 def _swiglu_fwd(
-    rows: Array, gate: ExpertWeight, up: ExpertWeight, down: ExpertWeight, plan: Plan
+    rows: Array, gate: ExpertWeight, up: ExpertWeight, down: ExpertWeight, plan: BlockPlan
 ) -> tuple[Array, tuple]:
     return grouped_swiglu(rows, gate, up, down, plan), (rows, gate, up, down, plan)
 
@@ -183,7 +183,7 @@ class _Ways(NamedTuple):
 def _run(ways: _Ways, rows: Array, expert_weights: tuple[ExpertWeight, ...], *rest: Any) -> Any:
     if all(isinstance(expert_weight, jax.Array) for expert_weight in expert_weights):
         return lax.platform_dependent(rows, *expert_weights, *rest, cpu=ways.blocked, default=ways.ragged)
-    if sorted_kernels.supports(rows, expert_weights):
+    if megablox.supports(rows, expert_weights):
         return lax.platform_dependent(rows, *expert_weights, *rest, tpu=ways.kernel, default=ways.blocked)
     return ways.blocked(rows, *expert_weights, *rest)
 
@@ -191,11 +191,11 @@ def _run(ways: _Ways, rows: Array, expert_weights: tuple[ExpertWeight, ...], *re
 _dot = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
-def _blocks(x: Array, plan: Plan) -> Array:
+def _blocks(x: Array, plan: BlockPlan) -> Array:
     return x.reshape(plan.expert.shape[0], -1, x.shape[-1])
 
 
-def _blocked(rows: Array, gate: ExpertWeight, up: ExpertWeight, down: ExpertWeight, plan: Plan) -> Array:
+def _blocked(rows: Array, gate: ExpertWeight, up: ExpertWeight, down: ExpertWeight, plan: BlockPlan) -> Array:
     x = _blocks(rows, plan)
 
     def step(i: Array, out: Array) -> Array:
@@ -207,7 +207,7 @@ def _blocked(rows: Array, gate: ExpertWeight, up: ExpertWeight, down: ExpertWeig
 
 
 def _blocked_grads(
-    rows: Array, gate: ExpertWeight, up: ExpertWeight, down: ExpertWeight, plan: Plan, grad: Array
+    rows: Array, gate: ExpertWeight, up: ExpertWeight, down: ExpertWeight, plan: BlockPlan, grad: Array
 ) -> tuple[Any, ...]:
     """With a = x gate, b = x up, h = silu(a): y = (h b) down. Weight gradients are summed in float32."""
     x, dy = _blocks(rows, plan), _blocks(grad, plan)
@@ -231,13 +231,13 @@ def _blocked_grads(
     return dx.reshape(rows.shape), *map(finish_gradient, totals, expert_weights)
 
 
-def _sizes(rows: Array, plan: Plan) -> Array:
+def _sizes(rows: Array, plan: BlockPlan) -> Array:
     """Rows of each expert with its padding, [E]."""
     block = rows.shape[0] // plan.expert.shape[0]
     return -(-plan.counts // block) * block
 
 
-def _ragged(rows: Array, gate: Array, up: Array, down: Array, plan: Plan) -> Array:
+def _ragged(rows: Array, gate: Array, up: Array, down: Array, plan: BlockPlan) -> Array:
     sizes = _sizes(rows, plan)
     if gate.shape[0] != sizes.shape[0]:
         sizes = lax.dynamic_update_slice(jnp.zeros(gate.shape[0], sizes.dtype), sizes, (plan.first,))
@@ -246,21 +246,19 @@ def _ragged(rows: Array, gate: Array, up: Array, down: Array, plan: Plan) -> Arr
     return dot(jax.nn.silu(dot(rows, gate)) * dot(rows, up), down)
 
 
-def _ragged_grads(rows: Array, gate: Array, up: Array, down: Array, plan: Plan, grad: Array) -> tuple[Array, ...]:
+def _ragged_grads(rows: Array, gate: Array, up: Array, down: Array, plan: BlockPlan, grad: Array) -> tuple[Array, ...]:
     _, pullback = jax.vjp(lambda x, g, u, d: _ragged(x, g, u, d, plan), rows, gate, up, down)
     return pullback(grad)
 
 
-def _kernel(rows: Array, gate: ExpertWeight, up: ExpertWeight, down: ExpertWeight, plan: Plan) -> Array:
-    return sorted_kernels.swiglu(rows, _sizes(rows, plan), (gate, up, down), plan.first)
+def _kernel(rows: Array, gate: ExpertWeight, up: ExpertWeight, down: ExpertWeight, plan: BlockPlan) -> Array:
+    return megablox.swiglu(rows, _sizes(rows, plan), (gate, up, down), plan.first)
 
 
 def _kernel_grads(
-    rows: Array, gate: ExpertWeight, up: ExpertWeight, down: ExpertWeight, plan: Plan, grad: Array
+    rows: Array, gate: ExpertWeight, up: ExpertWeight, down: ExpertWeight, plan: BlockPlan, grad: Array
 ) -> tuple[Any, ...]:
     expert_weights, ones = (gate, up, down), jnp.ones(rows.shape[0], jnp.float32)
     totals = tuple(map(zero_gradient, expert_weights))
-    dx, _, totals = sorted_kernels.swiglu_grads(
-        rows, ones, _sizes(rows, plan), expert_weights, grad, totals, plan.first
-    )
+    dx, _, totals = megablox.swiglu_grads(rows, ones, _sizes(rows, plan), expert_weights, grad, totals, plan.first)
     return dx, *map(finish_gradient, totals, expert_weights)

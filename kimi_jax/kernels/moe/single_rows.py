@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kimi_jax.kernels.expert_weights import ExpertWeight, matrix
+from kimi_jax.kernels.moe.expert_weights import ExpertWeight, matrix
 
 
 def single_rows_swiglu(

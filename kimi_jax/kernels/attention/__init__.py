@@ -1,0 +1,1 @@
+"""Attention inside segments: softmax attention of packed rows, and MLA over a mesh."""

@@ -1,0 +1,1 @@
+"""The routed experts: sorted by expert, multiplied in groups, exchanged between devices."""
