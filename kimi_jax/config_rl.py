@@ -66,6 +66,7 @@ class RolloutConfig:
     sync_interval: Count = 1  # iterations between two hand-overs of weights to the sampler
     drop_uninformative: bool = True  # groups of equal rewards are replaced by other prompts (dynamic sampling)
     max_draws: Annotated[float, Range(1.0, 1e6)] = 3.0  # times `prompts` that an iteration may draw in all
+    replay_experts: bool = False  # training routes every token to the experts that the sampler chose for it
     # reward of an answer that reached max_new_tokens; None: it is scored as it stands
     cut_penalty: Annotated[float, Range(-1e6, 0.0)] | None = None
     repeat_period: Natural = 16  # an answer ends that repeats up to so many tokens ...

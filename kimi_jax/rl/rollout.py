@@ -58,7 +58,10 @@ class RolloutSource:
         if jax.process_count() > 1:
             raise ConfigError("rollouts of several hosts are not supported yet: run on one host")
         self._config, self._rl, self._worker, self._show = config, rl, worker, show
-        self._packs, self._shape = len(packs), PackShape.of(config.data, config.model)
+        self._packs, self._shape = (
+            len(packs),
+            PackShape.of(config.data, config.model, routed_experts=rl.rollout.replay_experts),
+        )
         self._tasks: dict[str, Task] = {name: open_task(task) for name, task in rl.tasks.items()}
         self._params: Any = None
         self._held: Any = None  # weights of the last hand-over, where they are older than `_params`

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from kimi_jax.config import ConfigError, RolloutConfig, TrainConfig
 from kimi_jax.data import BadRecord
 from kimi_jax.data.example import Encoded, Example, Limits, encode
+from kimi_jax.data.routing import FREE
 from kimi_jax.data.tokenizer import Tokenizer, load_tokenizer
 from kimi_jax.infer.engine import Engine
 from kimi_jax.infer.request import Event, Request, Sampling
@@ -37,18 +38,23 @@ FAILED = "error"  # finish of an answer that the engine could not draw
 
 @dataclass
 class Answer:
-    """One sample as far as it is drawn. finish: "" while it goes on; "stop", "length", "repetition", "media_pad"
-    (the model wrote one, which is not kept), "error"."""
+    """One sample as far as it is drawn.
+
+    experts: int32 [m, L, k] of the first m tokens of prompt and answer, if they are recorded; each as it was routed when
+    it was first read. finish: "" while it goes on; "stop", "length", "repetition", "media_pad" (the model wrote one, which
+    is not kept), "error".
+    """
 
     seed: int
     tokens: list[int] = field(default_factory=list)
     logp: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     finish: str = ""
+    experts: np.ndarray | None = None
 
     def to_json(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return dataclasses.asdict(self)
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
 
 @dataclass
@@ -73,13 +79,19 @@ class PendingGroup:
 
     def group(self, rewards: Sequence[float]) -> Group:
         """The finished group with these rewards."""
-        media = tuple(range(len(self.prompt.media)))
-        given = Segment.given(self.prompt.tokens, media=media)
-        trajectories = [
-            Trajectory((given, Segment.drawn(a.tokens, np.minimum(a.logp, 0), a.versions, 0)), reward, a.finish)
-            for a, reward in zip(self.answers, rewards, strict=True)
-        ]
+        trajectories = [self._trajectory(*each) for each in zip(self.answers, rewards, strict=True)]
         return Group(self.problem.key, tuple(trajectories), self.prompt.media)
+
+    def _trajectory(self, answer: Answer, reward: float) -> Trajectory:
+        given = Segment.given(self.prompt.tokens, media=tuple(range(len(self.prompt.media))))
+        drawn = Segment.drawn(answer.tokens, np.minimum(answer.logp, 0), answer.versions, 0)
+        if answer.experts is not None:
+            length = len(given.tokens) + len(drawn.tokens)
+            experts = np.full((length, *answer.experts.shape[1:]), FREE, np.int32)
+            experts[: len(answer.experts)] = answer.experts[:length]
+            given = dataclasses.replace(given, experts=experts[: len(given.tokens)])
+            drawn = dataclasses.replace(drawn, experts=experts[len(given.tokens) :])
+        return Trajectory((given, drawn), reward, answer.finish)
 
 
 class RolloutWorker:
@@ -163,7 +175,7 @@ class RolloutWorker:
         left = self.room(group) - len(answer.tokens)
         sampling = Sampling(
             0.0 if greedy else self._temperature, seed=answer.seed, max_new_tokens=min(left, most or left),
-            stop_ids=self._stop_ids, logprobs=True,
+            stop_ids=self._stop_ids, logprobs=True, routed_experts=self._rollout.replay_experts,
         )  # fmt: skip
         return Request(tokens, group.prompt.media, sampling)
 
@@ -176,6 +188,9 @@ class RolloutWorker:
         if event.request_id not in running or running[event.request_id][0].finish:
             return
         answer, room = running[event.request_id]
+        if event.experts is not None:
+            known = [] if answer.experts is None else [answer.experts]
+            answer.experts = np.concatenate([*known, event.experts[sum(map(len, known)) :]])
         if event.token_id == self._pad_id:
             answer.finish = "media_pad"
             return

@@ -164,6 +164,7 @@ def test_answers_in_parts_are_those_in_one_piece_and_their_tokens_tell_who_drew_
     {"updates": 2, "passes": 2},
     {"max_staleness": 2, "tokens_per_iteration": 1, "drop_uninformative": True, "max_draws": 2.0},
     {"sync_interval": 3},
+    {"max_staleness": 2, "tokens_per_iteration": 2, "replay_experts": True},
 ])  # fmt: skip
 def test_source_goes_on_from_its_state_with_the_same_batches(folder, worker, text_params, changes):
     """The state travels as JSON and arrays, as in a checkpoint; weights differ from step to step."""
@@ -317,3 +318,15 @@ def test_page_shows_problems_and_marks_tokens_and_takes_answers_for_text(folder,
     shown = Sample("toy", hostile, "a", hostile, "b", False, ())
     text = page.page({n: [row] for n in page.NAMES}, {n: [shown] for n in page.NAMES}, groups, (0.5, 2.0))
     assert "0.500 ± 0.100" in text and hostile not in text and "&lt;script&gt;" in text
+
+
+def test_experts_of_the_sampler_are_in_the_batch_for_every_token_that_was_read(folder, text_params):
+    """Of whole answers and of those in parts, prompts that a group shares included; the last token was never read."""
+    for changes in ({}, {"max_staleness": 2, "tokens_per_iteration": 1, "max_draws": 3.0}):
+        config = settings(folder, replay_experts=True, **changes)
+        source = open_source(config, worker_of(config))
+        for batch in batches_of(source, text_params, 3):
+            for document in unpack(batch):
+                rows = np.s_[document.start : document.start + len(document.tokens)]
+                experts = batch["routed_experts"][document.row][:, rows]
+                assert (experts[:, :-1] >= 0).all() and (experts[:, -1] == -1).all()
