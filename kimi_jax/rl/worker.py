@@ -40,9 +40,9 @@ FAILED = "error"  # finish of an answer that the engine could not draw
 class Answer:
     """One sample as far as it is drawn.
 
-    experts: int32 [m, L, k] of the first m tokens of prompt and answer, if they are recorded; each as it was routed when
-    it was first read. finish: "" while it goes on; "stop", "length", "repetition", "media_pad" (the model wrote one, which
-    is not kept), "error".
+    experts: int32 [m, L, k] of the first m tokens of prompt and answer, if they are recorded; each as it was routed
+    when it was first read. finish: "" while it goes on; "stop", "length", "repetition", "media_pad" (the model wrote
+    one, which is not kept), "error".
     """
 
     seed: int
