@@ -65,6 +65,7 @@ def test_the_gradient_is_that_of_the_three_phases(params):
     assert_trees_close(got, want, 1e-5)
 
 
+@pytest.mark.slow
 def test_only_features_wait_for_the_backward_pass(params):
     """Of all that the tower makes of patches, nothing is among what the forward pass keeps."""
     batch = jax.tree.map(jnp.asarray, make_batch(0))
@@ -87,6 +88,7 @@ def test_only_features_wait_for_the_backward_pass(params):
     assert not kept(nll)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("axes", "bins"), [({"context": 2, "tensor": 2}, 5), ({"fsdp": 2, "tensor": 4}, 6)], ids=str)
 def test_devices_of_a_group_share_its_bins(axes, bins):
     """Every device encodes its part of the group's bins, also where they do not divide; features find their rows."""

@@ -17,6 +17,8 @@ from kimi_jax.nn.param import unbox
 from kimi_jax.plan import decode
 from tests.train.tiny import MODEL
 
+pytestmark = pytest.mark.slow
+
 SLOTS, LENGTH, PAGE = 8, 64, 16
 
 

@@ -16,6 +16,8 @@ from tests.environment import REPO
 from tests.serve.server import PATIENCE, checkpoint, client, picture_uri
 from tests.serve.test_app import WEATHER, user
 
+pytestmark = pytest.mark.slow
+
 
 def test_streams_tools_and_pictures_32_at_once(tmp_path):
     """Pictures as data URIs and, as the flag allows, from a folder; an address is still refused. Ctrl-C ends it."""

@@ -74,6 +74,7 @@ def trained(base, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_only_the_adapters_learn_and_the_loss_falls(trained, base):
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
@@ -89,6 +90,7 @@ def test_only_the_adapters_learn_and_the_loss_falls(trained, base):
     assert np.abs(after.logits(IDS) - before.logits(IDS)).max() > 0.1
 
 
+@pytest.mark.slow
 def test_what_is_evaluated_is_the_adapted_model(trained):
     """In the loop as by the command, adapters beside the weights; by likelihoods it is the model that is served."""
     config, params, frozen = adapters.load_run(str(trained))
@@ -106,6 +108,7 @@ def test_what_is_evaluated_is_the_adapted_model(trained):
     assert abs(nll(frozen, served) - adapted) > 0.1
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_ends_with_the_same_adapters(trained, base, tmp_path):
     """From the checkpoint of step 6, which does not hold the base: it is read again. Bit for bit."""
     for name in ("checkpoints/6", "metrics.jsonl"):
@@ -117,6 +120,7 @@ def test_a_run_that_was_cut_off_ends_with_the_same_adapters(trained, base, tmp_p
     assert {leaf: array.tobytes() for leaf, array in one.items()} == {k: v.tobytes() for k, v in other.items()}
 
 
+@pytest.mark.slow
 def test_the_export_is_the_base_with_the_adapters_merged(trained, base, tmp_path):
     """As it is served, with the experts' words untouched; the same from a base that was converted."""
     want = kimi.load(trained)

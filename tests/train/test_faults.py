@@ -58,6 +58,7 @@ def steps(result: dict) -> list[int]:
     return [row["step"] for row in result["rows"]]
 
 
+@pytest.mark.slow
 def test_a_batch_that_is_not_finite_leaves_no_trace_in_the_weights(found):
     result = found["nan"]
     assert result["status"] == 0 and steps(result) == list(range(1, STEPS + 1))
@@ -65,6 +66,7 @@ def test_a_batch_that_is_not_finite_leaves_no_trace_in_the_weights(found):
     assert any("step 5: loss or gradient is not finite; its update is left out" in line for line in result["said"])
 
 
+@pytest.mark.slow
 def test_a_loss_that_leaps_up_is_skipped_and_said(found):
     result = found["leap"]
     assert result["status"] == 0
@@ -73,6 +75,7 @@ def test_a_loss_that_leaps_up_is_skipped_and_said(found):
     assert sum(row["skipped"] for row in found["sound"]["rows"]) == 0  # the same judgement lets a sound run pass
 
 
+@pytest.mark.slow
 def test_many_bad_batches_take_the_run_back_to_a_checkpoint_once(found):
     """Three in a row (steps 6 to 8), known after step 9: weights of step 4, the counters go on, no row twice."""
     result = found["rollback"]
@@ -81,11 +84,13 @@ def test_many_bad_batches_take_the_run_back_to_a_checkpoint_once(found):
     assert any("going back to the weights of step 4 (1 of 1 times allowed); the 5 batches" in s for s in result["said"])
 
 
+@pytest.mark.slow
 def test_going_back_is_bounded(found):
     assert "3 steps in a row, the last one step" in found["hopeless"]["status"]
     assert "go on with a lower --config.optimizer.peak_lr" in found["hopeless"]["status"]
 
 
+@pytest.mark.slow
 def test_killed_anywhere_a_run_continues_bit_for_bit(found, folder):
     """SIGTERM once, SIGKILL at four places among the file operations of the run, the newest checkpoint cut in half."""
     workdir = str(folder / "killed")
@@ -105,6 +110,7 @@ def test_killed_anywhere_a_run_continues_bit_for_bit(found, folder):
     assert last["digest"] == found["sound"]["digest"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_training_goes_on(found, folder):
     """Full while batches 3 to 6 are made: the checkpoint of step 4 is lost, no row and no later one, and it is said.
 

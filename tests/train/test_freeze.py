@@ -34,7 +34,11 @@ def is_frozen(info):
 
 @pytest.mark.parametrize(
     "devices, scan, dtype, parts, steps",
-    [(1, True, "float32", 1, 100), (8, False, "bfloat16", 1, 10), (1, True, "bfloat16", 2, 10)],
+    [
+        pytest.param(1, True, "float32", 1, 100, marks=pytest.mark.slow),
+        (8, False, "bfloat16", 1, 10),
+        pytest.param(1, True, "bfloat16", 2, 10, marks=pytest.mark.slow),
+    ],
 )
 def test_frozen_parameters_are_the_same_bits_after_many_steps(devices, scan, dtype, parts, steps):
     """Every head is over tau and every weight decays, so that a frozen one would move at once; the others all do."""

@@ -81,16 +81,19 @@ def _numbers(value) -> bool:
     return all(isinstance(x, float) for x in flat)
 
 
+@pytest.mark.slow
 def test_two_hosts_give_the_curve_of_one(folder, one, two):
     assert [host[:2] for host in two] == [[[[0, "x" * 3000], [1, "x" * 3000]], 0]] * 2
     assert one[0] == 0
     assert_same_curve(rows(folder, "two"), rows(folder, "one"))
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_host_ends_all_at_the_same_step_to_be_restarted(two):
     assert [host[2] for host in two] == [hosts.RESTART] * 2
 
 
+@pytest.mark.slow
 def test_a_run_moves_over_hosts_and_devices(folder, one, two):
     """8 devices on two hosts -> 4 -> 1 -> 8 on one: no step twice, none missing, the same curve."""
     assert one[1:] == [hosts.RESTART, hosts.RESTART, 0]
@@ -107,6 +110,7 @@ def test_four_hosts_give_the_curve_of_one(folder, config):
     assert_same_curve(rows(folder, "four"), rows(folder, "alone"), MESH_TOLERANCE, UPDATE_TOLERANCE)
 
 
+@pytest.mark.slow
 def test_a_host_that_dies_ends_the_others_who_name_it(config):
     """By an error of ours or by jax's abort, whichever comes first: tpu_setup.sh starts the run again after both."""
     first, second = start_hosts(config, [["die"]], 2, 1, KIMI_HEARTBEAT_SECONDS="10")

@@ -27,6 +27,8 @@ from tests.train.tiny import MODEL
 MODEL32 = dataclasses.replace(  # groups of 32 inputs share an INT4 scale
     MODEL, num_hidden_layers=2, moe=dataclasses.replace(MODEL.moe, moe_intermediate_size=32)
 )
+
+pytestmark = pytest.mark.slow
 TEXT = dataclasses.replace(MODEL32, vision=None)
 
 

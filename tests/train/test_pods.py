@@ -66,6 +66,7 @@ def assert_same(got, want):
     assert_trees_close(grads, want_grads, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [2, 8])
 def test_accumulated_equals_the_full_batch(plain, parts):
     """Embedding included; the weights of the loss are those of the whole batch."""
@@ -81,6 +82,7 @@ def test_microbatches_hold_whole_groups_of_every_device():
     assert parts.tolist() == [[0, 1, 4, 5, 8, 9, 12, 13], [2, 3, 6, 7, 10, 11, 14, 15]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "axes",
     [{"replica": 2, "fsdp": 1, "expert": 2, "tensor": 2}, {"fsdp": 2, "context": 4}, {"expert": 4, "context": 2}],
@@ -91,6 +93,7 @@ def test_mesh_of_several_axes_equals_one_device(plain, axes):
     assert_same(run(changed(expert_capacity_factor=0.5), c.MeshConfig(**axes)), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["layer_inputs", "attention_sum", "attention_output", "expert_inputs"])
 def test_remat_policies_change_nothing_but_memory(plain, policy):
     model = dataclasses.replace(MODEL, remat=True, remat_policy=policy)
@@ -113,6 +116,7 @@ def test_remat_policies_by_name():
     assert "pinned_host" not in text("layer_inputs")
 
 
+@pytest.mark.slow
 def test_whole_step_on_a_mesh_of_several_axes():
     """Muon's distributed Newton-Schulz, QK-clip and router bias too: the weights after a step are those of one device.
 

@@ -64,6 +64,7 @@ def one_device(float32):
     return errors(grads_of(config_of()), float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("axes", "microbatches", "scan"), [(axes, 1 + i % 2, i % 3 != 1) for i, axes in enumerate(MESHES)], ids=str
 )
