@@ -1,6 +1,6 @@
 """python -m kimi_jax.serve --model=DIR: an OpenAI-compatible server for a released checkpoint or one of our workdirs.
 
-  POST /v1/chat/completions   streaming, tools, pictures and videos as data URIs, logprobs, stop, seed, n, usage
+  POST /v1/chat/completions   streaming, tools, pictures and videos as data URIs, logprobs, ids, stop, seed, usage
   POST /v1/completions        text or token ids
   GET  /v1/models, /v1/models/{id}, /health, /metrics (Prometheus)
 

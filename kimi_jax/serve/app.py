@@ -27,7 +27,7 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kimi_jax.config import ModelConfig
 from kimi_jax.data import BadRecord
@@ -109,9 +109,8 @@ class Server:
             Route("/health", self.health),
             Route("/metrics", self.metrics),
         ]
-        return Guard(
-            Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _no_route}), self.api_key
-        )
+        answering = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _no_route})
+        return Guard(WithVersion(answering, self.worker), self.api_key)
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         """What `function` returns, from one of the threads that prepare calls."""
@@ -151,6 +150,7 @@ class Server:
             for (route, status), n in sorted(self.answers.items())
         ]
         lines += ["# TYPE kimi_admitted gauge", f"kimi_admitted {self.worker.admitted}"]
+        lines += ["# TYPE kimi_weight_version gauge", f"kimi_weight_version {self.worker.version}"]
         lines += ["# TYPE kimi_memory_bytes gauge", f"kimi_memory_bytes {self.memory.used}"]
         lines += ["# TYPE kimi_first_token_seconds summary", f"kimi_first_token_seconds_sum {seconds:.6f}"]
         lines += [f"kimi_first_token_seconds_count {count}"]
@@ -159,6 +159,25 @@ class Server:
             name = f"kimi_engine_{name}" if gauge else f"kimi_engine_{name}_total"
             lines += [f"# TYPE {name} {'gauge' if gauge else 'counter'}", f"{name} {value}"]
         return Response("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+
+
+class WithVersion:
+    """An ASGI application around another. X-Weight-Version: the weights that the server has when it begins to answer,
+    so that who collects rollouts knows of new ones, and of a server that stayed behind, from any answer."""
+
+    def __init__(self, app: ASGIApp, worker: EngineWorker):
+        self._app, self._worker = app, worker
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes the call on, and its answer with one header more."""
+
+        async def send_with_version(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                version = b"x-weight-version", str(self._worker.version).encode()
+                message = {**message, "headers": [*message.get("headers", ()), version]}
+            await send(message)
+
+        await self._app(scope, receive, send_with_version)
 
 
 class Endpoint:
@@ -283,7 +302,7 @@ class ChatEndpoint(Endpoint):
         server = self._server
         open_url = opener(server.media_folder, fetched, memory.change)
         limits = Limits(server.max_sequence_length, server.max_characters, memory.change)
-        chat = Chat(call.messages, call.tools, call.thinking, call.preserve_thinking, open_url, limits)
+        chat = Chat(call.messages, call.tools, call.thinking, call.preserve_thinking, open_url, limits, call.sampled)
         return _choices(chat_request(chat, server.tokenizer, server.config, self.sampling(call)), call.num_choices)
 
     def answer(self, call: ChatCall, requests: list[Request]) -> ChatAnswer:

@@ -2,7 +2,7 @@
 
 A field that would change the answer and is not known here is an error, never ignored; those of `IGNORED` change
 nothing. Beyond OpenAI's fields: `thinking` ({"type": "enabled" | "disabled"}), `chat_template_kwargs` (thinking,
-preserve_thinking), `stop_token_ids` and `return_token_ids`.
+preserve_thinking), `stop_token_ids` and `return_token_ids`, and `token_ids` in messages of the assistant.
 """
 
 from __future__ import annotations
@@ -88,12 +88,16 @@ class Call:
 
 @dataclass(frozen=True)
 class ChatCall(Call):
-    """A call of /v1/chat/completions; tools is None where none may be called."""
+    """A call of /v1/chat/completions; tools is None where none may be called.
+
+    sampled: by number, the messages whose `token_ids` were given; see `infer.generate.Chat`.
+    """
 
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]] | None
     thinking: bool
     preserve_thinking: bool
+    sampled: Mapping[int, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -191,6 +195,8 @@ def chat_call(body: Any) -> ChatCall:
     messages, tools = fields.objects("messages", MAX_MESSAGES), fields.objects("tools", MAX_TOOLS)
     if not messages:
         raise ApiError(400, "messages must hold at least one message", "messages")
+    sampled = {i: _sampled(message, i) for i, message in enumerate(messages) if message.get("token_ids") is not None}
+    messages = [{name: message[name] for name in message if name != "token_ids"} for message in messages]
     try:
         check_messages(messages)
     except MessageError as error:
@@ -205,7 +211,18 @@ def chat_call(body: Any) -> ChatCall:
     shared = _shared(fields, TEMPERATURES[thinking], most or 0, top, logprobs)
     fields.finish()
     usable = None if body.get("tool_choice") == "none" else tools
-    return ChatCall(**shared, messages=messages, tools=usable or None, thinking=thinking, preserve_thinking=preserve)
+    return ChatCall(
+        **shared, messages=messages, tools=usable or None, thinking=thinking, preserve_thinking=preserve,
+        sampled=sampled,
+    )  # fmt: skip
+
+
+def _sampled(message: Mapping[str, Any], number: int) -> tuple[int, ...]:
+    """The tokens that an earlier answer consisted of, given back with it."""
+    where, ids = f"messages[{number}].token_ids", message["token_ids"]
+    if message.get("role") != "assistant" or message.get("partial"):
+        raise ApiError(400, f"{where} is for whole messages of the assistant", where)
+    return _ids(ids if isinstance(ids, list) else [None], where)
 
 
 def completion_call(body: Any) -> CompletionCall:

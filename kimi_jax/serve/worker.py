@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from kimi_jax.infer.request import Event, Request
 
 if TYPE_CHECKING:
-    from kimi_jax.infer.engine import Engine
+    from kimi_jax.infer.engine import Engine, Running
 
 
 class Overloaded(Exception):
@@ -96,6 +96,21 @@ class EngineWorker:
 
     # ------------------------------------------------------------------------------------------------ the event loop's
 
+    @property
+    def version(self) -> int:
+        """Of the weights that the next token is drawn with."""
+        return self._engine.version
+
+    async def set_params(self, params: Any, version: int, running: Running = "drain") -> None:
+        """Go on with other weights; see `infer.engine.Engine.set_params`, and raises as it does, or EngineFailed.
+
+        Returns when the engine knows of them; with "drain" the version changes once the last answer of the old weights
+        is complete.
+        """
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._inbox.put(lambda: self._set_params(done, params, version, running))
+        await done
+
     def start(self) -> None:
         """Starts the thread."""
         self._loop = asyncio.get_running_loop()
@@ -168,6 +183,16 @@ class EngineWorker:
         else:
             self._call(_set_result, run.accepted)
 
+    def _set_params(self, done: asyncio.Future[None], params: Any, version: int, running: Running) -> None:
+        try:
+            if self.failure:
+                raise EngineFailed(self.failure)
+            self._engine.set_params(params, version, running)
+        except Exception as error:
+            self._call(_set_exception, done, error)
+        else:
+            self._call(_set_result, done)
+
     def _end(self, run: Run, index: int) -> None:
         if index < len(run.numbers) and run.numbers[index] in self._places:
             del self._places[run.numbers[index]]
@@ -200,11 +225,11 @@ def _hand_out(arrived: list[tuple[Run, int, Event]]) -> None:
         run.arrived.put_nowait((index, event))
 
 
-def _set_result(accepted: asyncio.Future[None]) -> None:
-    if not accepted.done():  # it is when the client went away
-        accepted.set_result(None)
+def _set_result(future: asyncio.Future[None]) -> None:
+    if not future.done():  # it is when the client went away
+        future.set_result(None)
 
 
-def _set_exception(accepted: asyncio.Future[None], error: Exception) -> None:
-    if not accepted.done():
-        accepted.set_exception(error)
+def _set_exception(future: asyncio.Future[None], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)

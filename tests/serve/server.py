@@ -102,6 +102,7 @@ class ScriptedEngine:
         self.cancelled: list[int] = []
         self.changed = threading.Condition()
         self.broken = False
+        self.version = 0
         self.doomed: set[int] = set()  # requests that will fail
 
     def submit(self, request: Request) -> int:
@@ -114,6 +115,9 @@ class ScriptedEngine:
             self.left[number] = tokens[: request.sampling.max_new_tokens]
             self.changed.notify_all()
         return number
+
+    def set_params(self, params, version: int, running: str) -> None:
+        self.version = version
 
     def cancel(self, number: int) -> None:
         with self.changed:
@@ -137,7 +141,7 @@ class ScriptedEngine:
             if reason:
                 del self.left[number]
             top = tuple((i, -1.0 - i) for i in range(sampling.top_logprobs))
-            events.append(Event(number, token, -0.5, top, reason))
+            events.append(Event(number, token, -0.5, top, reason, version=self.version))
         return events
 
     @property
