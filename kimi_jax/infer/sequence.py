@@ -53,6 +53,7 @@ class Sequence:
     owners: np.ndarray  # int32 [n]: the media item whose feature stands there, or -1
     digests: list[bytes]
     seed: int
+    caller: tuple[str, str] = ("", "")  # see `infer.line`
     group: Group | None = None
     keys: list[bytes] = field(default_factory=list)  # of the full pages of what is read
     features: np.ndarray | None = None  # [F, D], until the prompt is read

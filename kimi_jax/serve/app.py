@@ -35,6 +35,7 @@ from kimi_jax.data.media_part import media_urls
 from kimi_jax.data.processor import Limits
 from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.infer.generate import Chat, chat_request, with_stop_tokens
+from kimi_jax.infer.line import Caller
 from kimi_jax.infer.request import Request, Sampling
 from kimi_jax.serve import protocol
 from kimi_jax.serve.answer import Answer, ChatAnswer
@@ -206,11 +207,11 @@ class Endpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one call, or says why not."""
         begun, status, unread = time.monotonic(), 200, True
-        server = self._server
+        server, place = self._server, (scope.get("client") or ("", 0))[0]
         try:
             async with contextlib.AsyncExitStack() as stack:
                 with _as_api_errors():
-                    stack.enter_context(server.worker.admit(1))
+                    stack.enter_context(server.worker.admit(1, place))
                     memory = stack.enter_context(server.memory.reservation())
                     body = await read_body(
                         receive, declared_length(scope), server.max_body, server.body_seconds, memory.change
@@ -221,8 +222,9 @@ class Endpoint:
                     del body
                     if call.model not in ("", server.name):
                         raise server.unknown_model(call.model)
-                    stack.enter_context(server.worker.admit(call.num_requests - 1))
-                await _while_client_stays(receive, self._serve(call, begun, memory, send, stack))
+                    stack.enter_context(server.worker.admit(call.num_requests - 1, place))
+                work = self._serve(call, (place, call.user), begun, memory, send, stack)
+                await _while_client_stays(receive, work)
         except ApiError as problem:
             status = problem.status
             await refuse(problem, receive, send, unread)
@@ -235,7 +237,7 @@ class Endpoint:
             server.answers[self.route, status] += 1
 
     async def _serve(
-        self, call: Call, begun: float, memory: Reservation, send: Send, room: contextlib.AsyncExitStack
+        self, call: Call, caller: Caller, begun: float, memory: Reservation, send: Send, room: contextlib.AsyncExitStack
     ) -> None:
         """Preparation, answer. Raises only as long as nothing has been sent. room: what is closed before the end."""
         server = self._server
@@ -243,7 +245,7 @@ class Endpoint:
             with _as_api_errors():
                 fetched = await self._fetch(call, memory)
                 requests = await server.in_thread(self.requests, call, fetched, memory)
-                run = await room.enter_async_context(server.worker.submit(requests))
+                run = await room.enter_async_context(server.worker.submit(requests, caller))
             answer = self.answer(call, requests)
             choices = self._choices(run, answer, begun)
             if call.stream:

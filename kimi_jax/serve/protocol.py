@@ -23,14 +23,15 @@ MAX_CHOICES, MAX_STOPS = 128, 16
 MAX_STOP_CHARACTERS = 256  # of one stop string: each is looked for after every token
 MAX_STOP_TOKENS = 256
 MAX_MESSAGES, MAX_TOOLS = 16384, 1024
+MAX_USER = 256  # characters that tell users apart
 MAX_ERROR = 1000  # characters of a message
 # what only the server's operator may see: where an object lies in memory, and a file on the disk
 _MEMORY_ADDRESS = re.compile(r"(?: object)?(?: at)? 0x[0-9a-fA-F]+")
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/-])/(?:[^\s/'\":,;<>]{1,255}/)+")
 
 IGNORED = frozenset({
-    "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
-    "prompt_cache_retention", "verbosity",
+    "metadata", "store", "service_tier", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention",
+    "verbosity",
 })  # fmt: skip
 # fields that exist elsewhere and that nothing here does: accepted with the value that means so
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -68,10 +69,12 @@ def public_text(text: str) -> str:
 class Call:
     """What both endpoints share.
 
-    sampling: of the first choice; max_new_tokens 0 means as many as there is room for. num_choices: `n`.
+    sampling: of the first choice; max_new_tokens 0 means as many as there is room for. num_choices: `n`. user: for whom
+    it is, as the client says.
     """
 
     model: str
+    user: str
     sampling: Sampling
     num_choices: int
     stop: tuple[str, ...]
@@ -253,8 +256,10 @@ def _shared(fields: Fields, temperature: float, most: int, top: int, logprobs: b
         top_logprobs=top,
         logprobs=logprobs,
     )
+    users = [fields.take(name, str, "") for name in ("user", "safety_identifier")]  # the latter is the newer name
     return {
         "model": fields.take("model", str, ""),
+        "user": (users[0] or users[1])[:MAX_USER],
         "sampling": sampling,
         "num_choices": fields.integer("n", 1, 1, MAX_CHOICES),
         "stop": _stops(fields.take("stop", (str, list), [])),

@@ -12,13 +12,18 @@ import contextlib
 import logging
 import queue
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kimi_jax.infer.line import NOBODY, Caller
 from kimi_jax.infer.request import Event, Request
 
 if TYPE_CHECKING:
     from kimi_jax.infer.engine import Engine, Running
+
+
+SHARE = 8  # of the room one place may take at most 8/9; of a small room all of it
 
 
 class Overloaded(Exception):
@@ -39,8 +44,8 @@ class Run:
     Iterate over `events`; `stop` a choice that needs no more tokens; `close` it at the end, whatever happened.
     """
 
-    def __init__(self, worker: EngineWorker, requests: Sequence[Request]):
-        self.requests = requests
+    def __init__(self, worker: EngineWorker, requests: Sequence[Request], caller: Caller):
+        self.requests, self.caller = requests, caller
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.arrived: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self.numbers: list[int] = []  # of the engine; the thread's
@@ -93,6 +98,7 @@ class EngineWorker:
         self.stats: dict[str, Any] = engine.stats()
         self.failure = ""
         self.admitted = 0
+        self._held: Counter[str] = Counter()  # by place
 
     # ------------------------------------------------------------------------------------------------ the event loop's
 
@@ -122,22 +128,36 @@ class EngineWorker:
         await asyncio.to_thread(self._thread.join)
 
     @contextlib.contextmanager
-    def admit(self, count: int) -> Iterator[None]:
-        """Room for `count` requests while the context lasts. Raises Overloaded, and ValueError if it can never be."""
+    def admit(self, count: int, place: str | None = None) -> Iterator[None]:
+        """Room for `count` requests while the context lasts. Raises Overloaded, and ValueError if it can never be.
+
+        place: where they come from. One place may take what is left while it holds less than SHARE times that, so that
+        it never has all the room for long and somebody else finds some. None: whoever runs this process.
+        """
         if count > self.limit:
             raise ValueError(f"{count} choices in one call; this server takes {self.limit} at a time")
         if self.admitted + count > self.limit:
             raise Overloaded(f"{self.admitted} requests are running and waiting, of {self.limit}; try again later")
+        if place is not None and count and self._held[place] >= SHARE * (self.limit - self.admitted):
+            raise Overloaded(f"{self._held[place]} requests of yours are running and waiting; try again later")
         self.admitted += count
+        if place is not None:
+            self._held[place] += count
         try:
             yield
         finally:
             self.admitted -= count
+            if place is not None:
+                self._held[place] -= count
+                self._held += Counter()  # drops what is 0
 
     @contextlib.asynccontextmanager
-    async def submit(self, requests: Sequence[Request]) -> AsyncIterator[Run]:
-        """The requests as a Run, which is closed at the end. Raises what the engine says to a request, EngineFailed."""
-        run = Run(self, requests)
+    async def submit(self, requests: Sequence[Request], caller: Caller = NOBODY) -> AsyncIterator[Run]:
+        """The requests as a Run, which is closed at the end; callers take turns.
+
+        Raises what the engine says to a request, EngineFailed.
+        """
+        run = Run(self, requests, caller)
         self._inbox.put(lambda: self._begin(run))
         try:
             await run.accepted
@@ -173,7 +193,7 @@ class EngineWorker:
             if self.failure:
                 raise EngineFailed(self.failure)
             for index, request in enumerate(run.requests):
-                number = self._engine.submit(request)
+                number = self._engine.submit(request, run.caller)
                 run.numbers.append(number)
                 self._places[number] = (run, index)
         except Exception as error:

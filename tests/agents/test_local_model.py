@@ -15,6 +15,7 @@ from kimi_jax.agents.trajectory import trajectory
 from kimi_jax.config import preset
 from kimi_jax.data.conversation import ARGUMENTS, CALL, CALL_END, CALLS, CALLS_END
 from kimi_jax.infer.engine import Engine
+from kimi_jax.infer.line import NOBODY
 from tests.agents.scripts import orchestrator
 from tests.serve.server import ScriptedEngine, byte_tokenizer, load_checkpoint, serving
 
@@ -29,7 +30,7 @@ class SwarmEngine(ScriptedEngine):
         self.children = children
         self.config = dataclasses.replace(preset("demo"), media_placeholder_token_id=TOKENIZER.media_pad_id)
 
-    def submit(self, request):
+    def submit(self, request, caller=NOBODY):
         number = len(self.requests)
         self.requests[number] = request
         said = self.script(TOKENIZER.decode(request.token_ids))
@@ -117,7 +118,7 @@ def test_serve_answers_a_swarm_over_http(tmp_path):
 @pytest.mark.slow
 def test_serve_shares_the_prefix_of_32_conversations(tmp_path, record_property):
     model = load_checkpoint(tmp_path / "model")
-    engine = Engine(model, slots=32, max_sequence_length=4096)
+    engine = Engine(model, slots=8, conversations=32, max_sequence_length=4096)
 
     async def main(address):
         endpoint = EndpointModel(f"{address}/v1", "tiny", timeout=600.0)

@@ -1,8 +1,8 @@
 """Token ids through the server: in and out on both routes, histories that are token-exact, the weights' version.
 
 What reinforcement learning needs of an endpoint: the ids that a prompt had, those that were drawn, their
-log-probabilities, and the version of the weights that drew each. Random weights write bytes that are no text, so a history of texts is
-never what the model saw: the control of the test of histories.
+log-probabilities, and the version of the weights that drew each. Random weights write bytes that are no text, so a
+history of texts is never what the model saw: the control of the test of histories.
 """
 
 from __future__ import annotations
