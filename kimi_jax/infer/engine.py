@@ -43,7 +43,7 @@ from kimi_jax.infer.line import NOBODY, Caller, Line
 from kimi_jax.infer.pages import Pages, Place
 from kimi_jax.infer.pictures import encode_pictures
 from kimi_jax.infer.programs import Piece, Programs, Sizes
-from kimi_jax.infer.request import Completion, Event, Request, Sampling, completion
+from kimi_jax.infer.request import Completion, Event, Grammar, GrammarError, Matcher, Request, Sampling, completion
 from kimi_jax.infer.sequence import Group
 from kimi_jax.infer.sequence import Sequence as Answer
 from kimi_jax.infer.unfinished import Unfinished, restore
@@ -139,7 +139,7 @@ class Engine:
         for sampling in with_seed[1:]:
             member = dataclasses.replace(
                 first, number=next(self._numbers), sampling=sampling, seed=_seed(sampling), tokens=list(first.tokens),
-                pages=[], events=[], scores=[], experts=[],
+                pages=[], events=[], scores=[], experts=[], matcher=_begin(first.grammar),
             )  # fmt: skip
             self._waiting.append(member)
             members.append(member)
@@ -186,8 +186,10 @@ class Engine:
         digests = [media_digest(item) for item in request.media]
         answer = Answer(
             next(self._numbers), sampling, request.media, tokens.tolist(), len(tokens), limit, owners, digests,
-            _seed(sampling), caller,
+            _seed(sampling), caller, request.grammar, _begin(request.grammar),
         )  # fmt: skip
+        if answer.matcher and owners[-1] >= 0:
+            raise ValueError("a prompt that ends with a picture cannot have a grammar")
         answer.rewind(self.page_size)
         self._waiting.append(answer)
         return answer
@@ -280,10 +282,11 @@ class Engine:
             answer.rewind(self.page_size)
             self._waiting.put_back(answer)
 
-    def warmup(self, *, groups: bool = False, scores: bool = False, experts: bool = False) -> None:
-        """Compile every program now; those that only groups, scores or routed experts need if there will be any.
-
-        Raises RuntimeError unless idle.
+    def warmup(
+        self, *, groups: bool = False, scores: bool = False, experts: bool = False, grammars: bool = False
+    ) -> None:
+        """Compile every program now; those that only groups, scores, routed experts or grammars need if there will be
+        any. Raises RuntimeError unless idle.
         """
         if not self.idle:
             raise RuntimeError("warmup needs an idle engine")
@@ -291,6 +294,8 @@ class Engine:
             for size, scored in itertools.product(self._chunks, {False, scores}):
                 self._programs.read([], size, scored, record)
             self._programs.decode([], 1, 1, record)
+            if grammars:
+                self._programs.decode([], 1, 1, record, {0: np.zeros(0, np.uint32)})
         if groups:
             self._programs.copy([])
 
@@ -416,7 +421,7 @@ class Engine:
             self._pages.hold(answer)
             if len(answer.tokens) >= answer.limit:
                 events.append(self._end(answer, "length"))  # it was only scored
-            else:
+            elif answer.goal == len(answer.tokens):  # else the last one is decoded, which draws the next
                 token, logprob, *top = (a[row] for a in drawn.sampled)
                 events.append(self._advance(answer, int(token), float(logprob), *top))
         # who still reads goes behind those who had no room in this call
@@ -431,10 +436,13 @@ class Engine:
 
     def _decode(self, running: list[Answer], steps: int) -> list[Event]:
         """The next tokens of every running sequence."""
+        allowed, events = self._masks(running)
+        running = [s for s in running if s.slot >= 0]
+        if not running:
+            return events
         ended = max(min(len(self._waiting), len(self._slots) // 8), 1) if self._waiting else len(running)
         record = any(s.sampling.routed_experts for s in running)
-        decoded = self._programs.decode(running, steps, min(ended, len(running)), record)
-        events: list[Event] = []
+        decoded = self._programs.decode(running, steps, min(ended, len(running)), record, allowed)
         tokens, logprobs = decoded.sampled.tokens.tolist(), decoded.sampled.logprobs.tolist()
         top = decoded.sampled.top_tokens, decoded.sampled.top_logprobs
         for i in range(int(decoded.steps)):
@@ -448,6 +456,20 @@ class Engine:
                     listed = (a[i, slot] for a in top)
                     events.append(self._advance(answer, tokens[i][slot], logprobs[i][slot], *listed))
         return events
+
+    def _masks(self, running: Sequence[Answer]) -> tuple[dict[int, np.ndarray], list[Event]]:
+        """By slot, what those who have a grammar may say next. Those who cannot follow it end."""
+        allowed, failed = {}, []
+        for answer in running:
+            if answer.matcher is not None:
+                try:
+                    for token in answer.tokens[answer.prompt + answer.matched :]:
+                        answer.matcher.accept(token)
+                        answer.matched += 1
+                    allowed[answer.slot] = answer.matcher.allowed()
+                except GrammarError as error:
+                    failed.append(self._end(answer, "error", f"grammar: {error}"))
+        return allowed, failed
 
     def _advance(self, answer: Answer, token: int, logprob: float, listed: np.ndarray, values: np.ndarray) -> Event:
         """A new token, and the end if it is one. listed, values: the alternatives, [A] each."""
@@ -463,6 +485,10 @@ class Engine:
         if reason:
             self._leave(answer)
         return answer.report(token, logprob, top, reason, None, self.version)
+
+
+def _begin(grammar: Grammar | None) -> Matcher | None:
+    return None if grammar is None else grammar.start()
 
 
 def _seed(sampling: Sampling) -> int:

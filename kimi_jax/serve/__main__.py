@@ -1,6 +1,7 @@
 """python -m kimi_jax.serve --model=DIR: an OpenAI-compatible server for a released checkpoint or one of our workdirs.
 
-  POST /v1/chat/completions   streaming, tools, pictures and videos as data URIs, logprobs, ids, stop, seed, usage
+  POST /v1/chat/completions   streaming, tools, pictures and videos as data URIs, logprobs, ids, stop, seed, usage,
+                              response_format (JSON by a schema), tool_choice (required, or a function)
   POST /v1/completions        text or token ids
   GET  /v1/models, /v1/models/{id}, /health, /metrics (Prometheus)
 
@@ -41,6 +42,7 @@ _LENGTH = flags.DEFINE_integer("max_sequence_length", 4096, "Most tokens of prom
 _CONVERSATIONS = flags.DEFINE_integer(
     "conversations", None, "Of the longest length, in the cache: those that run and may go on. Default: 4 x slots.", 1
 )
+_GRAMMARS = flags.DEFINE_bool("warm_grammars", False, "Compile for schemas now, not at the first call that has one.")
 _MESH = flags.DEFINE_bool("mesh", False, "Shard weights and cache over all devices.")
 _REMOTE = flags.DEFINE_bool("allow_remote_media", False, "Fetch http and https addresses on the public internet.")
 _NETWORKS = flags.DEFINE_list("allow_media_networks", [], "Other networks that may be fetched from: 10.1.0.0/16,...")
@@ -100,7 +102,7 @@ def _load(path: str) -> tuple[Engine, Tokenizer]:
     engine = Engine(
         model, slots=_SLOTS.value, conversations=conversations, max_sequence_length=_LENGTH.value, mesh=mesh
     )  # fmt: skip
-    engine.warmup()
+    engine.warmup(grammars=_GRAMMARS.value)
     return engine, tokenizer
 
 

@@ -36,11 +36,12 @@ from kimi_jax.data.processor import Limits
 from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.infer.generate import Chat, chat_request, with_stop_tokens
 from kimi_jax.infer.line import Caller
-from kimi_jax.infer.request import Request, Sampling
+from kimi_jax.infer.request import Grammar, Request, Sampling
 from kimi_jax.serve import protocol
 from kimi_jax.serve.answer import Answer, ChatAnswer
 from kimi_jax.serve.body import VALUE_BYTES, count_values, parse_json, read_body
 from kimi_jax.serve.budget import MemoryBudget, Reservation
+from kimi_jax.serve.grammar import Grammars, grammar_text
 from kimi_jax.serve.guard import Guard, declared_length, refuse
 from kimi_jax.serve.protocol import ApiError, Call, ChatCall, CompletionCall
 from kimi_jax.serve.remote import Fetcher, IPNetwork
@@ -86,6 +87,7 @@ class Server:
         self.max_characters = longest * self.max_sequence_length
         self._threads = concurrent.futures.ThreadPoolExecutor(PREPARING_THREADS, "prepare")
         self.fetcher: Fetcher | None = None
+        self.grammars: Grammars | None = None
 
     def app(self) -> Guard:
         """The ASGI application; the engine's thread lives as long as its lifespan."""
@@ -93,11 +95,13 @@ class Server:
         @contextlib.asynccontextmanager
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
             self.fetcher = Fetcher(self.allowed_networks) if self.remote else None
+            self.grammars = Grammars(self.tokenizer)
             self.worker.start()
             try:
                 yield
             finally:
                 await self.worker.stop()
+                await asyncio.to_thread(self.grammars.close)
                 self._threads.shutdown(wait=False, cancel_futures=True)
                 if self.fetcher:
                     self.fetcher.close()
@@ -204,6 +208,10 @@ class Endpoint:
         """An answer that has not begun."""
         raise NotImplementedError
 
+    async def grammar(self, call: Any) -> Grammar | None:
+        """What the answers may say; None: anything. Raises ApiError(400)."""
+        return None
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one call, or says why not."""
         begun, status, unread = time.monotonic(), 200, True
@@ -244,7 +252,9 @@ class Endpoint:
         async with room:
             with _as_api_errors():
                 fetched = await self._fetch(call, memory)
+                grammar = await self.grammar(call)
                 requests = await server.in_thread(self.requests, call, fetched, memory)
+                requests = [dataclasses.replace(request, grammar=grammar) for request in requests]
                 run = await room.enter_async_context(server.worker.submit(requests, caller))
             answer = self.answer(call, requests)
             choices = self._choices(run, answer, begun)
@@ -306,6 +316,15 @@ class ChatEndpoint(Endpoint):
         limits = Limits(server.max_sequence_length, server.max_characters, memory.change)
         chat = Chat(call.messages, call.tools, call.thinking, call.preserve_thinking, open_url, limits, call.sampled)
         return _choices(chat_request(chat, server.tokenizer, server.config, self.sampling(call)), call.num_choices)
+
+    async def grammar(self, call: ChatCall) -> Grammar | None:
+        """Of a schema, or a tool that must be called."""
+        server = self._server
+        text = grammar_text(call, server.tokenizer)
+        if text is None:
+            return None
+        assert server.grammars is not None
+        return await server.grammars.compile(text)
 
     def answer(self, call: ChatCall, requests: list[Request]) -> ChatAnswer:
         """See Endpoint."""

@@ -23,6 +23,7 @@ MAX_CHOICES, MAX_STOPS = 128, 16
 MAX_STOP_CHARACTERS = 256  # of one stop string: each is looked for after every token
 MAX_STOP_TOKENS = 256
 MAX_MESSAGES, MAX_TOOLS = 16384, 1024
+MAX_CALLS = 64  # tool calls of an answer that is forced to make some
 MAX_USER = 256  # characters that tell users apart
 MAX_ERROR = 1000  # characters of a message
 # what only the server's operator may see: where an object lies in memory, and a file on the disk
@@ -35,8 +36,8 @@ IGNORED = frozenset({
 })  # fmt: skip
 # fields that exist elsewhere and that nothing here does: accepted with the value that means so
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "response_format": ({"type": "text"},),
-    "tool_choice": ("auto", "none"), "modalities": (["text"],), "echo": (False,), "suffix": ("",),
+    "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},),
+    "modalities": (["text"],), "echo": (False,), "suffix": ("",),
 }  # fmt: skip
 
 
@@ -93,7 +94,9 @@ class Call:
 class ChatCall(Call):
     """A call of /v1/chat/completions; tools is None where none may be called.
 
-    sampled: by number, the messages whose `token_ids` were given; see `infer.generate.Chat`.
+    sampled: by number, the messages whose `token_ids` were given; see `infer.generate.Chat`. schema: that the content
+    follows, None if it is free. must_call: names of tools, one of which has to be called. most_calls: how many calls
+    an answer makes at most that has to follow schemas.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -101,6 +104,9 @@ class ChatCall(Call):
     thinking: bool
     preserve_thinking: bool
     sampled: Mapping[int, tuple[int, ...]]
+    schema: Mapping[str, Any] | None
+    must_call: tuple[str, ...]
+    most_calls: int
 
 
 @dataclass(frozen=True)
@@ -212,12 +218,67 @@ def chat_call(body: Any) -> ChatCall:
     most = fields.integer("max_tokens", None, 1, 1 << 31)
     most = fields.integer("max_completion_tokens", most, 1, 1 << 31)
     shared = _shared(fields, TEMPERATURES[thinking], most or 0, top, logprobs)
+    schema, parallel = _response_format(fields), fields.take("parallel_tool_calls", bool, True)
+    usable, must_call, named = _tool_choice(fields, tools or [], schema is not None)
     fields.finish()
-    usable = None if body.get("tool_choice") == "none" else tools
     return ChatCall(
         **shared, messages=messages, tools=usable or None, thinking=thinking, preserve_thinking=preserve,
-        sampled=sampled,
+        sampled=sampled, schema=schema, must_call=must_call, most_calls=MAX_CALLS if parallel and not named else 1,
     )  # fmt: skip
+
+
+def _response_format(fields: Fields) -> Mapping[str, Any] | None:
+    """The JSON schema that the content has to follow, None for none."""
+    given = fields.fields("response_format")
+    kind = given.take("type", str, "text")
+    if kind not in ("text", "json_object", "json_schema"):
+        raise ApiError(400, f"response_format.type must be text, json_object or json_schema, not {kind!r:.40}",
+                       "response_format.type")  # fmt: skip
+    schema = None
+    if kind == "json_schema":
+        inner = given.fields("json_schema")
+        schema = inner.take("schema", dict)
+        if schema is None:
+            raise ApiError(400, "response_format.json_schema.schema is missing", "response_format.json_schema.schema")
+        for name, form in (("name", str), ("description", str), ("strict", bool)):  # it is always strict
+            inner.take(name, form)
+        inner.finish()
+    given.finish()
+    return {"type": "object"} if kind == "json_object" else schema
+
+
+def _tool_choice(
+    fields: Fields, tools: list[dict[str, Any]], constrained: bool
+) -> tuple[list[dict[str, Any]], tuple[str, ...], bool]:
+    """The tools that may be called, the names of which one must be, whether the call names it.
+
+    constrained: calls have to follow the tools' schemas, even if none must be made.
+    """
+    choice = fields.take("tool_choice", (str, dict), "auto")
+    if choice == "none":
+        return [], (), False
+    names = _function_names(tools) if constrained or choice != "auto" else []
+    if choice == "auto":
+        return tools, (), False
+    if choice == "required" and names:
+        return tools, tuple(names), False
+    named = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
+    if isinstance(named, dict) and named.get("name") in names:
+        return tools, (named["name"],), True
+    problem = "names no tool of this call" if named else "must be auto, none, required or name a function of tools"
+    raise ApiError(400, f"tool_choice {problem}", "tool_choice")
+
+
+def _function_names(tools: list[dict[str, Any]]) -> list[str]:
+    names = []
+    for i, tool in enumerate(tools):
+        function = tool.get("function")
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ApiError(400, f"tools[{i}].function needs a name", f"tools[{i}]")
+        if not isinstance(function.get("parameters"), dict | None):
+            raise ApiError(400, f"tools[{i}].function.parameters must be an object", f"tools[{i}]")
+        names.append(function["name"])
+    return names
 
 
 def _sampled(message: Mapping[str, Any], number: int) -> tuple[int, ...]:
