@@ -37,7 +37,7 @@ DEMO = [
 ]
 PARQUET = ["pyarrow>=20,<27"]
 NOTEBOOKS = ["nbclient>=0.10,<0.12", "ipykernel>=7,<8"]
-SERVE = ["starlette>=1.10,<2", "uvicorn>=0.54,<1", "h11>=0.16,<0.17"]
+SERVE = ["starlette>=1.10,<2", "uvicorn>=0.54,<1", "h11>=0.16,<0.17", "llguidance>=1.9.1,<2"]
 RL = ["scipy>=1.15,<2", "shapely>=2.1,<3", "rapidfuzz>=3.13,<4"]  # matching, polygons and edit distances of rewards
 TASKS = ["reasoning-gym>=0.1.25,<0.2"]  # tasks with verifiers; its own extra, as it brings a dozen small packages
 AGENTS = ["anyio>=4.9,<5", "openai>=3.54,<4", "mcp>=2.3,<3", "bm25s>=0.3.16,<0.4", "PyStemmer>=3,<4"]

@@ -33,7 +33,7 @@ released class does otherwise by default: it reads the whole text and takes for 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 from kimi_jax.data.example import Example, Text, Turns, text_of, token_spans
@@ -72,6 +72,7 @@ def encode(
     add_generation_prompt: bool | None = None,
     media: Callable[[Mapping[str, Any]], Any] = open_part,
     key: str = "",
+    sampled: Mapping[int, Sequence[int]] | None = None,
 ) -> Example:
     """A conversation as text spans with their loss weights (0 or 1), special tokens, and media, in reading order.
 
@@ -83,10 +84,13 @@ def encode(
                            already ends with an answer. One whose last message is `partial` never gets a header.
     media:                 the example's part for a media part of a message; by default the opened Image or Video.
     key:                   names the example in error messages.
+    sampled:               messages of the assistant, by number, whose tokens are known: those that were sampled behind
+                           the header of the answer, without the `<|im_end|>`. They stand for all that the message
+                           says, so that the history is what the model saw; text would be split into other tokens.
     Raises MessageError (a ValueError) for a message or part of another form, for `train_on` with a `partial` message or
     without anything that the assistant wrote, and what `media` raises.
     """
-    messages = list(messages)
+    messages, sampled = list(messages), sampled or {}
     check_messages(messages)
     history, last_answer = _history(messages, train_on)
     spans, calls = _Spans(), 0
@@ -98,18 +102,21 @@ def encode(
         keeps = thinking and (preserve_thinking or i > history or continued)
         learned = is_answer and train_on != "none" and (train_on == "all" or i > history)
         spans.begin(message)
-        if is_answer:
+        if i in sampled:
+            spans.add([THINK, *([] if thinking else [THINK_END])])
+            spans.add_ids(sampled[i], learned)
+        elif is_answer:
             spans.add([THINK])
             spans.add([reasoning_of(message) if keeps else ""], learned)
             if not (continued and opens_reasoning(messages, thinking)):
                 spans.add([THINK_END], learned and keeps)
         elif message["role"] == "tool":
             spans.add([f"## Return of {message.get('tool_call_id') or ''}\n"])
-        spans.add(_content(message.get("content"), f"messages[{i}].content", media), learned)
         called = message.get("tool_calls") if is_answer else None
-        if called:
-            spans.add(_tool_calls(called, calls), learned)
-            calls += len(called)
+        if i not in sampled:
+            spans.add(_content(message.get("content"), f"messages[{i}].content", media), learned)
+            spans.add(_tool_calls(called, calls) if called else [], learned)
+        calls += len(called or ())
         spans.add([] if continued else [END], learned)
         if i == last_answer or (is_answer and not called):
             spans.end_turn()
@@ -157,6 +164,10 @@ class _Spans:
                 self._parts[-1] = Text(last.text + piece, weight)
             elif piece:
                 self._parts.append(Text(piece, weight))
+
+    def add_ids(self, ids: Sequence[int], learned: bool) -> None:
+        """Tokens whose text is not known."""
+        self._parts.append(Text("", 1.0 if learned else 0.0, ids=tuple(ids)))
 
     def begin(self, message: Message) -> None:
         """The header of a message. The first one that is not the system's begins the first turn."""
@@ -252,11 +263,12 @@ def call_id(name: str, index: int) -> str:
     return f"functions.{name}:{index}"
 
 
-def with_released_ids(messages: Sequence[Message]) -> list[Message]:
+def with_released_ids(messages: Sequence[Message], sampled: Container[int] = ()) -> list[Message]:
     """The conversation with its tool calls renumbered as the model knows them, and the answers to them likewise.
 
     For conversations whose ids another program made up ("call_9f2"): those hide the function's name from the model.
-    Calls of one message with one id, or none, get their results in the order of the calls.
+    Calls of one message with one id, or none, get their results in the order of the calls. sampled: numbers of messages
+    whose tokens are known, and with them the ids that the model gave its calls: those stay.
     Raises ValueError for a message of another form, and for a result of which it cannot be told whose it is.
     """
     check_messages(messages)
@@ -272,7 +284,8 @@ def with_released_ids(messages: Sequence[Message]) -> list[Message]:
             named = [call.get("id") or "" for call in calls]
             waiting = [pair for pair in waiting if pair[0] not in named]  # the latest call of a name is meant
             for call, old in zip(calls, named, strict=True):
-                call["id"] = call_id(call["function"]["name"], count)
+                if not old or number not in sampled:
+                    call["id"] = call_id(call["function"]["name"], count)
                 waiting.append((old, call["id"]))
                 known.add(old)
                 count += 1

@@ -40,11 +40,14 @@ class Text:
 
     special: the text is the name of one special token ("<|im_end|>"). Only code that writes the structure of a
              conversation or of media sets it (`conversation.encode`), never a reader of files.
+    ids:     the tokens themselves, where they are known and the text is not (`conversation.encode`, `sampled`); never
+             from a reader of files either: they may hold special tokens.
     """
 
     text: str
     loss_weight: float | int = 1.0
     special: bool = False
+    ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -233,7 +236,9 @@ def token_spans(parts: Sequence[Any], stamps: Stamps, tokenizer: Tokenizer) -> I
         if waiting.text:
             yield Span(tokenizer.encode(waiting.text), 0.0, of_part)
         waiting = Text("", 0.0)
-        if text.special:
+        if text.ids is not None:
+            yield Span(list(text.ids), text.loss_weight, number)
+        elif text.special:
             yield Span([_special_id(tokenizer, text.text)], text.loss_weight, number, text.text == PAD)
         elif text.loss_weight == 0 and text.text:
             waiting, of_part = text, number

@@ -92,11 +92,13 @@ def prepare(
     add_generation_prompt: bool | None = None,
     open_url: Callable[[str], bytes] | None = None,
     limits: Limits | None = None,
+    sampled: Mapping[int, Sequence[int]] | None = None,
 ) -> Prompt:
     """Encodes a conversation (see `conversation.encode`), opens its media and expands their pads.
 
     An image stands in its part as `media_part` says. Data URIs are read here; any other address goes to `open_url`,
-    and is refused without one. limits: checked before media are decoded; None for no limits.
+    and is refused without one. limits: checked before media are decoded; None for no limits. sampled: see
+    `conversation.encode`.
     Raises BadRecord: those of `plan_media` and `MediaPlan.decode`; refused. Raises ValueError for a message of another
     form or a prompt beyond the limits.
     """
@@ -113,7 +115,7 @@ def prepare(
 
     found = encode(
         messages, tools, thinking=thinking, preserve_thinking=preserve_thinking,
-        add_generation_prompt=add_generation_prompt, media=plan,
+        add_generation_prompt=add_generation_prompt, media=plan, sampled=sampled,
     ).parts  # fmt: skip
     if limits:
         limits.check_text(found)

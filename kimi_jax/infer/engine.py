@@ -4,11 +4,11 @@ Source: docs/architecture.md section 9. What is compiled, and the arrays it take
 gets a slot, what is read, what is decoded. Nothing is compiled after each program has run once (`warmup` runs them);
 only the vision tower has programs for each class of picture sizes (`infer.pictures`).
 
-Order: first come, first served. A step reads pieces of as many prompts as its budget of tokens allows, or decodes;
-where both wait the two take turns, so a long prompt does not stop the others. How long a prompt's pieces are depends on
-it alone, so that its numbers do too, whatever stands beside it. `tokens_per_call` tokens are decoded for all slots
-before Python hears of them, the same ones as one at a time; a call is left early when enough slots have ended for those
-who wait, and gives one token while prompts are being read.
+Order: callers take turns, each first come, first served (`infer.line`). A step reads pieces of as many prompts as its
+budget of tokens allows, or decodes; where both wait the two take turns, so a long prompt does not stop the others. How
+long a prompt's pieces are depends on it alone, so that its numbers do too, whatever stands beside it. `tokens_per_call`
+tokens are decoded for all slots before Python hears of them, the same ones as one at a time; a call is left early when
+enough slots have ended for those who wait, and gives one token while prompts are being read.
 
 Pages: a request gets all that it can ever need (prompt and max_new_tokens) when its prompt starts, and waits, as does
 everybody behind it, until there are enough. So nothing ever has to be taken back, at the price of room for tokens that
@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -40,10 +39,11 @@ from jax.sharding import Mesh
 from kimi_jax import sharding
 from kimi_jax.infer.cache import Cache, PagePool, media_digest
 from kimi_jax.infer.checks import check_media, check_sampling, check_tokens
+from kimi_jax.infer.line import NOBODY, Caller, Line
 from kimi_jax.infer.pages import Pages, Place
 from kimi_jax.infer.pictures import encode_pictures
 from kimi_jax.infer.programs import PrefillChunk, Programs, Sizes
-from kimi_jax.infer.request import Completion, Event, Request, Sampling, completion
+from kimi_jax.infer.request import Completion, Event, Grammar, GrammarError, Matcher, Request, Sampling, completion
 from kimi_jax.infer.sequence import Sequence as Answer
 from kimi_jax.infer.sequence import SequenceGroup
 from kimi_jax.infer.unfinished import Unfinished, restore
@@ -59,7 +59,8 @@ class Engine:
     """Runs requests on a model. Single thread: `submit`, `cancel` and `step` are called by one thread.
 
     slots: requests that decode together. page_size: tokens a page, a power of two. num_pages: of the cache; default:
-    enough for every slot at the longest sequence. max_sequence_length: most tokens of prompt and answer together.
+    enough for `conversations` of the longest length, of which as many as there are slots run and the others may return:
+    their pages are kept meanwhile; default: as many as slots. max_sequence_length: most tokens of prompt and answer.
     mesh: of `kimi_jax.sharding`; slots and pages are cut where they divide. chunks: lengths of a prompt's pieces.
     tokens_per_call: how many tokens of an answer are decoded before they are reported; 1 to stream them as they come.
     prefill_tokens: of prompts, read in one step; the longest piece unless given.
@@ -73,6 +74,7 @@ class Engine:
         slots: int = 8,
         page_size: int = 64,
         num_pages: int | None = None,
+        conversations: int | None = None,
         max_sequence_length: int = 4096,
         mesh: Mesh | None = None,
         chunks: Sequence[int] = CHUNKS,
@@ -89,7 +91,7 @@ class Engine:
         self.model, self.config, self.mesh = model, model.config, mesh
         self.page_size, self.max_sequence_length = page_size, max_sequence_length
         width = -(-max_sequence_length // page_size)
-        num_pages = 1 + slots * width if num_pages is None else num_pages
+        num_pages = 1 + max(slots, conversations or 0) * width if num_pages is None else num_pages
         if mesh is not None:
             num_pages += -num_pages % sharding.batch_parts(mesh)
         longest = 1 << (max_sequence_length - 1).bit_length()
@@ -101,7 +103,7 @@ class Engine:
         self._pages = Pages(self._pool, page_size)
         self._programs = Programs(self.config, mesh, Sizes(slots, num_pages, page_size, width, tokens_per_call, rows))
         self._slots: list[Answer | None] = [None] * slots
-        self._waiting: deque[Answer] = deque()
+        self._waiting = Line()
         self._reading: list[Answer] = []
         self._coming: tuple[dict[str, Any], int] | None = None
         self._numbers = itertools.count()
@@ -112,13 +114,13 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------ the public part
 
-    def submit(self, request: Request) -> int:
-        """Put a request at the end of the line; its number.
+    def submit(self, request: Request, caller: Caller = NOBODY) -> int:
+        """Put a request at the end of its caller's line; its number.
 
         Raises ValueError for tokens outside the vocabulary, a prompt that leaves no room for an answer or needs more
         pages than there are, media that do not fit the pads or the model, settings out of range.
         """
-        return self._enter(request).number
+        return self._enter(request, caller).number
 
     def submit_group(self, request: Request, seeds: Sequence[int | None]) -> list[int]:
         """As many answers to one prompt as there are seeds, which take the place of the request's own; their numbers.
@@ -137,7 +139,7 @@ class Engine:
         for sampling in with_seed[1:]:
             member = dataclasses.replace(
                 first, number=next(self._numbers), sampling=sampling, seed=_seed(sampling), tokens=list(first.tokens),
-                pages=[], events=[], scores=[], experts=[],
+                pages=[], events=[], scores=[], experts=[], matcher=_begin(first.grammar),
             )  # fmt: skip
             self._waiting.append(member)
             members.append(member)
@@ -151,7 +153,7 @@ class Engine:
         try:
             restore(answer, unfinished, self.config)
         except ValueError:
-            self._waiting.pop()
+            self._waiting.remove(answer)
             raise
         answer.rewind(self.page_size)
         return answer.number
@@ -169,7 +171,7 @@ class Engine:
         self._pages.drop_groups()
         return found
 
-    def _enter(self, request: Request) -> Answer:
+    def _enter(self, request: Request, caller: Caller = NOBODY) -> Answer:
         sampling = request.sampling
         only_scored = sampling.score_from is not None and sampling.max_new_tokens == 0
         tokens = check_tokens(self.config, request.token_ids, self.max_sequence_length + only_scored)
@@ -184,8 +186,10 @@ class Engine:
         digests = [media_digest(item) for item in request.media]
         answer = Answer(
             next(self._numbers), sampling, request.media, tokens.tolist(), len(tokens), limit, owners, digests,
-            _seed(sampling),
+            _seed(sampling), caller, request.grammar, _begin(request.grammar),
         )  # fmt: skip
+        if answer.matcher and owners[-1] >= 0:
+            raise ValueError("a prompt that ends with a picture cannot have a grammar")
         answer.rewind(self.page_size)
         self._waiting.append(answer)
         return answer
@@ -271,17 +275,18 @@ class Engine:
         self._pages.clear()
 
     def _evict(self) -> None:
-        """Those who run go back to the head of the line, in their order; what they have so far will be read."""
+        """Those who run go back to the head of the line, the first one first; what they have so far will be read."""
         for answer in sorted((s for s in self._slots if s is not None), key=lambda s: -s.number):
             self._leave(answer, keep=False)
             answer.group, answer.features = None, None
             answer.rewind(self.page_size)
-            self._waiting.appendleft(answer)
+            self._waiting.put_back(answer)
 
-    def warmup(self, *, groups: bool = False, scores: bool = False, experts: bool = False) -> None:
-        """Compile every program now; those that only groups, scores or routed experts need if there will be any.
-
-        Raises RuntimeError unless idle.
+    def warmup(
+        self, *, groups: bool = False, scores: bool = False, experts: bool = False, grammars: bool = False
+    ) -> None:
+        """Compile every program now; those that only groups, scores, routed experts or grammars need if there will be
+        any. Raises RuntimeError unless idle.
         """
         if not self.idle:
             raise RuntimeError("warmup needs an idle engine")
@@ -289,6 +294,8 @@ class Engine:
             for size, scored in itertools.product(self._chunks, {False, scores}):
                 self._programs.read([], size, scored, record)
             self._programs.decode([], 1, 1, record)
+            if grammars:
+                self._programs.decode([], 1, 1, record, {0: np.zeros(0, np.uint32)})
         if groups:
             self._programs.copy([])
 
@@ -330,7 +337,7 @@ class Engine:
                 if not any(self._slots):
                     self._pages.drop_groups()  # they must not hold what the first in line needs, who tries again
                 break
-            self._waiting.remove(answer)
+            self._waiting.take(answer)
             self._join(answer, place)
             coming.update(self._pages.to_read(answer, answer.filled))
             copies += [place.copied] if place.copied else []
@@ -414,7 +421,7 @@ class Engine:
             self._pages.hold(answer)
             if len(answer.tokens) >= answer.limit:
                 events.append(self._end(answer, "length"))  # it was only scored
-            else:
+            elif answer.goal == len(answer.tokens):  # else the last one is decoded, which draws the next
                 token, logprob, *top = (a[row] for a in drawn.sampled)
                 events.append(self._advance(answer, int(token), float(logprob), *top))
         # who still reads goes behind those who had no room in this call
@@ -429,10 +436,13 @@ class Engine:
 
     def _decode(self, running: list[Answer], steps: int) -> list[Event]:
         """The next tokens of every running sequence."""
+        allowed, events = self._masks(running)
+        running = [s for s in running if s.slot >= 0]
+        if not running:
+            return events
         ended = max(min(len(self._waiting), len(self._slots) // 8), 1) if self._waiting else len(running)
         record = any(s.sampling.routed_experts for s in running)
-        decoded = self._programs.decode(running, steps, min(ended, len(running)), record)
-        events: list[Event] = []
+        decoded = self._programs.decode(running, steps, min(ended, len(running)), record, allowed)
         tokens, logprobs = decoded.sampled.tokens.tolist(), decoded.sampled.logprobs.tolist()
         top = decoded.sampled.top_tokens, decoded.sampled.top_logprobs
         for i in range(int(decoded.steps)):
@@ -446,6 +456,20 @@ class Engine:
                     listed = (a[i, slot] for a in top)
                     events.append(self._advance(answer, tokens[i][slot], logprobs[i][slot], *listed))
         return events
+
+    def _masks(self, running: Sequence[Answer]) -> tuple[dict[int, np.ndarray], list[Event]]:
+        """By slot, what those who have a grammar may say next. Those who cannot follow it end."""
+        allowed, failed = {}, []
+        for answer in running:
+            if answer.matcher is not None:
+                try:
+                    for token in answer.tokens[answer.prompt + answer.matched :]:
+                        answer.matcher.accept(token)
+                        answer.matched += 1
+                    allowed[answer.slot] = answer.matcher.allowed()
+                except GrammarError as error:
+                    failed.append(self._end(answer, "error", f"grammar: {error}"))
+        return allowed, failed
 
     def _advance(self, answer: Answer, token: int, logprob: float, listed: np.ndarray, values: np.ndarray) -> Event:
         """A new token, and the end if it is one. listed, values: the alternatives, [A] each."""
@@ -461,6 +485,10 @@ class Engine:
         if reason:
             self._leave(answer)
         return answer.report(token, logprob, top, reason, None, self.version)
+
+
+def _begin(grammar: Grammar | None) -> Matcher | None:
+    return None if grammar is None else grammar.start()
 
 
 def _seed(sampling: Sampling) -> int:

@@ -36,6 +36,8 @@ class Chat:
     thinking: whether the model reasons first. preserve_thinking: keeps the reasoning of earlier answers.
     open_url: opens addresses of pictures that are not data URIs; without it those are refused.
     limits: of the prompt, checked before media are decoded; None for no limits.
+    sampled: by number, the messages of the assistant whose tokens are known: those of the completions that they were,
+    to the last one. They are part of the prompt as they are, so that the history is what the model saw.
     """
 
     messages: Sequence[Message]
@@ -44,6 +46,7 @@ class Chat:
     preserve_thinking: bool = False
     open_url: Callable[[str], bytes] | None = None
     limits: Limits | None = None
+    sampled: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
     @property
     def reasons(self) -> bool:
@@ -55,10 +58,11 @@ def chat_request(chat: Chat, tokenizer: Tokenizer, config: ModelConfig, sampling
     """What the sampler takes: ids with expanded pads, media as uint8 patches, the tokenizer's stop tokens.
 
     Nothing in a message becomes a special token, whatever it spells. Raises ValueError for a message of another form,
-    or a picture for a text-only model, and BadRecord as `data.processor.prepare` does.
+    tokens that cannot be part of a prompt, or a picture for a text-only model, and BadRecord as
+    `data.processor.prepare` does.
     """
     prompt = prepare(
-        with_released_ids(chat.messages),
+        with_released_ids(chat.messages, chat.sampled),
         tokenizer,
         chat.tools,
         chat.thinking,
@@ -66,6 +70,7 @@ def chat_request(chat: Chat, tokenizer: Tokenizer, config: ModelConfig, sampling
         add_generation_prompt=True,
         open_url=chat.open_url,
         limits=chat.limits,
+        sampled={i: _history_ids(ids, f"messages[{i}].token_ids", tokenizer) for i, ids in chat.sampled.items()},
     )
     if prompt.media:
         if config.vision is None:
@@ -76,6 +81,13 @@ def chat_request(chat: Chat, tokenizer: Tokenizer, config: ModelConfig, sampling
                 f"{config.media_placeholder_token_id}: they do not belong together"
             )
     return Request(prompt.input_ids, prompt.media, with_stop_tokens(sampling, tokenizer))
+
+
+def _history_ids(ids: Sequence[int], where: str, tokenizer: Tokenizer) -> Sequence[int]:
+    """The tokens of an answer without the <|im_end|>, which the template writes. Raises ValueError for media pads."""
+    if tokenizer.media_pad_id in ids:  # of which picture would it be?
+        raise ValueError(f"{where} holds the media pad {tokenizer.media_pad_id}, which no answer can be continued from")
+    return ids[:-1] if ids and ids[-1] == tokenizer.special_id(END) else ids
 
 
 def with_stop_tokens(sampling: Sampling, tokenizer: Tokenizer) -> Sampling:

@@ -148,8 +148,15 @@ class Programs:
         )
         return jax.device_get(drawn)
 
-    def decode(self, running: Sequence[state.Sequence], steps: int, ended: int, record: bool) -> Decoded:
-        """Up to `steps` tokens of every running sequence; fewer once `ended` of them have come to their end."""
+    def decode(
+        self, running: Sequence[state.Sequence], steps: int, ended: int, record: bool,
+        allowed: Mapping[int, np.ndarray] | None = None,
+    ) -> Decoded:  # fmt: skip
+        """Up to `steps` tokens of every running sequence; fewer once `ended` of them have come to their end.
+
+        allowed: by slot, the masks of those that have a grammar (`request.Matcher`); with any of them one token, by a
+        program that only they need.
+        """
         slots = self.sizes.slots
         tokens, start, count, limit = (np.zeros(slots, np.int32) for _ in range(4))
         stop_ids = np.full((slots, STOP_IDS), -1, np.int32)
@@ -159,7 +166,9 @@ class Programs:
             stop_ids[s.slot, : len(known)] = known
         table, settings = self._rows({s.slot: s for s in running}, slots, start + count)
         chunk = decoder.Chunk(tokens[:, None], start, count, table)
-        if self.sizes.tokens == 1:
+        if allowed:
+            settings = settings._replace(allowed=self._masks(allowed))
+        if allowed or self.sizes.tokens == 1:
             self.cache, drawn = self.step(self.weights, self.cache, chunk, settings, record=record)
             drawn = jax.device_get(drawn)
             experts = None if drawn.experts is None else drawn.experts.swapaxes(0, 1)
@@ -167,6 +176,14 @@ class Programs:
         ends = Ends(stop_ids, limit, np.int32(steps), np.int32(ended))
         self.cache, decoded = self._loop(self.weights, self.cache, chunk, settings, ends, record=record)
         return jax.device_get(decoded)
+
+    def _masks(self, allowed: Mapping[int, np.ndarray]) -> np.ndarray:
+        """uint32 [B, W]: those of the slots, everything for the others."""
+        masks = np.full((self.sizes.slots, -(-self.config.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
+        for slot, mask in allowed.items():
+            width = min(len(mask), masks.shape[1])
+            masks[slot, :width], masks[slot, width:] = mask[:width], 0
+        return masks
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies pages, at most as many as there are slots: (from, to)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -66,17 +67,46 @@ class Sampling:
         return None
 
 
+class GrammarError(Exception):
+    """Why an answer cannot follow its grammar any further: it takes too long, or needs too much memory."""
+
+
+@runtime_checkable
+class Matcher(Protocol):
+    """Where one answer stands in its grammar."""
+
+    def allowed(self) -> np.ndarray:
+        """uint32 [W]: bit i % 32 of word i // 32 says whether token i may be next; tokens behind the last word may not.
+
+        At least one may. Raises GrammarError.
+        """
+
+    def accept(self, token: int) -> None:
+        """This token, which was allowed, is next. Raises GrammarError."""
+
+
+@runtime_checkable
+class Grammar(Protocol):
+    """What an answer may say, of any number of answers (`serve.grammar`)."""
+
+    def start(self) -> Matcher:
+        """The beginning of an answer."""
+
+
 @dataclass(frozen=True)
 class Request:
     """A prompt.
 
     token_ids: int32 [n], every picture or video chunk as as many media pads as it has features. media: the items in
     order of appearance; their patches [N, 3*p*p] in raster order, bytes, or floats already in [-1, 1].
+    grammar: what the answer may say; its tokens are drawn one a call, of those that are allowed. Log-probabilities are
+    those without it.
     """
 
     token_ids: np.ndarray
     media: tuple[MediaItem, ...] = ()
     sampling: Sampling = Sampling()
+    grammar: Grammar | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """One token for every row of logits: greedy, or drawn at the row's own temperature, nucleus, and random stream.
 
 A row's draw depends on its logits, its seed and the position of the new token, and on nothing
-else of the batch. The nucleus is found without sorting: the least logit that is still inside is bisected by its bit
-pattern, which is exact. What no row asks for (noise, nucleus, alternatives) is not computed.
+else of the batch. What a row is not allowed is never drawn, but log-probabilities are those of a row that is allowed
+everything. The nucleus is found without sorting: the least logit that is still inside is bisected by its bit pattern,
+which is exact. What no row asks for (noise, nucleus, alternatives, masks) is not computed.
 
-B rows   V vocabulary   A alternatives listed
+B rows   V vocabulary   A alternatives listed   W = ceil(V / 32)
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class Settings(NamedTuple):
     seed: UInt32[Array, " B"]
     position: Int[Array, " B"]  # of the new token
     top_logprobs: Int[Array, " B"]
+    allowed: UInt32[Array, "B W"] | None = None  # bit i % 32 of word i // 32: whether the row may draw token i
 
 
 class Sampled(NamedTuple):
@@ -42,8 +44,9 @@ def sample(logits: Float[Array, "B V"], settings: Settings) -> Sampled:
     """Draw one token a row. Logits float32."""
     greedy = settings.temperature < MIN_TEMPERATURE
     logprobs = _log_softmax(logits, settings.temperature)
-    drawn = lax.cond(greedy.all(), lambda: logprobs, lambda: _perturbed(logprobs, settings))
-    tokens = jnp.argmax(jnp.where(greedy[:, None], logprobs, drawn), axis=-1).astype(jnp.int32)
+    choice = logprobs if settings.allowed is None else _within(logprobs, settings.allowed)
+    drawn = lax.cond(greedy.all(), lambda: choice, lambda: _perturbed(choice, settings))
+    tokens = jnp.argmax(jnp.where(greedy[:, None], choice, drawn), axis=-1).astype(jnp.int32)
     chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
     listed = min(MAX_TOP_LOGPROBS, logits.shape[1])
     none = jnp.zeros((logits.shape[0], listed))
@@ -63,6 +66,13 @@ def score(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"], temperature:
 
 def _log_softmax(logits: Float[Array, "B V"], temperature: Float[Array, " B"]) -> Float[Array, "B V"]:
     return jax.nn.log_softmax(logits / jnp.where(temperature < MIN_TEMPERATURE, 1.0, temperature)[:, None])
+
+
+def _within(logprobs: Float[Array, "B V"], allowed: UInt32[Array, "B W"]) -> Float[Array, "B V"]:
+    """The distribution over the tokens that are allowed; -inf for the others."""
+    bits = (allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    inside = bits.reshape(len(allowed), -1)[:, : logprobs.shape[1]] == 1
+    return jax.nn.log_softmax(jnp.where(inside, logprobs, -jnp.inf))
 
 
 def _perturbed(logprobs: Array, settings: Settings) -> Array:

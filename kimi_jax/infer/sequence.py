@@ -11,7 +11,7 @@ import numpy as np
 
 from kimi_jax.data.example import MediaItem
 from kimi_jax.infer.cache import page_keys
-from kimi_jax.infer.request import Event, Sampling
+from kimi_jax.infer.request import Event, Grammar, Matcher, Sampling
 
 
 @dataclass(eq=False)
@@ -53,6 +53,10 @@ class Sequence:
     owners: np.ndarray  # int32 [n]: the media item whose feature stands there, or -1
     digests: list[bytes]
     seed: int
+    caller: tuple[str, str] = ("", "")  # see `infer.line`
+    grammar: Grammar | None = None
+    matcher: Matcher | None = None  # where the answer stands in it
+    matched: int = 0  # tokens of the answer that it has seen
     group: SequenceGroup | None = None
     keys: list[bytes] = field(default_factory=list)  # of the full pages of what is read
     features: np.ndarray | None = None  # [F, D], until the prompt is read
@@ -81,13 +85,16 @@ class Sequence:
         return page_keys(tokens, owners, self.digests, page_size)
 
     def rewind(self, page_size: int) -> None:
-        """All tokens so far are to be read; the last one is always computed, since its logits are wanted."""
+        """All tokens so far are to be read; the last one is always computed, since its logits are wanted.
+
+        With a grammar the last one is decoded, not read: only that program takes masks.
+        """
         self.filled = self.cached = 0
-        self.goal = self.read = len(self.tokens)
+        self.goal = self.read = len(self.tokens) - (self.matcher is not None)
         self.pages, self.slot, self.stale = [], -1, False
         if not self.scored:
             self.scores = []  # of several versions they would mean nothing
-        self.keys = self.page_keys(self.goal - 1, page_size)
+        self.keys = self.page_keys(len(self.tokens) - 1, page_size)
 
     @property
     def scored(self) -> bool:

@@ -42,7 +42,7 @@ class Unfinished:
     def of(cls, answer: Sequence) -> Unfinished:
         """What the engine has of a request."""
         sampling = dataclasses.replace(answer.sampling, seed=answer.seed)
-        request = Request(np.array(answer.tokens[: answer.prompt], np.int32), answer.media, sampling)
+        request = Request(np.array(answer.tokens[: answer.prompt], np.int32), answer.media, sampling, answer.grammar)
         sampled = [event for event in answer.events if event.token_id is not None]
         return cls(
             request,
@@ -55,8 +55,10 @@ class Unfinished:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """What `json.dumps` takes. Floats are written in full, arrays in base64."""
+        """What `json.dumps` takes. Floats are written in full, arrays in base64. Raises ValueError for a grammar."""
         given = self.request
+        if given.grammar is not None:
+            raise ValueError("an unfinished answer with a grammar cannot be stored")
         return {
             "prompt": np.asarray(given.token_ids).tolist(),
             "media": [{"grid": list(item.grid), "patches": _pack(item.patches)} for item in given.media],

@@ -1,6 +1,7 @@
 """python -m kimi_jax.serve --model=DIR: an OpenAI-compatible server for a released checkpoint or one of our workdirs.
 
-  POST /v1/chat/completions   streaming, tools, pictures and videos as data URIs, logprobs, stop, seed, n, usage
+  POST /v1/chat/completions   streaming, tools, pictures and videos as data URIs, logprobs, ids, stop, seed, usage,
+                              response_format (JSON by a schema), tool_choice (required, or a function)
   POST /v1/completions        text or token ids
   GET  /v1/models, /v1/models/{id}, /health, /metrics (Prometheus)
 
@@ -26,6 +27,9 @@ from kimi_jax.model import load
 from kimi_jax.serve.worker import EngineWorker
 from kimi_jax.sharding import serving_mesh
 
+# a client that thinks, or a tool that runs, leaves its slot to others for a while and returns
+CONVERSATIONS_A_SLOT = 4
+
 _MODEL = flags.DEFINE_string("model", None, "A released directory or a workdir, with its tokenizer.")
 _NAME = flags.DEFINE_string("name", "", "What clients call the model; default: the last part of --model.")
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 for all.")
@@ -35,7 +39,10 @@ _EXPERTS = flags.DEFINE_enum("experts", "float", ["float", "int4"], "int4: packe
 _SLOTS = flags.DEFINE_integer("slots", 8, "Answers that are written at the same time.", 1)
 _WAITING = flags.DEFINE_integer("max_waiting", 64, "Answers that may wait for a slot; more get a 429.", 0)
 _LENGTH = flags.DEFINE_integer("max_sequence_length", 4096, "Most tokens of prompt and answer together.", 2)
-_PAGES = flags.DEFINE_integer("num_pages", None, "Pages of 64 tokens in the cache; default: enough for all slots.", 2)
+_CONVERSATIONS = flags.DEFINE_integer(
+    "conversations", None, "Of the longest length, in the cache: those that run and may go on. Default: 4 x slots.", 1
+)
+_GRAMMARS = flags.DEFINE_bool("warm_grammars", False, "Compile for schemas now, not at the first call that has one.")
 _MESH = flags.DEFINE_bool("mesh", False, "Shard weights and cache over all devices.")
 _REMOTE = flags.DEFINE_bool("allow_remote_media", False, "Fetch http and https addresses on the public internet.")
 _NETWORKS = flags.DEFINE_list("allow_media_networks", [], "Other networks that may be fetched from: 10.1.0.0/16,...")
@@ -91,10 +98,11 @@ def _load(path: str) -> tuple[Engine, Tokenizer]:
     model = load(path, _DTYPE.value, _EXPERTS.value, mesh)
     tokenizer = model.tokenizer  # before anything is compiled: it may be missing
     print(f"{path} is loaded; compiling", file=sys.stderr)
+    conversations = _CONVERSATIONS.value or CONVERSATIONS_A_SLOT * _SLOTS.value
     engine = Engine(
-        model, slots=_SLOTS.value, num_pages=_PAGES.value, max_sequence_length=_LENGTH.value, mesh=mesh
+        model, slots=_SLOTS.value, conversations=conversations, max_sequence_length=_LENGTH.value, mesh=mesh
     )  # fmt: skip
-    engine.warmup()
+    engine.warmup(grammars=_GRAMMARS.value)
     return engine, tokenizer
 
 

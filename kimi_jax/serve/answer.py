@@ -1,6 +1,8 @@
 """What a client is answered, as JSON: whole, or in the pieces of a stream (the OpenAI API).
 
 Every sampled token counts in the usage and has its place in logprobs and token ids, the one that ends the text too.
+With `return_token_ids` come the names that vLLM has for them, `prompt_token_ids` and `token_ids`, and beside the latter
+`weight_versions`: for each token the version of the weights that drew it.
 """
 
 from __future__ import annotations
@@ -133,10 +135,15 @@ class Answer:
             extras["logprobs"] = self._logprobs(index, events)
         if self._call.return_token_ids:
             if not choice.prompt_sent:
-                extras["prompt_token_ids"] = list(choice.prompt)
+                extras |= self._prompt_ids(index)
             extras["token_ids"] = [event.token_id for event in events]
+            extras["weight_versions"] = [event.version for event in events]
         choice.prompt_sent = True
         return extras
+
+    def _prompt_ids(self, index: int) -> dict[str, Any]:
+        """Each choice has its own prompt."""
+        return {"prompt_token_ids": list(self.choices[index].prompt)}
 
     def _usage(self) -> dict[str, Any]:
         firsts = self.choices[:: self._call.num_choices]  # a prompt counts once, however many choices it has
@@ -165,9 +172,20 @@ class ChatAnswer(Answer):
 
     def begin(self) -> list[dict[str, Any]]:
         """Each choice says whose message it is."""
-        return [
-            self._piece(index, {"delta": {"role": "assistant", "content": ""}}) for index in range(len(self.choices))
-        ]
+        pieces = [self._piece(i, {"delta": {"role": "assistant", "content": ""}}) for i in range(len(self.choices))]
+        pieces[0] |= self._prompt_of_all()
+        return pieces
+
+    def whole(self) -> dict[str, Any]:
+        """See Answer."""
+        return {**super().whole(), **self._prompt_of_all()}
+
+    def _prompt_of_all(self) -> dict[str, Any]:
+        """All choices have the same prompt, which stands beside them."""
+        return {"prompt_token_ids": list(self.choices[0].prompt)} if self._call.return_token_ids else {}
+
+    def _prompt_ids(self, index: int) -> dict[str, Any]:
+        return {}
 
     def _shown(self, request: Request) -> ReplyStream:
         parser = ReplyParser(self._thinking)

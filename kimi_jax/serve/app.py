@@ -27,7 +27,7 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kimi_jax.config import ModelConfig
 from kimi_jax.data import BadRecord
@@ -35,11 +35,13 @@ from kimi_jax.data.media_part import media_urls
 from kimi_jax.data.processor import Limits
 from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.infer.generate import Chat, chat_request, with_stop_tokens
-from kimi_jax.infer.request import Request, Sampling
+from kimi_jax.infer.line import Caller
+from kimi_jax.infer.request import Grammar, Request, Sampling
 from kimi_jax.serve import protocol
 from kimi_jax.serve.answer import Answer, ChatAnswer
 from kimi_jax.serve.body import VALUE_BYTES, count_values, parse_json, read_body
 from kimi_jax.serve.budget import MemoryBudget, Reservation
+from kimi_jax.serve.grammar import Grammars, grammar_text
 from kimi_jax.serve.guard import Guard, declared_length, refuse
 from kimi_jax.serve.protocol import ApiError, Call, ChatCall, CompletionCall
 from kimi_jax.serve.remote import Fetcher, IPNetwork
@@ -85,6 +87,7 @@ class Server:
         self.max_characters = longest * self.max_sequence_length
         self._threads = concurrent.futures.ThreadPoolExecutor(PREPARING_THREADS, "prepare")
         self.fetcher: Fetcher | None = None
+        self.grammars: Grammars | None = None
 
     def app(self) -> Guard:
         """The ASGI application; the engine's thread lives as long as its lifespan."""
@@ -92,11 +95,13 @@ class Server:
         @contextlib.asynccontextmanager
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
             self.fetcher = Fetcher(self.allowed_networks) if self.remote else None
+            self.grammars = Grammars(self.tokenizer)
             self.worker.start()
             try:
                 yield
             finally:
                 await self.worker.stop()
+                await asyncio.to_thread(self.grammars.close)
                 self._threads.shutdown(wait=False, cancel_futures=True)
                 if self.fetcher:
                     self.fetcher.close()
@@ -109,9 +114,8 @@ class Server:
             Route("/health", self.health),
             Route("/metrics", self.metrics),
         ]
-        return Guard(
-            Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _no_route}), self.api_key
-        )
+        answering = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _no_route})
+        return Guard(WithVersion(answering, self.worker), self.api_key)
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         """What `function` returns, from one of the threads that prepare calls."""
@@ -151,6 +155,7 @@ class Server:
             for (route, status), n in sorted(self.answers.items())
         ]
         lines += ["# TYPE kimi_admitted gauge", f"kimi_admitted {self.worker.admitted}"]
+        lines += ["# TYPE kimi_weight_version gauge", f"kimi_weight_version {self.worker.version}"]
         lines += ["# TYPE kimi_memory_bytes gauge", f"kimi_memory_bytes {self.memory.used}"]
         lines += ["# TYPE kimi_first_token_seconds summary", f"kimi_first_token_seconds_sum {seconds:.6f}"]
         lines += [f"kimi_first_token_seconds_count {count}"]
@@ -159,6 +164,25 @@ class Server:
             name = f"kimi_engine_{name}" if gauge else f"kimi_engine_{name}_total"
             lines += [f"# TYPE {name} {'gauge' if gauge else 'counter'}", f"{name} {value}"]
         return Response("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+
+
+class WithVersion:
+    """An ASGI application around another. X-Weight-Version: the weights that the server has when it begins to answer,
+    so that who collects rollouts knows of new ones, and of a server that stayed behind, from any answer."""
+
+    def __init__(self, app: ASGIApp, worker: EngineWorker):
+        self._app, self._worker = app, worker
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes the call on, and its answer with one header more."""
+
+        async def send_with_version(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                version = b"x-weight-version", str(self._worker.version).encode()
+                message = {**message, "headers": [*message.get("headers", ()), version]}
+            await send(message)
+
+        await self._app(scope, receive, send_with_version)
 
 
 class Endpoint:
@@ -184,14 +208,18 @@ class Endpoint:
         """An answer that has not begun."""
         raise NotImplementedError
 
+    async def grammar(self, call: Any) -> Grammar | None:
+        """What the answers may say; None: anything. Raises ApiError(400)."""
+        return None
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one call, or says why not."""
         begun, status, unread = time.monotonic(), 200, True
-        server = self._server
+        server, place = self._server, (scope.get("client") or ("", 0))[0]
         try:
             async with contextlib.AsyncExitStack() as stack:
                 with _as_api_errors():
-                    stack.enter_context(server.worker.admit(1))
+                    stack.enter_context(server.worker.admit(1, place))
                     memory = stack.enter_context(server.memory.reservation())
                     body = await read_body(
                         receive, declared_length(scope), server.max_body, server.body_seconds, memory.change
@@ -202,8 +230,9 @@ class Endpoint:
                     del body
                     if call.model not in ("", server.name):
                         raise server.unknown_model(call.model)
-                    stack.enter_context(server.worker.admit(call.num_requests - 1))
-                await _while_client_stays(receive, self._serve(call, begun, memory, send, stack))
+                    stack.enter_context(server.worker.admit(call.num_requests - 1, place))
+                work = self._serve(call, (place, call.user), begun, memory, send, stack)
+                await _while_client_stays(receive, work)
         except ApiError as problem:
             status = problem.status
             await refuse(problem, receive, send, unread)
@@ -216,15 +245,17 @@ class Endpoint:
             server.answers[self.route, status] += 1
 
     async def _serve(
-        self, call: Call, begun: float, memory: Reservation, send: Send, room: contextlib.AsyncExitStack
+        self, call: Call, caller: Caller, begun: float, memory: Reservation, send: Send, room: contextlib.AsyncExitStack
     ) -> None:
         """Preparation, answer. Raises only as long as nothing has been sent. room: what is closed before the end."""
         server = self._server
         async with room:
             with _as_api_errors():
                 fetched = await self._fetch(call, memory)
+                grammar = await self.grammar(call)
                 requests = await server.in_thread(self.requests, call, fetched, memory)
-                run = await room.enter_async_context(server.worker.submit(requests))
+                requests = [dataclasses.replace(request, grammar=grammar) for request in requests]
+                run = await room.enter_async_context(server.worker.submit(requests, caller))
             answer = self.answer(call, requests)
             choices = self._choices(run, answer, begun)
             if call.stream:
@@ -283,8 +314,17 @@ class ChatEndpoint(Endpoint):
         server = self._server
         open_url = opener(server.media_folder, fetched, memory.change)
         limits = Limits(server.max_sequence_length, server.max_characters, memory.change)
-        chat = Chat(call.messages, call.tools, call.thinking, call.preserve_thinking, open_url, limits)
+        chat = Chat(call.messages, call.tools, call.thinking, call.preserve_thinking, open_url, limits, call.sampled)
         return _choices(chat_request(chat, server.tokenizer, server.config, self.sampling(call)), call.num_choices)
+
+    async def grammar(self, call: ChatCall) -> Grammar | None:
+        """Of a schema, or a tool that must be called."""
+        server = self._server
+        text = grammar_text(call, server.tokenizer)
+        if text is None:
+            return None
+        assert server.grammars is not None
+        return await server.grammars.compile(text)
 
     def answer(self, call: ChatCall, requests: list[Request]) -> ChatAnswer:
         """See Endpoint."""

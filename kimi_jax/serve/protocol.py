@@ -2,7 +2,7 @@
 
 A field that would change the answer and is not known here is an error, never ignored; those of `IGNORED` change
 nothing. Beyond OpenAI's fields: `thinking` ({"type": "enabled" | "disabled"}), `chat_template_kwargs` (thinking,
-preserve_thinking), `stop_token_ids` and `return_token_ids`.
+preserve_thinking), `stop_token_ids` and `return_token_ids`, and `token_ids` in messages of the assistant.
 """
 
 from __future__ import annotations
@@ -23,19 +23,21 @@ MAX_CHOICES, MAX_STOPS = 128, 16
 MAX_STOP_CHARACTERS = 256  # of one stop string: each is looked for after every token
 MAX_STOP_TOKENS = 256
 MAX_MESSAGES, MAX_TOOLS = 16384, 1024
+MAX_CALLS = 64  # tool calls of an answer that is forced to make some
+MAX_USER = 256  # characters that tell users apart
 MAX_ERROR = 1000  # characters of a message
 # what only the server's operator may see: where an object lies in memory, and a file on the disk
 _MEMORY_ADDRESS = re.compile(r"(?: object)?(?: at)? 0x[0-9a-fA-F]+")
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/-])/(?:[^\s/'\":,;<>]{1,255}/)+")
 
 IGNORED = frozenset({
-    "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
-    "prompt_cache_retention", "verbosity",
+    "metadata", "store", "service_tier", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention",
+    "verbosity",
 })  # fmt: skip
 # fields that exist elsewhere and that nothing here does: accepted with the value that means so
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "response_format": ({"type": "text"},),
-    "tool_choice": ("auto", "none"), "modalities": (["text"],), "echo": (False,), "suffix": ("",),
+    "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},),
+    "modalities": (["text"],), "echo": (False,), "suffix": ("",),
 }  # fmt: skip
 
 
@@ -68,10 +70,12 @@ def public_text(text: str) -> str:
 class Call:
     """What both endpoints share.
 
-    sampling: of the first choice; max_new_tokens 0 means as many as there is room for. num_choices: `n`.
+    sampling: of the first choice; max_new_tokens 0 means as many as there is room for. num_choices: `n`. user: for whom
+    it is, as the client says.
     """
 
     model: str
+    user: str
     sampling: Sampling
     num_choices: int
     stop: tuple[str, ...]
@@ -88,12 +92,21 @@ class Call:
 
 @dataclass(frozen=True)
 class ChatCall(Call):
-    """A call of /v1/chat/completions; tools is None where none may be called."""
+    """A call of /v1/chat/completions; tools is None where none may be called.
+
+    sampled: by number, the messages whose `token_ids` were given; see `infer.generate.Chat`. schema: that the content
+    follows, None if it is free. must_call: names of tools, one of which has to be called. most_calls: how many calls
+    an answer makes at most that has to follow schemas.
+    """
 
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]] | None
     thinking: bool
     preserve_thinking: bool
+    sampled: Mapping[int, tuple[int, ...]]
+    schema: Mapping[str, Any] | None
+    must_call: tuple[str, ...]
+    most_calls: int
 
 
 @dataclass(frozen=True)
@@ -191,6 +204,8 @@ def chat_call(body: Any) -> ChatCall:
     messages, tools = fields.objects("messages", MAX_MESSAGES), fields.objects("tools", MAX_TOOLS)
     if not messages:
         raise ApiError(400, "messages must hold at least one message", "messages")
+    sampled = {i: _sampled(message, i) for i, message in enumerate(messages) if message.get("token_ids") is not None}
+    messages = [{name: message[name] for name in message if name != "token_ids"} for message in messages]
     try:
         check_messages(messages)
     except MessageError as error:
@@ -203,9 +218,75 @@ def chat_call(body: Any) -> ChatCall:
     most = fields.integer("max_tokens", None, 1, 1 << 31)
     most = fields.integer("max_completion_tokens", most, 1, 1 << 31)
     shared = _shared(fields, TEMPERATURES[thinking], most or 0, top, logprobs)
+    schema, parallel = _response_format(fields), fields.take("parallel_tool_calls", bool, True)
+    usable, must_call, named = _tool_choice(fields, tools or [], schema is not None)
     fields.finish()
-    usable = None if body.get("tool_choice") == "none" else tools
-    return ChatCall(**shared, messages=messages, tools=usable or None, thinking=thinking, preserve_thinking=preserve)
+    return ChatCall(
+        **shared, messages=messages, tools=usable or None, thinking=thinking, preserve_thinking=preserve,
+        sampled=sampled, schema=schema, must_call=must_call, most_calls=MAX_CALLS if parallel and not named else 1,
+    )  # fmt: skip
+
+
+def _response_format(fields: Fields) -> Mapping[str, Any] | None:
+    """The JSON schema that the content has to follow, None for none."""
+    given = fields.fields("response_format")
+    kind = given.take("type", str, "text")
+    if kind not in ("text", "json_object", "json_schema"):
+        raise ApiError(400, f"response_format.type must be text, json_object or json_schema, not {kind!r:.40}",
+                       "response_format.type")  # fmt: skip
+    schema = None
+    if kind == "json_schema":
+        inner = given.fields("json_schema")
+        schema = inner.take("schema", dict)
+        if schema is None:
+            raise ApiError(400, "response_format.json_schema.schema is missing", "response_format.json_schema.schema")
+        for name, form in (("name", str), ("description", str), ("strict", bool)):  # it is always strict
+            inner.take(name, form)
+        inner.finish()
+    given.finish()
+    return {"type": "object"} if kind == "json_object" else schema
+
+
+def _tool_choice(
+    fields: Fields, tools: list[dict[str, Any]], constrained: bool
+) -> tuple[list[dict[str, Any]], tuple[str, ...], bool]:
+    """The tools that may be called, the names of which one must be, whether the call names it.
+
+    constrained: calls have to follow the tools' schemas, even if none must be made.
+    """
+    choice = fields.take("tool_choice", (str, dict), "auto")
+    if choice == "none":
+        return [], (), False
+    names = _function_names(tools) if constrained or choice != "auto" else []
+    if choice == "auto":
+        return tools, (), False
+    if choice == "required" and names:
+        return tools, tuple(names), False
+    named = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
+    if isinstance(named, dict) and named.get("name") in names:
+        return tools, (named["name"],), True
+    problem = "names no tool of this call" if named else "must be auto, none, required or name a function of tools"
+    raise ApiError(400, f"tool_choice {problem}", "tool_choice")
+
+
+def _function_names(tools: list[dict[str, Any]]) -> list[str]:
+    names = []
+    for i, tool in enumerate(tools):
+        function = tool.get("function")
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ApiError(400, f"tools[{i}].function needs a name", f"tools[{i}]")
+        if not isinstance(function.get("parameters"), dict | None):
+            raise ApiError(400, f"tools[{i}].function.parameters must be an object", f"tools[{i}]")
+        names.append(function["name"])
+    return names
+
+
+def _sampled(message: Mapping[str, Any], number: int) -> tuple[int, ...]:
+    """The tokens that an earlier answer consisted of, given back with it."""
+    where, ids = f"messages[{number}].token_ids", message["token_ids"]
+    if message.get("role") != "assistant" or message.get("partial"):
+        raise ApiError(400, f"{where} is for whole messages of the assistant", where)
+    return _ids(ids if isinstance(ids, list) else [None], where)
 
 
 def completion_call(body: Any) -> CompletionCall:
@@ -236,8 +317,10 @@ def _shared(fields: Fields, temperature: float, most: int, top: int, logprobs: b
         top_logprobs=top,
         logprobs=logprobs,
     )
+    users = [fields.take(name, str, "") for name in ("user", "safety_identifier")]  # the latter is the newer name
     return {
         "model": fields.take("model", str, ""),
+        "user": (users[0] or users[1])[:MAX_USER],
         "sampling": sampling,
         "num_choices": fields.integer("n", 1, 1, MAX_CHOICES),
         "stop": _stops(fields.take("stop", (str, list), [])),

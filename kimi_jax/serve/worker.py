@@ -12,13 +12,18 @@ import contextlib
 import logging
 import queue
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kimi_jax.infer.line import NOBODY, Caller
 from kimi_jax.infer.request import Event, Request
 
 if TYPE_CHECKING:
-    from kimi_jax.infer.engine import Engine
+    from kimi_jax.infer.engine import Engine, Running
+
+
+SHARE = 8  # of the room one place may take at most 8/9; of a small room all of it
 
 
 class Overloaded(Exception):
@@ -39,8 +44,8 @@ class Run:
     Iterate over `events`; `stop` a choice that needs no more tokens; `close` it at the end, whatever happened.
     """
 
-    def __init__(self, worker: EngineWorker, requests: Sequence[Request]):
-        self.requests = requests
+    def __init__(self, worker: EngineWorker, requests: Sequence[Request], caller: Caller):
+        self.requests, self.caller = requests, caller
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.arrived: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self.numbers: list[int] = []  # of the engine; the thread's
@@ -93,8 +98,24 @@ class EngineWorker:
         self.stats: dict[str, Any] = engine.stats()
         self.failure = ""
         self.admitted = 0
+        self._held: Counter[str] = Counter()  # by place
 
     # ------------------------------------------------------------------------------------------------ the event loop's
+
+    @property
+    def version(self) -> int:
+        """Of the weights that the next token is drawn with."""
+        return self._engine.version
+
+    async def set_params(self, params: Any, version: int, running: Running = "drain") -> None:
+        """Go on with other weights; see `infer.engine.Engine.set_params`, and raises as it does, or EngineFailed.
+
+        Returns when the engine knows of them; with "drain" the version changes once the last answer of the old weights
+        is complete.
+        """
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._inbox.put(lambda: self._set_params(done, params, version, running))
+        await done
 
     def start(self) -> None:
         """Starts the thread."""
@@ -107,22 +128,36 @@ class EngineWorker:
         await asyncio.to_thread(self._thread.join)
 
     @contextlib.contextmanager
-    def admit(self, count: int) -> Iterator[None]:
-        """Room for `count` requests while the context lasts. Raises Overloaded, and ValueError if it can never be."""
+    def admit(self, count: int, place: str | None = None) -> Iterator[None]:
+        """Room for `count` requests while the context lasts. Raises Overloaded, and ValueError if it can never be.
+
+        place: where they come from. One place may take what is left while it holds less than SHARE times that, so that
+        it never has all the room for long and somebody else finds some. None: whoever runs this process.
+        """
         if count > self.limit:
             raise ValueError(f"{count} choices in one call; this server takes {self.limit} at a time")
         if self.admitted + count > self.limit:
             raise Overloaded(f"{self.admitted} requests are running and waiting, of {self.limit}; try again later")
+        if place is not None and count and self._held[place] >= SHARE * (self.limit - self.admitted):
+            raise Overloaded(f"{self._held[place]} requests of yours are running and waiting; try again later")
         self.admitted += count
+        if place is not None:
+            self._held[place] += count
         try:
             yield
         finally:
             self.admitted -= count
+            if place is not None:
+                self._held[place] -= count
+                self._held += Counter()  # drops what is 0
 
     @contextlib.asynccontextmanager
-    async def submit(self, requests: Sequence[Request]) -> AsyncIterator[Run]:
-        """The requests as a Run, which is closed at the end. Raises what the engine says to a request, EngineFailed."""
-        run = Run(self, requests)
+    async def submit(self, requests: Sequence[Request], caller: Caller = NOBODY) -> AsyncIterator[Run]:
+        """The requests as a Run, which is closed at the end; callers take turns.
+
+        Raises what the engine says to a request, EngineFailed.
+        """
+        run = Run(self, requests, caller)
         self._inbox.put(lambda: self._begin(run))
         try:
             await run.accepted
@@ -158,7 +193,7 @@ class EngineWorker:
             if self.failure:
                 raise EngineFailed(self.failure)
             for index, request in enumerate(run.requests):
-                number = self._engine.submit(request)
+                number = self._engine.submit(request, run.caller)
                 run.numbers.append(number)
                 self._places[number] = (run, index)
         except Exception as error:
@@ -167,6 +202,16 @@ class EngineWorker:
             self._call(_set_exception, run.accepted, error)
         else:
             self._call(_set_result, run.accepted)
+
+    def _set_params(self, done: asyncio.Future[None], params: Any, version: int, running: Running) -> None:
+        try:
+            if self.failure:
+                raise EngineFailed(self.failure)
+            self._engine.set_params(params, version, running)
+        except Exception as error:
+            self._call(_set_exception, done, error)
+        else:
+            self._call(_set_result, done)
 
     def _end(self, run: Run, index: int) -> None:
         if index < len(run.numbers) and run.numbers[index] in self._places:
@@ -200,11 +245,11 @@ def _hand_out(arrived: list[tuple[Run, int, Event]]) -> None:
         run.arrived.put_nowait((index, event))
 
 
-def _set_result(accepted: asyncio.Future[None]) -> None:
-    if not accepted.done():  # it is when the client went away
-        accepted.set_result(None)
+def _set_result(future: asyncio.Future[None]) -> None:
+    if not future.done():  # it is when the client went away
+        future.set_result(None)
 
 
-def _set_exception(accepted: asyncio.Future[None], error: Exception) -> None:
-    if not accepted.done():
-        accepted.set_exception(error)
+def _set_exception(future: asyncio.Future[None], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)

@@ -16,6 +16,7 @@ from kimi_jax.agents.trajectory import trajectory
 from kimi_jax.config import preset
 from kimi_jax.data.conversation import ARGUMENTS, CALL, CALL_END, CALLS, CALLS_END
 from kimi_jax.infer.engine import Engine
+from kimi_jax.infer.line import NOBODY
 from tests.agents.scripts import orchestrator, turn
 from tests.serve.server import ScriptedEngine, byte_tokenizer, load_checkpoint, serving
 
@@ -30,7 +31,7 @@ class SwarmEngine(ScriptedEngine):
         self.children = children
         self.config = dataclasses.replace(preset("demo"), media_placeholder_token_id=TOKENIZER.media_pad_id)
 
-    def submit(self, request):
+    def submit(self, request, caller=NOBODY):
         number = len(self.requests)
         self.requests[number] = request
         said = self.script(TOKENIZER.decode(request.token_ids))

@@ -21,6 +21,7 @@ import uvicorn
 from kimi_jax.config import ModelConfig
 from kimi_jax.data.kimi_tokenizer import KimiTokenizer
 from kimi_jax.data.tokenizer import load_tokenizer
+from kimi_jax.infer.line import NOBODY, Caller
 from kimi_jax.infer.request import Event, Request
 from kimi_jax.model import Model, load
 from kimi_jax.serve.app import Server
@@ -98,22 +99,28 @@ class ScriptedEngine:
         self.tokenizer, self.script, self.slots = tokenizer, script, slots
         self.permits = threading.Semaphore(0) if patient else None
         self.requests: dict[int, Request] = {}
+        self.callers: dict[int, Caller] = {}
         self.left: dict[int, list[int]] = {}
         self.cancelled: list[int] = []
         self.changed = threading.Condition()
         self.broken = False
+        self.version = 0
         self.doomed: set[int] = set()  # requests that will fail
 
-    def submit(self, request: Request) -> int:
+    def submit(self, request: Request, caller: Caller = NOBODY) -> int:
         if len(request.token_ids) > 1000:
             raise ValueError(f"the prompt has {len(request.token_ids)} tokens, more than 1000")
         number = len(self.requests)
         self.requests[number] = request
+        self.callers[number] = caller
         tokens = [*self.script(self.tokenizer.decode(request.token_ids)), self.tokenizer.special_id("<|im_end|>")]
         with self.changed:
             self.left[number] = tokens[: request.sampling.max_new_tokens]
             self.changed.notify_all()
         return number
+
+    def set_params(self, params, version: int, running: str) -> None:
+        self.version = version
 
     def cancel(self, number: int) -> None:
         with self.changed:
@@ -137,7 +144,7 @@ class ScriptedEngine:
             if reason:
                 del self.left[number]
             top = tuple((i, -1.0 - i) for i in range(sampling.top_logprobs))
-            events.append(Event(number, token, -0.5, top, reason))
+            events.append(Event(number, token, -0.5, top, reason, version=self.version))
         return events
 
     @property

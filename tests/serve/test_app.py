@@ -344,7 +344,7 @@ def test_completions_of_text_and_of_tokens(address, engine):
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"frequency_penalty": 0.5}, "frequency_penalty"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"thinking": {"type": "much"}}, "thinking.type"),
         ({"thinking": {"budget": 5}}, "thinking.budget"),
         ({"stream_options": 3}, "stream_options"),
