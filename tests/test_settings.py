@@ -76,12 +76,14 @@ def changed(values, changes):
 
 def check_settings(changes):
     """Settings that pass every check before a run, or one line of at most 1,000 characters."""
+    said = ""
     try:
         config = c.freeze(changed(dataclasses.asdict(RUN), changes))
         c.check(config)
         check_run(config)
     except c.ConfigError as error:
-        assert "\n" not in str(error) and len(str(error)) < 1000, str(error)
+        said = str(error)
+    assert "\n" not in said and len(said) < 1000, said
 
 
 numbers = st.one_of(st.integers(), st.floats(), st.integers(-2, 9), st.floats(0, 1))
