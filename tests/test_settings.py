@@ -1,15 +1,16 @@
 """Ranges of settings: every field declares one, and no value, however hostile, ends in anything but a ConfigError."""
 
-import contextlib
+import copy
 import dataclasses
 import math
 import typing
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_jax import config as c
+from kimi_jax.config_check import check_run
 
 # checked where they are used
 FREE_TEXTS = {
@@ -32,6 +33,7 @@ HOSTILE = [
 ]  # fmt: skip
 SECTIONS = [cls for cls in vars(c).values() if dataclasses.is_dataclass(cls) and cls.__name__.endswith("Config")]
 FULL = c.TrainConfig(data=c.DataConfig(sources={"s": c.SourceConfig()}), lora=c.LoRAConfig())
+RUN = c.TrainConfig(data=c.DataConfig(sources={"s": c.SourceConfig()}, vision_ratio=((0.0, 0.0),)))
 
 
 def leaves(values, path=()):
@@ -72,16 +74,56 @@ def test_hostile_value_is_refused_in_one_line_or_passes_the_check(path):
         assert said.startswith(("config", "unknown setting config")) and "\n" not in said
 
 
-@given(st.sampled_from(PATHS), st.sampled_from(PATHS), st.sampled_from(HOSTILE), st.sampled_from(HOSTILE))
-def test_two_hostile_values_at_once(one, other, first, second):
-    values = dataclasses.asdict(FULL)
-    for path, value in ((one, first), (other, second)):
+def changed(values, changes):
+    """The settings with values put at paths; a path whose section is gone by then changes nothing."""
+    values = copy.deepcopy(values)
+    for path, value in changes:
         section = values
         for key in path[:-1]:
-            section = section[key]
-        section[path[-1]] = value
-    with contextlib.suppress(c.ConfigError):
-        c.check(c.freeze(values))
+            section = section.get(key) if isinstance(section, dict) else None
+        if isinstance(section, dict):
+            section[path[-1]] = value
+    return values
+
+
+def check_settings(changes):
+    """Settings that pass every check before a run, or one line of at most 1,000 characters."""
+    said = ""
+    try:
+        config = c.freeze(changed(dataclasses.asdict(RUN), changes))
+        c.check(config)
+        check_run(config)
+    except c.ConfigError as error:
+        said = str(error)
+    assert "\n" not in said and len(said) < 1000, said
+
+
+numbers = st.one_of(st.integers(), st.floats(), st.integers(-2, 9), st.floats(0, 1))
+anything = st.recursive(
+    st.one_of(st.sampled_from(HOSTILE), st.none(), st.booleans(), numbers, st.text(max_size=20)),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=8), inner, max_size=3)),
+    max_leaves=8,
+)
+# whole sections too
+PLACES = sorted({path[:length] for path in PATHS for length in range(1, len(path) + 1)} | {("unknown",)})
+# values of the setting's own type, so that the rules between settings are reached
+SAME_TYPE = {bool: st.booleans(), int: st.integers(-1, 4096), float: st.floats(0, 2), str: st.text(max_size=8)}
+NEAR = [(path, SAME_TYPE[type(value)]) for path, value in leaves(dataclasses.asdict(RUN)) if type(value) in SAME_TYPE]
+near = st.sampled_from(NEAR).flatmap(lambda place: st.tuples(st.just(place[0]), place[1]))
+changes = st.lists(st.one_of(near, near, st.tuples(st.sampled_from(PLACES), anything)), min_size=1, max_size=4)
+
+
+@settings(max_examples=300)
+@given(changes)
+def test_settings_fuzz(changes):
+    check_settings(changes)
+
+
+@pytest.mark.fuzz
+@settings(max_examples=20_000)
+@given(changes)
+def test_settings_fuzz_long(changes):
+    check_settings(changes)
 
 
 @pytest.mark.parametrize("change, message", [

@@ -207,8 +207,9 @@ def _int4_group(groups: dict[str, Any], name: str) -> int:
     check_fixed(group, {"format": "pack-quantized"}, where)
     weights = section(group, "weights", where) or {}
     wanted = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "dynamic": False}
+    wanted |= {"actorder": False}  # false is null; an order of the activations would come with indices of the groups
     check_known(weights, {*wanted, "group_size", "observer", "observer_kwargs"}, f"{where}.weights")
-    check_fixed(weights, wanted, where)
+    check_fixed(weights, wanted, f"{where}.weights")
     return number(weights, "group_size", Number(8, 1 << 16, True), where, 0)
 
 

@@ -65,7 +65,8 @@ def score(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"], temperature:
 
 
 def _log_softmax(logits: Float[Array, "B V"], temperature: Float[Array, " B"]) -> Float[Array, "B V"]:
-    return jax.nn.log_softmax(logits / jnp.where(temperature < MIN_TEMPERATURE, 1.0, temperature)[:, None])
+    logprobs = jax.nn.log_softmax(logits / jnp.where(temperature < MIN_TEMPERATURE, 1.0, temperature)[:, None])
+    return jnp.minimum(logprobs, 0.0)  # XLA:CPU makes 3e-8 of the logarithm of 1, and a probability above 1
 
 
 def _within(logprobs: Float[Array, "B V"], allowed: UInt32[Array, "B W"]) -> Float[Array, "B V"]:

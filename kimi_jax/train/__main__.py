@@ -24,11 +24,11 @@ def main(_: list[str]) -> int:
 
     try:
         return loop.run(cli.settings())
-    except (ConfigError, DataError, ShardingError, loop.Diverged, loop.StorageError) as error:
-        sys.exit(f"error: {error}")
-    except (hosts.HostMissing, CheckpointUnavailable) as error:
+    except (hosts.HostMissing, CheckpointUnavailable, loop.StorageUnavailable) as error:
         print(f"error: {error}", file=sys.stderr)
         return hosts.RESTART
+    except (ConfigError, DataError, ShardingError, loop.Diverged, loop.StorageError) as error:
+        sys.exit(f"error: {error}")
 
 
 def _stop(number: int, frame: Any) -> None:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import textwrap
 import time
@@ -59,6 +60,17 @@ class Diverged(RuntimeError):
 
 class StorageError(RuntimeError):
     """The workdir cannot be written when the run starts."""
+
+
+class StorageUnavailable(StorageError):
+    """It cannot be written just now: the disk is full, read-only or fails. A later start may succeed."""
+
+
+# of the disk or the machine, not of the settings
+PASSING = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOMEM, errno.EMFILE,
+    errno.ENFILE, errno.ESTALE,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +171,8 @@ def _storage(config: TrainConfig) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(
+        kind = StorageUnavailable if error.errno in PASSING else StorageError
+        raise kind(
             f"the workdir {config.workdir} cannot be written ({error}); make room, or use another --config.workdir"
         ) from error
 
@@ -175,7 +188,8 @@ def _lock(config: TrainConfig, stack: contextlib.ExitStack, say: Reporter) -> No
             problem = [type(error).__name__, str(error)]
     problem = hosts.gather(problem)[0]
     if problem:
-        raise {"WorkdirBusy": lock.WorkdirBusy}.get(problem[0], StorageError)(problem[1])
+        kinds = {kind.__name__: kind for kind in (lock.WorkdirBusy, StorageError, StorageUnavailable)}
+        raise kinds[problem[0]](problem[1])
 
 
 @dataclasses.dataclass(frozen=True)

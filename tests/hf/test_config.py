@@ -311,6 +311,8 @@ def test_vision_setting_that_changes_the_numbers_is_refused_by_name(changes, mes
         ({"config_groups": {"g": {"weights": {"group_size": 12}}}}, "multiple of 8"),
         ({"config_groups": {"g": {"weights": {"group_size": None}}}}, "multiple of 8"),
         ({"config_groups": {"g": {"weights": {"group_size": 32, "zp_dtype": "int8"}}}}, "zp_dtype"),
+        ({"config_groups": {"g": {"weights": {"group_size": 32, "actorder": "group"}}}}, "actorder = 'group'"),
+        ({"config_groups": {"g": {"weights": {"group_size": 32, "actorder": True}}}}, "weights: .*actorder = True"),
         ({"config_groups": {"g": {"weights": {"group_size": 32}, "input_activations": {"num_bits": 8}}}}, "input_act"),
         ({"unheard_of": 1}, "unheard_of"),
     ],
@@ -319,3 +321,11 @@ def test_quantization_that_cannot_be_followed_is_refused_by_name(changes, messag
     released = with_text(quantization_config=hf_config.int4_section() | changes)
     with pytest.raises(ConfigError, match=message):
         hf_config.quantization(released)
+
+
+def test_int4_without_an_order_of_activations_is_read_in_both_spellings():
+    """compressed-tensors takes `actorder: false` for null: columns are grouped as they lie."""
+    for spelling in (None, False):
+        section = hf_config.int4_section()
+        section["config_groups"]["group_0"]["weights"]["actorder"] = spelling
+        assert hf_config.quantization(with_text(quantization_config=section)).group_size == 32

@@ -120,6 +120,14 @@ def test_tiny_temperatures_are_greedy_with_finite_log_probabilities():
         np.testing.assert_array_equal(found.tokens, x.argmax(-1))
 
 
+def test_log_probabilities_are_at_most_zero():
+    """A vocabulary of 512 and one token that takes it all: XLA:CPU gave 3e-8."""
+    x = np.random.default_rng(0).normal(size=(1, 512)).astype(np.float32)
+    found = run(x, rows(1, 1e-3, 0.95, top_logprobs=2))
+    assert found.logprobs[0] <= 0 and (np.asarray(found.top_logprobs) <= 0).all()
+    assert found.logprobs[0] > -1e-6
+
+
 @pytest.mark.parametrize("temperature", [-1e-9, float("nan"), float("inf"), 1e39])
 def test_temperatures_that_are_no_float32_are_refused(temperature):
     assert "temperature" in str(Sampling(temperature).problem())
