@@ -41,6 +41,8 @@ def main(argv: list[str]) -> int:
     unknown = sorted(set(_ROWS.value) - set(experiment.rows))
     if unknown:
         raise SystemExit(f"error: no row {unknown[0]!r}; there are: {', '.join(experiment.rows)}")
+    if _SCALE.value not in experiment.base:
+        raise SystemExit(f"error: {experiment.name} has the scales {', '.join(experiment.base)}, not {_SCALE.value}")
     cores = [int(core) for core in _CORES.value] or sorted(os.sched_getaffinity(0))
     # only the results at the scale of two cores are worth keeping
     folder = experiment.folder if _SCALE.value == report.SCALE else Path(_RUNS.value, experiment.name, _SCALE.value)

@@ -26,7 +26,7 @@ from experiments.harness import Experiment, Record
 from kimi_jax.config import ConfigError, nearest, override
 from kimi_jax.train.log import read_rows, write_atomic
 
-NAMES = ("fusion_timing", "muon_adamw")
+NAMES = ("fusion_timing", "muon_adamw", "token_clip")
 POLL = 0.5  # seconds between two looks at the running processes
 REPO = harness.HERE.parent
 
@@ -45,12 +45,13 @@ def run_one(experiment: Experiment, row: str, seed: int, scale: str, runs: str) 
     """Trains, scores and writes `records.json` into the workdir; the exit status of the training loop."""
     from kimi_jax import cli
     from kimi_jax.eval.runner import evaluate
+    from kimi_jax.rl import run as rl_run
     from kimi_jax.train import adapters, loop
 
     config, code = experiment.config(row, seed, scale, runs), harness.commit()
     experiment.prepare(config)
     cli.enable_compilation_cache()
-    status = loop.run(config)
+    status = rl_run.run(config) if config.rl is not None else loop.run(config)
     if status:
         return status
     workdir = Path(config.workdir)
