@@ -31,7 +31,7 @@ from kimi_jax.data import BadRecord
 from kimi_jax.data.packing import PackShape
 from kimi_jax.rl import record, shaping
 from kimi_jax.rl.tasks import Problem, Task, open_task
-from kimi_jax.rl.types import Group, Sample, TrajectoryError, pack, samples, staleness
+from kimi_jax.rl.types import Group, Sample, pack, samples, staleness
 from kimi_jax.rl.worker import Answer, PendingGroup, RolloutWorker
 from kimi_jax.train.batches import Batch, HostState
 
@@ -58,10 +58,8 @@ class RolloutSource:
         if jax.process_count() > 1:
             raise ConfigError("rollouts of several hosts are not supported yet: run on one host")
         self._config, self._rl, self._worker, self._show = config, rl, worker, show
-        self._packs, self._shape = (
-            len(packs),
-            PackShape.of(config.data, config.model, routed_experts=rl.rollout.replay_experts),
-        )
+        self._packs = len(packs)
+        self._shape = PackShape.of(config.data, config.model, routed_experts=rl.rollout.replay_experts)
         self._tasks: dict[str, Task] = {name: open_task(task) for name, task in rl.tasks.items()}
         self._params: Any = None
         self._held: Any = None  # weights of the last hand-over, where they are older than `_params`
@@ -280,6 +278,3 @@ def settings(config: TrainConfig) -> RLConfig:
             "config.rl.tasks is empty: add one with --config.rl.tasks.NAME.kind=copy, or use a file of configs/rl"
         )
     return config.rl
-
-
-__all__ = ["RolloutSource", "TrajectoryError", "settings"]
