@@ -1,11 +1,14 @@
 """The journal: resume does not pay twice, replay is byte-identical or loud, and files of strangers are refused."""
 
+import gc
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
 import sys
+from collections import Counter
 
 import anyio
 import pytest
@@ -273,11 +276,13 @@ def test_journal_and_children_leave_no_file_open(tmp_path):
     """After a run with a child that hangs, one that crashes and two that are refused."""
 
     def open_files():
+        gc.collect()  # other tests of this process may have left files to the collector
         links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
-        return [os.readlink(link) for link in links if os.path.islink(link)]  # the listing itself is closed by now
+        found = [os.readlink(link) for link in links if os.path.islink(link)]  # the listing itself is closed by now
+        return Counter(re.sub(r":\[\d+\]", "", name) for name in found)  # a socket or pipe has another number each time
 
     run_real(swarm(tmp_path / "warm.sqlite", "new", model_with_faults()))  # what libraries open once
-    before = sorted(open_files())
+    before = open_files()
     run_real(swarm(tmp_path / "run.sqlite", "new", model_with_faults()))
-    assert sorted(open_files()) == before
+    assert not open_files() - before
     assert not [name for name in before if str(tmp_path) in name]
