@@ -66,7 +66,7 @@ class RolloutSource:
         self._queue: list[Batch] = []
         self._ready: list[Ready] = []
         self._pending: list[PendingGroup] = []
-        self._iteration = self._delivered = self._draws = 0
+        self._iteration = self._delivered = 0
         self._drawn = dict.fromkeys(rl.tasks, 0)
         self._shaping = shaping.ShapingState()
         self._counts = {"dropped": 0, "failed": 0, "unfit": 0}
@@ -90,11 +90,11 @@ class RolloutSource:
     def state(self) -> HostState:
         """Everything but the weights; and those too, if the sampler still has older ones."""
         return {
-            "iteration": self._iteration, "delivered": self._delivered, "draws": self._draws,
-            "drawn": dict(self._drawn), "shaping": self._shaping.to_json(), "counts": dict(self._counts),
+            "iteration": self._iteration, "delivered": self._delivered, "drawn": dict(self._drawn),
+            "shaping": self._shaping.to_json(), "counts": dict(self._counts),
             "metrics": dict(self._metrics),
             "pending": [
-                {"task": g.task, "index": g.index, "answers": [a.to_json() for a in g.answers]} for g in self._pending
+                {"task": g.task, "index": g.index, "answers": [dict(vars(a)) for a in g.answers]} for g in self._pending
             ],
             "ready": [{"group": record.dump(g).decode(), "advantages": a} for g, a in self._ready],
             "queue": [{**batch, "vision": list(batch["vision"])} for batch in self._queue],
@@ -108,7 +108,7 @@ class RolloutSource:
                 f"not {', '.join(self._tasks)}; use another workdir"
             )
         self._iteration, self._delivered = state["iteration"], state["delivered"]
-        self._draws, self._drawn, self._counts = state["draws"], dict(state["drawn"]), dict(state["counts"])
+        self._drawn, self._counts = dict(state["drawn"]), dict(state["counts"])
         self._shaping, self._metrics = shaping.ShapingState.from_json(state["shaping"]), dict(state["metrics"])
         self._pending = [self._reopen(each) for each in state["pending"]]
         self._ready = [(record.load(each["group"].encode()), list(each["advantages"])) for each in state["ready"]]
@@ -170,16 +170,16 @@ class RolloutSource:
     def _draw(self) -> tuple[list[Group], dict[str, Any]]:
         """Draws until enough groups are ready; all groups that were completed, and metrics of them."""
         rollout = self._rl.rollout
-        most_draws = self._draws + math.ceil((rollout.max_draws + rollout.max_staleness) * rollout.prompts)
+        draws_left = math.ceil((rollout.max_draws + rollout.max_staleness) * rollout.prompts)
         finished: list[Group] = []
         while True:
             missing = (rollout.max_staleness + 1) * rollout.prompts - len(self._pending) - len(self._ready)
-            for _ in range(min(missing, most_draws - self._draws)):
-                self._pending.append(self._begin())
-                self._draws += 1
+            new = max(min(missing, draws_left), 0)
+            self._pending += [self._begin() for _ in range(new)]
+            draws_left -= new
             self._worker.draw(self._pending, rollout.tokens_per_iteration)
             finished += self._collect()
-            if len(self._ready) >= rollout.prompts or (self._draws >= most_draws and not self._pending):
+            if len(self._ready) >= rollout.prompts or (draws_left <= 0 and not self._pending):
                 break
         return finished, shaping.drop_uninformative(finished)[1]
 

@@ -52,10 +52,6 @@ class Answer:
     finish: str = ""
     experts: np.ndarray | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-
 
 @dataclass
 class PendingGroup:
@@ -76,6 +72,10 @@ class PendingGroup:
     def failed(self) -> bool:
         """Whether an answer could not be drawn; the group is then drawn anew from another prompt."""
         return any(answer.finish == FAILED for answer in self.answers)
+
+    def tokens(self, answer: Answer) -> np.ndarray:
+        """int32 [n]: the prompt and what an answer has so far."""
+        return np.concatenate([self.prompt.tokens, np.array(answer.tokens, np.int32)])
 
     def group(self, rewards: Sequence[float]) -> Group:
         """The finished group with these rewards."""
@@ -160,9 +160,8 @@ class RolloutWorker:
         requests = []
         for group in groups:
             for answer in group.answers:
-                tokens = np.concatenate([group.prompt.tokens, np.array(answer.tokens, np.int32)]).astype(np.int32)
                 sampling = Sampling(self._temperature, max_new_tokens=0, score_from=len(group.prompt.tokens))
-                requests.append(Request(tokens, group.prompt.media, sampling))
+                requests.append(Request(group.tokens(answer), group.prompt.media, sampling))
         scored = iter(self._engine.run(requests))
         return [[np.array(next(scored).prompt_logprobs, np.float32) for _ in group.answers] for group in groups]
 
@@ -171,13 +170,12 @@ class RolloutWorker:
         return self.tokenizer.decode(answer.tokens, skip_special_tokens=True)
 
     def _request(self, group: PendingGroup, answer: Answer, most: int, greedy: bool) -> Request:
-        tokens = np.concatenate([group.prompt.tokens, np.array(answer.tokens, np.int32)]).astype(np.int32)
         left = self.room(group) - len(answer.tokens)
         sampling = Sampling(
             0.0 if greedy else self._temperature, seed=answer.seed, max_new_tokens=min(left, most or left),
             stop_ids=self._stop_ids, logprobs=True, routed_experts=self._rollout.replay_experts,
         )  # fmt: skip
-        return Request(tokens, group.prompt.media, sampling)
+        return Request(group.tokens(answer), group.prompt.media, sampling)
 
     def room(self, group: PendingGroup) -> int:
         """Most tokens that an answer of this group may have."""
