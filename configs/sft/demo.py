@@ -20,7 +20,7 @@ STEPS = 200
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Settings of the run: the model and shapes of configs/demo.py, its weights, and conversations."""
+    """Settings of the run: the model of configs/demo.py, its weights, and conversations."""
     demo = c.freeze(runpy.run_path(str(Path(__file__).parents[1] / "demo.py"))["get_config"]())
     sources = {
         "chat_vqa": c.SourceConfig(kind="demo", path="chat_vqa", vision=True),
@@ -32,7 +32,10 @@ def get_config() -> ml_collections.ConfigDict:
             workdir="runs/sft_demo",
             steps=STEPS,
             init_from=c.InitFromConfig(path="runs/demo"),
-            data=dataclasses.replace(demo.data, sources=sources, vision_ratio=((0.0, 0.1),)),
+            # conversations of 75 to 120 tokens, of which images are 9 %, fill rows of 512 better than rows of 256
+            data=dataclasses.replace(
+                demo.data, sources=sources, vision_ratio=((0.0, 0.06),), sequence_length=512, rows_per_pack=6
+            ),
             optimizer=c.OptimizerConfig(peak_lr=2e-3, final_lr=1e-4, warmup_steps=10, decay_fraction=0.8),
             checkpoint=c.CheckpointConfig(interval=100, keep=2),
             eval=c.EvalConfig(),

@@ -234,13 +234,16 @@ def fill_pack(
     draw: Callable[[], list[BufferedExample]],
     buffer_size: int,
     first: Sequence[BufferedExample] = (),
+    patches: float = 0.0,
 ) -> tuple[Pack, list[BufferedExample]]:
     """The next pack and what it holds. `buffer` (oldest first) is changed in place; `draw` yields what comes next.
 
     The buffer is kept at `buffer_size` examples; one draw may take it above (a long text in pieces), or yield nothing.
     Every call takes at least the oldest example, so none waits for more than `buffer_size` packs. Then come `first`
-    (examples of the buffer), then others with media, into up to half of each row, so that no bin stays empty because
-    text has taken the rows; then row after row is filled as well as the buffer allows.
+    (examples of the buffer), then others with media, into up to half of each row, until the pack holds `patches`
+    patches, so that no bin stays empty because text has taken the rows; then row after row is filled as well as
+    the buffer allows. More media do not go first, and rows are begun one after the other: short examples with media are
+    what fills up the rows of long texts, and long texts need rows that are whole.
     """
     pack = Pack(shape)
     packed: list[BufferedExample] = []
@@ -250,8 +253,7 @@ def fill_pack(
         for waiting in chosen:
             left = {row: pack.room(row) - len(waiting.example.tokens) for row in rows}
             able = [r for r in rows if left[r] >= least or pack.room(r) == shape.sequence_length]
-            # where there is most room, which leaves every row some choice of texts
-            if any(pack.add(waiting.example, row) for row in sorted(able, key=lambda r: -left[r])):
+            if any(pack.add(waiting.example, row) for row in able):
                 packed.append(waiting)
         held = {id(w) for w in packed}
         buffer[:] = [w for w in buffer if id(w) not in held]
@@ -261,7 +263,10 @@ def fill_pack(
     everywhere = range(shape.rows)
     take([buffer[0]], everywhere)
     take([w for w in first if any(w is waiting for waiting in buffer)], everywhere)
-    take([w for w in buffer if w.example.media], everywhere, shape.sequence_length // 2)
+    for waiting in [w for w in buffer if w.example.media]:
+        if sum(len(item.patches) for w in packed for item in w.example.media) >= patches:
+            break
+        take([waiting], everywhere, shape.sequence_length // 2)
     refused: set[int] = set()  # no room in the bins, and there will be none before the next pack
     for row in range(shape.rows):
         while pack.room(row):

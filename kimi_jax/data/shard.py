@@ -212,7 +212,8 @@ class Shard:
             pack, packed = self._exact_group(self._budget, ratio)
         else:
             first = [w for name, source in self._data.sources.items() for w in self._wanted(name, source.min_per_pack)]
-            pack, packed = fill_pack(self._shape, self._buffer, self._draw, self._data.buffer_size, first)
+            due = 4 * ratio * self._shape.rows * self._shape.sequence_length
+            pack, packed = fill_pack(self._shape, self._buffer, self._draw, self._data.buffer_size, first, due)
         for waiting in packed:
             self._mixture.delivered(waiting.reference[0], len(waiting.example.tokens), ratio)
         used = pack.used()

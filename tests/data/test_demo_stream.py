@@ -1,6 +1,7 @@
 """Every batch of the demo has eight shapes of media or more, chunks of all lengths and a full bin."""
 
 import dataclasses
+import runpy
 
 import numpy as np
 import pytest
@@ -9,6 +10,9 @@ from configs.demo import get_config
 from kimi_jax.config import TrainConfig, freeze
 from kimi_jax.data.pipeline import BatchStream
 from kimi_jax.data.vocabulary import tokenizer_for
+from tests.environment import REPO
+
+SFT = runpy.run_path(str(REPO / "configs" / "sft" / "demo.py"))
 
 
 def demo(path, max_bytes: int) -> TrainConfig:
@@ -39,6 +43,20 @@ def check(config: TrainConfig, batches: int) -> dict:
 def test_the_first_batches_of_the_demo(tmp_path):
     report = check(demo(tmp_path / "tokenizer.json", 500_000), 6)
     assert report["token_fill"] >= 0.97
+
+
+@pytest.mark.parametrize(("get", "packs"), [(get_config, 50), (SFT["get_config"], 30)], ids=["demo", "sft"])
+def test_token_fill_and_vision_ratio_of_a_demo_last(get, packs, tmp_path):
+    """Rows of short images and long texts, which piled up in the buffer from pack 20 on; a ratio that the images of
+    the conversations reach. 2 % of the ratio are the images that still wait at the end."""
+    config = demo(tmp_path / "tokenizer.json", 500_000)
+    data = dataclasses.replace(freeze(get()).data, tokenizer=config.data.tokenizer, num_workers=0)
+    with BatchStream(data, config.model, config.steps) as stream:
+        for _ in range(packs):
+            next(stream)
+        report = stream.report()
+    assert report["token_fill"] >= 0.97
+    assert abs(report["ratio"] / data.vision_ratio[0][1] - 1) < 0.02
 
 
 @pytest.mark.slow
