@@ -66,8 +66,8 @@ def produce(stream: BatchStream) -> tuple[Any, float, int, int]:
         start = time.process_time()
         batch = next(stream)
         cpu += time.process_time() - start
-        tokens += int((batch["segment_ids"] > 0).sum())
-        patches += sum(int((vision_bin["segment_ids"] > 0).sum()) for vision_bin in batch["vision"])
+        tokens += int((batch.segment_ids > 0).sum())
+        patches += sum(int((bins.segment_ids > 0).sum()) for bins in batch.vision)
     return batch, cpu, tokens, patches
 
 

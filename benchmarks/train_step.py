@@ -38,6 +38,7 @@ from kimi_jax.hf import stream
 from kimi_jax.nn.kimi import count_params
 from kimi_jax.nn.param import AdamW, Muon
 from kimi_jax.optim.muonclip import muonclip
+from kimi_jax.packed_batch import PackedBatch, padding
 from kimi_jax.train import flops
 from kimi_jax.train import state as state_lib
 from kimi_jax.train.metrics import measure_matmul_rate
@@ -76,17 +77,13 @@ def train_config(model: ModelConfig, rows: int, tokens: int) -> TrainConfig:
     return TrainConfig(model=model, data=data, optimizer=optimizer)
 
 
-def text_batch(model: ModelConfig, rows: int, tokens: int, seed: int = 0) -> dict[str, Any]:
+def text_batch(model: ModelConfig, rows: int, tokens: int, seed: int = 0) -> PackedBatch:
     """Random tokens, one document a row."""
     ids = np.random.default_rng(seed).integers(0, model.vocab_size - 16, (rows, tokens)).astype(np.int32)
-    weights = np.ones(ids.shape, np.float32)
-    weights[:, -1] = 0
-    zeros = np.zeros_like(ids)
-    return {
-        "tokens": ids, "targets": np.roll(ids, -1, axis=1), "loss_weights": weights, "segment_ids": zeros + 1,
-        "positions": zeros + np.arange(tokens, dtype=np.int32), "modality": zeros, "feature_index": zeros - 1,
-        "vision": (),
-    }  # fmt: skip
+    batch = padding(rows, tokens, rows, 0)
+    batch.tokens[:], batch.targets[:], batch.loss_weights[:, :-1] = ids, np.roll(ids, -1, axis=1), 1
+    batch.segment_ids[:], batch.positions[:] = 1, np.arange(tokens)
+    return batch
 
 
 def adamw_only(config: TrainConfig) -> optax.GradientTransformation:
@@ -101,7 +98,7 @@ def adamw_only(config: TrainConfig) -> optax.GradientTransformation:
 class Ours:
     """Our three steps; each keeps its own weights where it left them."""
 
-    def __init__(self, config: TrainConfig, batch: dict[str, Any]):
+    def __init__(self, config: TrainConfig, batch: PackedBatch):
         mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
         self.batch = sharding.put_batch(batch, mesh)
         init, self._train_step = make_train_step(config, mesh)
@@ -181,7 +178,7 @@ def main(argv: list[str]) -> None:
     own = {"adamw": ours.adamw, "muonclip": ours.muonclip, "gradients": ours.gradients}
     timers: dict[str, Timer] = {name: functools.partial(seconds, step) for name, step in own.items()}
     with tempfile.TemporaryDirectory() as folder:
-        np.save(f"{folder}/ids.npy", batch["tokens"])
+        np.save(f"{folder}/ids.npy", batch.tokens)
         if FLAGS.torch:
             stream.save(folder, model, ours.params, "deepseek_v3", dtype="float32")
             timers |= torch_timers(folder, loss)
@@ -200,7 +197,7 @@ def main(argv: list[str]) -> None:
         time_s = statistics.median(times[i] for _, times in turns)
         ratio = statistics.median(times[i] / times[0] for _, times in turns)
         share = statistics.median(work / times[i] / rate for rate, times in turns)
-        rate_s = batch["tokens"].size / time_s
+        rate_s = batch.tokens.size / time_s
         print(f"{name:26} {time_s:6.2f} {rate_s:9,.0f} {ratio:8.2f}x {share:9.1%}", flush=True)
 
 

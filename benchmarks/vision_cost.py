@@ -160,7 +160,7 @@ def main(argv: list[str]) -> None:
     print(f"a step: {text / 1e9:.0f} GFLOP of text, {vision / 1e9:.0f} of vision ({vision / text:.1%})")
     config = dataclasses.replace(train_config(model, 1, 1), data=DATA)
     both = Steps(config, batch)
-    alone = Steps(dataclasses.replace(config, model=text_model), batch | {"vision": ()})
+    alone = Steps(dataclasses.replace(config, model=text_model), dataclasses.replace(batch, vision=()))
     runs = (alone.gradients, both.gradients, alone.step, both.step)
     for run in runs:
         run()

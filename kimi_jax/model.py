@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from kimi_jax import sharding
 from kimi_jax.config import ConfigError, MeshConfig, ModelConfig
 from kimi_jax.data.conversation import Message
-from kimi_jax.data.patches import Grid, item_layout, num_features
+from kimi_jax.data.patches import Grid, num_features, place_item
 from kimi_jax.data.reply import Reply
 from kimi_jax.data.routing import FREE, RoutingShape
 from kimi_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -34,6 +34,7 @@ from kimi_jax.hf import stream
 from kimi_jax.infer.request import Sampling
 from kimi_jax.nn import lora
 from kimi_jax.nn.kimi import KimiK25
+from kimi_jax.packed_batch import VisionBins, empty_bins, padding
 
 if TYPE_CHECKING:
     from kimi_jax.infer.engine import Engine
@@ -159,12 +160,6 @@ class Model:
         tokens = self._check_tokens(input_ids)
         rows, length = tokens.shape
         padded = (_bucket(rows, 1), _bucket(length, MIN_TOKENS))
-        batch = {
-            "tokens": _pad(tokens, padded, self.config.pad_token_id),
-            "positions": np.broadcast_to(np.arange(padded[1], dtype=np.int32), padded),
-            "segment_ids": _pad(np.ones_like(tokens), padded, 0),
-            "vision": (),
-        }
         items = self._check_media(pixel_values, grid_thws)
         pads = tokens == self.config.media_placeholder_token_id if self.config.vision else np.zeros_like(tokens, bool)
         wanted = sum(num_features(grid) for _, grid in items)
@@ -173,13 +168,15 @@ class Model:
                 f"{pads.sum()} media pads (id {self.config.media_placeholder_token_id}) in input_ids, but the items "
                 f"have {wanted} features: each needs h*w/4 pads"
             )
-        if items:
-            batch["vision"], places = _bins(items, 3 * self._patch_size() ** 2)
-            index = np.full(tokens.shape, -1, np.int32)
-            index[pads] = places
-            batch["feature_index"] = _pad(index, padded, -1)
+        bins, places = _bins(items, 3 * self._patch_size() ** 2)
+        batch = padding(*padded, padded[0], self.config.pad_token_id, bins)
+        batch.tokens[:rows, :length] = tokens
+        batch.positions[:] = np.arange(padded[1])
+        batch.segment_ids[:rows, :length] = 1
+        batch.feature_index[:rows, :length][pads] = places
         if routed_experts is not None:
-            batch["routed_experts"] = self._check_routed_experts(np.asarray(routed_experts), tokens.shape, padded)
+            experts = self._check_routed_experts(np.asarray(routed_experts), tokens.shape, padded)
+            batch = dataclasses.replace(batch, routed_experts=experts)
         return np.asarray(self._logits(self.params, batch)[:rows, :length])
 
     def vision_features(self, pixel_values: Any, grid_thws: Any) -> np.ndarray:
@@ -191,7 +188,7 @@ class Model:
         if not items:
             return np.zeros((0, self.config.hidden_size), np.float32)
         bins, places = _bins(items, 3 * self._patch_size() ** 2)
-        features = self._features(self.params, bins)[0]
+        features = self._features(self.params, bins)
         return np.asarray(features.astype(jnp.float32))[places]
 
     @functools.cached_property
@@ -272,32 +269,20 @@ def _pad(array: np.ndarray, shape: Sequence[int], value: int) -> np.ndarray:
     return np.pad(array, [(0, to - size) for size, to in zip(array.shape, shape, strict=True)], constant_values=value)
 
 
-def _bins(items: list[tuple[np.ndarray, Grid]], channels: int) -> tuple[tuple[dict[str, np.ndarray], ...], np.ndarray]:
+def _bins(items: list[tuple[np.ndarray, Grid]], channels: int) -> tuple[tuple[VisionBins, ...], np.ndarray]:
     """The items as bins (one item each, classes by rounded size), and where each feature stands among them all.
 
-    Returns the batch's `vision` and int32 [F]: index into the group's features, item after item.
+    Returns the batch's `vision` and int32 [F]: index into the pack's features, item after item.
     """
     sizes = [bin_size(grid) for _, grid in items]
-    classes, starts, offset = [], [0] * len(items), 0
+    classes, places, offset = [], [np.zeros(0, np.int32)] * len(items), 0
     for size in sorted(set(sizes)):
         members = [i for i, each in enumerate(sizes) if each == size]
-        count, windows = _bucket(len(members), 1), size // 4
-        bins = {
-            "patches": np.zeros((count, size, channels), items[0][0].dtype),
-            "segment_ids": np.zeros((count, size), np.int32),
-            "coords": np.zeros((count, size, 3), np.int32),
-            "grids": np.tile(np.array([1, 2, 2], np.int32), (count, size, 1)),
-            "feature_slots": np.full((count, windows), windows, np.int32),
-        }
+        bins = empty_bins(_bucket(len(members), 1), size, channels, items[0][0].dtype)
         for v, i in enumerate(members):
             patches, grid = items[i]
-            order, coords, slots = item_layout(grid)
-            n = len(order)
-            bins["patches"][v, :n], bins["coords"][v, :n] = patches[order], coords
-            bins["segment_ids"][v, :n], bins["grids"][v, :n] = 1, grid
-            bins["feature_slots"][v, : n // 4] = slots
-            starts[i] = offset + v * windows
+            place_item(bins, v, 0, 1, patches, grid)
+            places[i] = offset + v * (size // 4) + np.arange(num_features(grid), dtype=np.int32)
         classes.append(bins)
-        offset += count * windows
-    places = [start + np.arange(num_features(grid)) for start, (_, grid) in zip(starts, items, strict=True)]
-    return tuple(classes), np.concatenate(places).astype(np.int32)
+        offset += bins.feature_slots.size
+    return tuple(classes), np.concatenate([np.zeros(0, np.int32), *places])

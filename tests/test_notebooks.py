@@ -27,8 +27,8 @@ CHECKS = {
 assert accuracy > 0.6, accuracy
 assert float(jnp.abs(features[:mine] - alone[:mine]).max()) < 1e-4
 assert float(jnp.abs(reached - ends).max()) < 1e-4
-whole = (some["coords"][..., 1:] < 4).all(-1)  # without the edge of the padding
-shape = whole & (some["patches"].std(-1) > 0.2)
+whole = (some.coords[..., 1:] < 4).all(-1)  # without the edge of the padding
+shape = whole & (some.patches.std(-1) > 0.2)
 share = [float(np.mean((m[-1][:, :, :4].mean((1, 2)) * shape).sum(-1))) for m in (untrained, trained)]
 assert share[1] > 1.3 * share[0], share  # the corner has learned to look at the shape
 """,

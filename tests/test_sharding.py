@@ -110,7 +110,7 @@ def test_rows_and_the_bins_beside_them_are_on_the_same_device(mesh):
     batch = sharding.put_batch(make_batch(0), mesh)
     for x in jax.tree.leaves(batch):
         assert [s.index[0] for s in x.addressable_shards] == [slice(i, i + 1) for i in range(8)]
-    np.testing.assert_array_equal(batch["tokens"], make_batch(0)["tokens"])
+    np.testing.assert_array_equal(batch.tokens, make_batch(0).tokens)
 
 
 def test_uneven_groups_are_refused(mesh):

@@ -26,6 +26,7 @@ from kimi_jax.data.inspect_text import draw_text
 from kimi_jax.data.mixture import ratio_at
 from kimi_jax.data.pipeline import BatchStream
 from kimi_jax.data.tokenizer import load_tokenizer
+from kimi_jax.packed_batch import PackedBatch
 
 parse = cli.parse
 MODALITIES = ("text only", "with images", "with video")
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> None:
             draw(config, first, tokenizer, f.packs, f.out)
             print(f"{f.out}: the first {min(f.packs, config.data.num_packs)} packs of the first batch")
         if f.text_out:
-            count = draw_text(config, first, tokenizer, f.documents, f.text_out)
+            count = draw_text(first, tokenizer, f.documents, f.text_out)
             print(f"{f.text_out}: the loss mask of the first {count} documents of the first batch")
     except (ConfigError, DataError, ValueError, OSError) as e:
         raise SystemExit(f"error: {e}") from e
@@ -76,18 +77,16 @@ class Findings:
     tokens_by_batch: list[int] = field(default_factory=list)
 
 
-def summarise(config: TrainConfig, batches: int) -> tuple[Findings, dict]:
+def summarise(config: TrainConfig, batches: int) -> tuple[Findings, PackedBatch]:
     """Reads the first batches of the run; (findings, first batch). Raises ConfigError, DataError."""
     data = dataclasses.replace(config.data, num_workers=0, prefetch=0)  # the same batches whatever the workers
     found = Findings()
-    first: dict = {}
     with BatchStream(data, config.model, config.steps) as stream:
         for i in range(batches):
             batch = next(stream)
-            first = first or batch
             _count(found, batch)
             if i == 0:
-                found.sizes, before = _drawn(stream)
+                first, (found.sizes, before) = batch, _drawn(stream)
         found.report = stream.report()
         _, after = _drawn(stream)
         # the first batch also draws the examples that wait; from then on as many are drawn as are delivered
@@ -106,16 +105,16 @@ def _drawn(stream: BatchStream) -> tuple[dict[str, int], Counter]:
     return sizes, drawn
 
 
-def _count(found: Findings, batch: dict) -> None:
-    real = batch["segment_ids"] > 0
-    starts = real & (batch["positions"] == 0)
+def _count(found: Findings, batch: PackedBatch) -> None:
+    real = batch.segment_ids > 0
+    starts = real & (batch.positions == 0)
     found.batches += 1
     found.tokens += int(real.sum())
     found.tokens_by_batch.append(int(real.sum()))
-    found.learned += int((batch["loss_weights"] > 0).sum())
-    found.longest = max(found.longest, int(batch["positions"].max()) + 1)
-    found.documents.update(batch["modality"][starts].tolist())
-    grids = Counter(item.grid for k in batch["vision"] for b in range(len(k["segment_ids"])) for item in items_of(k, b))
+    found.learned += int((batch.loss_weights > 0).sum())
+    found.longest = max(found.longest, int(batch.positions.max()) + 1)
+    found.documents.update(batch.modality[starts].tolist())
+    grids = Counter(item.grid for k in batch.vision for b in range(len(k.segment_ids)) for item in items_of(k, b))
     found.items.update(grids)
     found.least_grids = len(grids) if found.batches == 1 else min(found.least_grids, len(grids))
 

@@ -15,6 +15,7 @@ import numpy as np
 from kimi_jax.config import TrainConfig
 from kimi_jax.data.patches import item_layout
 from kimi_jax.data.tokenizer import Tokenizer
+from kimi_jax.packed_batch import PackedBatch, VisionBins
 
 # text only, with images, with video: a light and a darker shade each, so that neighbours differ (Okabe-Ito hues)
 SHADES = (("#cfe3f3", "#b3d0ea"), ("#fde2c0", "#f9cf9a"), ("#c9ead9", "#a9dcc4"))
@@ -36,9 +37,9 @@ class Item(NamedTuple):
     frames: np.ndarray  # uint8 [t, h*p, w*p, 3]
 
 
-def items_of(bins: dict[str, np.ndarray], index: int) -> list[Item]:
+def items_of(bins: VisionBins, index: int) -> list[Item]:
     """The items of bin `index`, in order, their pixels put together again from the patches (uint8 or [-1, 1])."""
-    segments, grids, patches = (bins[k][index] for k in ("segment_ids", "grids", "patches"))
+    segments, grids, patches = bins.segment_ids[index], bins.grids[index], bins.patches[index]
     items = []
     for segment in range(1, int(segments.max(initial=0)) + 1):
         where = np.flatnonzero(segments == segment)
@@ -57,13 +58,13 @@ def _frames(patches: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
     return raster.reshape(t, h, w, 3, p, p).transpose(0, 1, 4, 2, 5, 3).reshape(t, h * p, w * p, 3)
 
 
-def draw(config: TrainConfig, batch: dict, tokenizer: Tokenizer, packs: int, out: str) -> None:
+def draw(config: TrainConfig, batch: PackedBatch, tokenizer: Tokenizer, packs: int, out: str) -> None:
     """Draws the first packs of a batch into the file `out`. Raises OSError, and ValueError for an unknown format."""
     from matplotlib.figure import Figure  # a second to import, and only this function needs it
 
     data = config.data
-    packs = min(packs, data.num_packs)
-    rows, bins = data.rows_per_pack, data.vision_bins if batch["vision"] else ()
+    packs = min(packs, batch.num_packs)
+    rows, bins = data.rows_per_pack, data.vision_bins if batch.vision else ()
     lines = [_bin_lines(patches, count, bins) for patches, count in bins]
     height = packs * (rows * ROW + sum(lines) * BIN + GAP)
     figure = Figure(figsize=(WIDTH, height + 1.0), dpi=110, facecolor="white")
@@ -110,7 +111,7 @@ def _title(figure: Any, config: TrainConfig) -> None:
 
 
 def _draw_pack(
-    figure: Any, batch: dict, tokenizer: Tokenizer, g: int, rows: int, bins: tuple, lines: list[int], top: float
+    figure: Any, batch: PackedBatch, tokenizer: Tokenizer, g: int, rows: int, bins: tuple, lines: list[int], top: float
 ) -> float:
     """Draws pack g below `top` (inches) and returns where the next one begins."""
     total = figure.get_size_inches()[1]
@@ -127,7 +128,7 @@ def _draw_pack(
         for b in range(count):
             line, place = divmod(b, beside)
             axes = _axes(figure, top - line * BIN, BIN - 0.12, LEFT + place * width, width - 0.06)
-            _draw_bin(axes, batch["vision"][k], g * count + b, width, users, first_feature, rows)
+            _draw_bin(axes, batch.vision[k], g * count + b, width, users, first_feature, rows)
             first_feature += patches // 4
         top -= lines[k] * BIN
     return top - GAP
@@ -136,12 +137,12 @@ def _draw_pack(
 # ---------------------------------------------------------------------------------------------------------------- rows
 
 
-def _draw_row(axes: Any, batch: dict, tokenizer: Tokenizer, row: int) -> dict[int, tuple]:
+def _draw_row(axes: Any, batch: PackedBatch, tokenizer: Tokenizer, row: int) -> dict[int, tuple]:
     """Draws one row. Returns, by feature of the pack, (modality, document, row) of who uses it."""
     from matplotlib.patches import Rectangle
 
-    tokens, segments, features = (batch[k][row] for k in ("tokens", "segment_ids", "feature_index"))
-    weights, modality = batch["loss_weights"][row], batch["modality"][row]
+    tokens, segments, features = batch.tokens[row], batch.segment_ids[row], batch.feature_index[row]
+    weights, modality = batch.loss_weights[row], batch.modality[row]
     length = len(tokens)
     axes.set_xlim(0, length)
     axes.set_ylim(0, 1)
@@ -206,12 +207,12 @@ def _runs(values: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _draw_bin(
-    axes: Any, bins: dict, index: int, width: float, users: dict[int, tuple], first_feature: int, rows: int
+    axes: Any, bins: VisionBins, index: int, width: float, users: dict[int, tuple], first_feature: int, rows: int
 ) -> None:
     """Draws one bin, `width` inches wide: each item a frame over the patches it takes, its pictures inside."""
     from matplotlib.patches import Rectangle
 
-    length = bins["segment_ids"].shape[1]
+    length = bins.segment_ids.shape[1]
     axes.set_xlim(0, length)
     axes.set_ylim(0, 1)
     axes.add_patch(Rectangle((0, 0), length, 1, facecolor=PADDING, edgecolor="#bbbbbb", lw=0.5))
@@ -221,7 +222,7 @@ def _draw_bin(
     for item in items:
         t, h, w = item.grid
         count = t * h * w
-        feature = first_feature + int(bins["feature_slots"][index, item.start // 4])
+        feature = first_feature + int(bins.feature_slots[index, item.start // 4])
         m, document, row = users.get(feature, (0, 0, -1))
         face, edge = SHADES[m][document % 2], EDGES[m]
         axes.add_patch(Rectangle((item.start, 0), count, 1, facecolor=face, edgecolor=edge, lw=1.0))

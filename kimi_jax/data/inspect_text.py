@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kimi_jax.config import TrainConfig
 from kimi_jax.data.packing import Document, unpack
 from kimi_jax.data.tokenizer import Tokenizer
+from kimi_jax.packed_batch import PackedBatch
 
 COLUMNS, MOST_LINES = 150, 40  # characters of a line, lines of a document
 FONT = 7.0  # points
@@ -71,7 +71,7 @@ def lines_of(pieces: Sequence[StyledSpan], columns: int = COLUMNS) -> list[list[
     return lines
 
 
-def draw_text(config: TrainConfig, batch: dict, tokenizer: Tokenizer, documents: int, out: str) -> int:
+def draw_text(batch: PackedBatch, tokenizer: Tokenizer, documents: int, out: str) -> int:
     """Draws the first documents of a batch into the file `out`; returns how many.
 
     Raises OSError, and ValueError for an unknown format.
@@ -79,7 +79,7 @@ def draw_text(config: TrainConfig, batch: dict, tokenizer: Tokenizer, documents:
     from matplotlib import rc_context  # a second to import, and only this function needs it
     from matplotlib.figure import Figure
 
-    chosen = list(itertools.islice(unpack(batch, config.data.num_packs), documents))
+    chosen = list(itertools.islice(unpack(batch), documents))
     texts = [lines_of(list(pieces_of(document, tokenizer))) for document in chosen]
     height = HEAD + sum((min(len(lines), MOST_LINES) + 2) * DOWN for lines in texts) + MARGIN
     width = COLUMNS * ACROSS + 2 * MARGIN

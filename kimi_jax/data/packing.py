@@ -1,4 +1,4 @@
-"""Documents into token rows, and their pictures into the bins beside them, both at once.
+"""Documents into token rows, and their images into the bins beside them, both at once.
 
 Source: docs/architecture.md section 3.
 
@@ -28,10 +28,9 @@ import numpy as np
 
 from kimi_jax.config import ConfigError, DataConfig, ModelConfig
 from kimi_jax.data.example import Encoded, MediaItem, place_items
-from kimi_jax.data.patches import item_layout, num_features
-from kimi_jax.data.routing import FREE, RoutingShape
-
-Batch = dict  # the packed batch: arrays by name, "vision" a tuple of dicts of arrays
+from kimi_jax.data.patches import item_layout, num_features, place_item
+from kimi_jax.data.routing import RoutingShape
+from kimi_jax.packed_batch import PackedBatch, concatenate, empty_bins, padding
 
 
 @dataclass(frozen=True)
@@ -84,26 +83,18 @@ class PackShape:
 
 
 class Pack:
-    """One pack while it is filled. `add` takes an example or says that there is no room; `arrays` is the result.
+    """One pack while it is filled. `add` takes an example or says that there is no room; `batch` is what lies in it.
 
-    columns: names of further float32 [R, S] arrays, which lie as `loss_weights` does: beside the target that a value is
-    about, 0 elsewhere. With `shape.routing` there is the array `routed_experts` int32 [R, L, S, k] too, which lies as
-    `tokens` does: the experts that each token is sent to, `FREE` where the router chooses.
+    columns: the names of the batch's columns. With `shape.routing` it has `routed_experts` too.
     """
 
     def __init__(self, shape: PackShape, columns: Sequence[str] = ()):
         self.shape = shape
-        rows = (shape.rows, shape.sequence_length)
-        self._tokens = np.full(rows, shape.pad_id, np.int32)
-        self._targets = np.full(rows, shape.pad_id, np.int32)
-        self._loss_weights = np.zeros(rows, np.float32)
-        self._segment_ids = np.zeros(rows, np.int32)
-        self._positions = np.zeros(rows, np.int32)
-        self._modality = np.zeros(rows, np.int32)
-        self._feature_index = np.full(rows, -1, np.int32)
-        self._columns = {name: np.zeros(rows, np.float32) for name in columns}
-        self._routed_experts = _free_experts(shape)
-        self._bins = [_empty_bins(patches, count, 3 * shape.patch_size**2) for patches, count in shape.bins]
+        bins = [empty_bins(count, patches, 3 * shape.patch_size**2) for patches, count in shape.bins]
+        routing = shape.routing and (shape.routing.num_layers, shape.routing.experts_per_token)
+        self.batch = padding(
+            shape.rows, shape.sequence_length, shape.rows, shape.pad_id, bins, columns=columns, routing=routing
+        )
         self._row_room = [shape.sequence_length] * shape.rows
         self._row_documents = [0] * shape.rows
         self._bin_room = [[patches] * count for patches, count in shape.bins]
@@ -151,11 +142,11 @@ class Pack:
 
     def _add_experts(self, experts: np.ndarray, row: int, n: int, key: str) -> None:
         routing = self.shape.routing
-        if routing is None or self._routed_experts is None:
+        if routing is None:
             return
         routing.check(experts, (n, routing.num_layers, routing.experts_per_token), f"example {key}")
         start = self.shape.sequence_length - self._row_room[row]
-        self._routed_experts[row, :, start : start + n] = experts.swapaxes(0, 1)
+        self.batch.routed_experts[row, :, start : start + n] = experts.swapaxes(0, 1)
 
     def _add_document(
         self, example: Encoded, row: int, features: list[np.ndarray], columns: Mapping[str, np.ndarray]
@@ -163,59 +154,36 @@ class Pack:
         n = len(example.tokens)
         start = self.shape.sequence_length - self._row_room[row]
         here, before_last = np.s_[row, start : start + n], np.s_[row, start : start + n - 1]
-        self._tokens[here] = example.tokens
-        self._targets[before_last] = example.tokens[1:]
+        self.batch.tokens[here] = example.tokens
+        self.batch.targets[before_last] = example.tokens[1:]
         pads = example.tokens == self.shape.media_pad_id
-        self._loss_weights[before_last] = np.where(pads[1:], 0, example.loss_weights[1:])
-        for name, column in self._columns.items():
+        self.batch.loss_weights[before_last] = np.where(pads[1:], 0, example.loss_weights[1:])
+        for name, column in self.batch.columns.items():
             column[before_last] = columns[name][1:]
         self._row_documents[row] += 1
-        self._segment_ids[here] = self._row_documents[row]
-        self._positions[here] = np.arange(n)
-        self._modality[here] = example.modality
+        self.batch.segment_ids[here] = self._row_documents[row]
+        self.batch.positions[here] = np.arange(n)
+        self.batch.modality[here] = example.modality
         if features:
-            self._feature_index[here][pads] = np.concatenate(features)
+            self.batch.feature_index[here][pads] = np.concatenate(features)
         self._row_room[row] -= n
         self.documents += 1
 
     def _add_item(self, item: MediaItem, k: int, b: int) -> np.ndarray:
-        arrays = self._bins[k]
         patches = self.shape.bins[k][0]
-        count = len(item.patches)
         start = patches - self._bin_room[k][b]
-        order, coords, slots = item_layout(item.grid)
         self._bin_items[k][b] += 1
-        here = np.s_[b, start : start + count]
-        np.take(item.patches, order, axis=0, out=arrays["patches"][here])
-        arrays["segment_ids"][here] = self._bin_items[k][b]
-        arrays["coords"][here] = coords
-        arrays["grids"][here] = item.grid
-        arrays["feature_slots"][b, start // 4 : (start + count) // 4] = start // 4 + slots
-        self._bin_room[k][b] -= count
+        place_item(self.batch.vision[k], b, start, self._bin_items[k][b], item.patches, item.grid)
+        self._bin_room[k][b] -= len(item.patches)
         first = self.shape.bin_offsets[k] + b * (patches // 4) + start // 4
         return first + np.arange(num_features(item.grid), dtype=np.int32)
-
-    def arrays(self) -> Batch:
-        """The pack in the layout of a batch: rows on axis 0, bins of each class on axis 0."""
-        return {
-            "tokens": self._tokens,
-            "targets": self._targets,
-            "loss_weights": self._loss_weights,
-            "segment_ids": self._segment_ids,
-            "positions": self._positions,
-            "modality": self._modality,
-            "feature_index": self._feature_index,
-            **self._columns,
-            **({} if self._routed_experts is None else {"routed_experts": self._routed_experts}),
-            "vision": tuple(self._bins),
-        }
 
     def used(self) -> dict:
         """{"tokens", "vision_tokens", "documents": int, "patches": [K] ints}: what is not padding."""
         patches = [p * v - sum(room) for (p, v), room in zip(self.shape.bins, self._bin_room, strict=True)]
         return {
             "tokens": self.shape.rows * self.shape.sequence_length - sum(self._row_room),
-            "vision_tokens": int(np.count_nonzero(self._feature_index >= 0)),
+            "vision_tokens": int(np.count_nonzero(self.batch.feature_index >= 0)),
             "documents": self.documents,
             "patches": patches,
         }
@@ -301,38 +269,9 @@ def best_subset(lengths: Sequence[int], room: int) -> list[int]:
     return chosen[::-1]
 
 
-def _free_experts(shape: PackShape) -> np.ndarray | None:
-    if shape.routing is None:
-        return None
-    layers, k, _ = shape.routing
-    return np.full((shape.rows, layers, shape.sequence_length, k), FREE, np.int32)
-
-
-def _empty_bins(patches: int, count: int, pixels: int) -> dict[str, np.ndarray]:
-    grids = np.empty((count, patches, 3), np.int32)
-    grids[:] = (1, 2, 2)
-    return {
-        "patches": np.zeros((count, patches, pixels), np.uint8),
-        "segment_ids": np.zeros((count, patches), np.int32),
-        "coords": np.zeros((count, patches, 3), np.int32),
-        "grids": grids,
-        "feature_slots": np.full((count, patches // 4), patches // 4, np.int32),
-    }
-
-
-def concatenate(batches: list[Batch]) -> Batch:
-    """Packs, or batches of packs, one behind the other along axis 0."""
-    if len(batches) == 1:
-        return batches[0]
-    out: Batch = {name: np.concatenate([b[name] for b in batches]) for name in batches[0] if name != "vision"}
-    classes = zip(*(b["vision"] for b in batches), strict=True)
-    out["vision"] = tuple({name: np.concatenate([c[name] for c in same]) for name in same[0]} for same in classes)
-    return out
-
-
-def empty_batch(shape: PackShape, num_packs: int = 1, columns: Sequence[str] = ()) -> Batch:
+def empty_batch(shape: PackShape, num_packs: int = 1, columns: Sequence[str] = ()) -> PackedBatch:
     """A batch of padding only, `num_packs` packs: what shapes and dtypes a run has."""
-    return concatenate([Pack(shape, columns).arrays() for _ in range(num_packs)])
+    return concatenate([Pack(shape, columns).batch for _ in range(num_packs)])
 
 
 @dataclass(frozen=True)
@@ -354,50 +293,49 @@ class Document:
     places: tuple[tuple[int, int], ...]
 
 
-def unpack(batch: Batch, num_packs: int = 1) -> Iterator[Document]:
+def unpack(batch: PackedBatch) -> Iterator[Document]:
     """The documents of a batch, row by row: the inverse of packing, for tests and for looking at a batch."""
-    rows = len(batch["tokens"]) // num_packs
-    for row, segments in enumerate(batch["segment_ids"]):
+    for row, segments in enumerate(batch.segment_ids):
         for segment in range(1, int(segments.max()) + 1):
             where = np.flatnonzero(segments == segment)
-            index = batch["feature_index"][row][where]
-            media, places = _media_of(batch, num_packs, row // rows, index[index >= 0])
+            index = batch.feature_index[row][where]
+            media, places = _media_of(batch, row // batch.rows_per_pack, index[index >= 0])
             yield Document(
                 row,
                 int(where[0]),
-                batch["tokens"][row][where],
-                batch["targets"][row][where],
-                batch["loss_weights"][row][where],
-                batch["positions"][row][where],
-                int(batch["modality"][row][where[0]]),
+                batch.tokens[row][where],
+                batch.targets[row][where],
+                batch.loss_weights[row][where],
+                batch.positions[row][where],
+                int(batch.modality[row][where[0]]),
                 media,
                 places,
             )
 
 
 def _media_of(
-    batch: Batch, num_packs: int, pack: int, features: np.ndarray
+    batch: PackedBatch, pack: int, features: np.ndarray
 ) -> tuple[tuple[MediaItem, ...], tuple[tuple[int, int], ...]]:
     media, places = [], []
     at = 0
     while at < len(features):
-        k, b, window = _locate(batch["vision"], num_packs, pack, int(features[at]))
-        arrays = batch["vision"][k]
-        t, h, w = (int(x) for x in arrays["grids"][b, 4 * window])
+        k, b, window = _locate(batch, pack, int(features[at]))
+        bins = batch.vision[k]
+        t, h, w = (int(x) for x in bins.grids[b, 4 * window])
         grid = (t, h, w)
         order, _, _ = item_layout(grid)
-        patches = np.empty((len(order), arrays["patches"].shape[-1]), arrays["patches"].dtype)
-        patches[order] = arrays["patches"][b, 4 * window : 4 * window + len(order)]
+        patches = np.empty((len(order), bins.patches.shape[-1]), bins.patches.dtype)
+        patches[order] = bins.patches[b, 4 * window : 4 * window + len(order)]
         media.append(MediaItem(patches, grid))
         places.append((k, b))
         at += num_features(grid)
     return tuple(media), tuple(places)
 
 
-def _locate(vision: tuple, num_packs: int, pack: int, feature: int) -> tuple[int, int, int]:
-    for k, arrays in enumerate(vision):
-        bins, windows = len(arrays["feature_slots"]) // num_packs, arrays["feature_slots"].shape[1]
-        if feature < bins * windows:
-            return k, pack * bins + feature // windows, feature % windows
-        feature -= bins * windows
+def _locate(batch: PackedBatch, pack: int, feature: int) -> tuple[int, int, int]:
+    for k, bins in enumerate(batch.vision):
+        count, windows = len(bins.feature_slots) // batch.num_packs, bins.feature_slots.shape[1]
+        if feature < count * windows:
+            return k, pack * count + feature // windows, feature % windows
+        feature -= count * windows
     raise ValueError(f"feature index {feature} lies beyond the bins of pack {pack}")

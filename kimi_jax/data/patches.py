@@ -14,6 +14,8 @@ import functools
 
 import numpy as np
 
+from kimi_jax.packed_batch import VisionBins
+
 Grid = tuple[int, int, int]
 
 
@@ -37,6 +39,17 @@ def item_layout(grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     for a in (order, coords, slots):
         a.setflags(write=False)
     return order, coords, slots
+
+
+def place_item(bins: VisionBins, index: int, start: int, number: int, patches: np.ndarray, grid: Grid) -> None:
+    """Writes an item (patches [N, C] in released order) into bin `index` from patch `start`, as its item `number`."""
+    order, coords, slots = item_layout(grid)
+    here = np.s_[index, start : start + len(order)]
+    np.take(patches, order, axis=0, out=bins.patches[here])
+    bins.segment_ids[here] = number
+    bins.coords[here] = coords
+    bins.grids[here] = grid
+    bins.feature_slots[index, start // 4 : (start + len(order)) // 4] = start // 4 + slots
 
 
 def num_features(grid: Grid) -> int:

@@ -39,9 +39,10 @@ from kimi_jax.config import ConfigError, DataConfig, ModelConfig
 from kimi_jax.data import DataError
 from kimi_jax.data.bins import check_bins
 from kimi_jax.data.example import Source
-from kimi_jax.data.packing import Batch, PackShape, concatenate
+from kimi_jax.data.packing import PackShape
 from kimi_jax.data.shard import NAMED, Quarantine, Shard, check_bad, wholly_masked
 from kimi_jax.data.tokenizer import Tokenizer, load_tokenizer
+from kimi_jax.packed_batch import PackedBatch, concatenate, map_arrays
 
 VERSION = 3  # of the state; 2 counted text for the vision ratio when it was drawn
 POLLS = 4  # at what a worker reads, in the stall time; one that has moved on to another record is slow, and not stuck
@@ -100,7 +101,7 @@ class _ShardsIterator(grain.DatasetIterator):
             self._opened = self._dataset.open()
         batch = concatenate([shard.next_pack() for shard in self._opened])
         states = {str(k): s.state() for k, s in zip(self._dataset._shards, self._opened, strict=True)}
-        return {"batch": batch, "states": json.dumps(states)}
+        return {"batch": batch.as_dict(), "states": json.dumps(states)}
 
     def get_state(self) -> dict:
         """Nothing: the state that counts travels with each element."""
@@ -150,7 +151,7 @@ def _follow(parent: multiprocessing.process.BaseProcess) -> None:
 
 
 class BatchStream:
-    """Endless iterator over packed batches of this host's shards (the layout is that of `packing.Pack`).
+    """Endless iterator over packed batches of this host's shards (`kimi_jax.packed_batch`).
 
     shards: logical shards of this host, default all; rows come in ascending order of them.
     state:  of `state()`, or `merge_states` of those of all hosts; continues with exactly the next batch.
@@ -221,7 +222,7 @@ class BatchStream:
     def __iter__(self) -> BatchStream:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> PackedBatch:
         """The next batch: arrays of this host's rows.
 
         Raises DataError (also for a worker that hangs, naming what it was reading), RuntimeError for one that died.
@@ -244,7 +245,9 @@ class BatchStream:
             self._states.update(json.loads(element["states"]))
         self._check_bad()
         self._warn_of_masked()
-        return _owned(concatenate([element["batch"] for element in elements]), self._has_workers)
+        batch = concatenate([PackedBatch.from_dict(element["batch"]) for element in elements])
+        # Grain's arrays live in shared memory that is unlinked under whoever keeps a view
+        return map_arrays(_plain, batch) if self._has_workers else batch
 
     def _element(self, number: int) -> dict:
         self._at = number
@@ -420,15 +423,6 @@ def _shortened(name: str, states: Sequence[dict]) -> int:
 def _close_all(iterators: list) -> None:
     while iterators:  # emptied, so that no iterator lives to see Grain's modules taken down at exit
         iterators.pop().close()
-
-
-def _owned(batch: Batch, shared: bool) -> Batch:
-    """Plain arrays: Grain's live in shared memory that is unlinked under whoever keeps a view."""
-    if not shared:
-        return batch
-    own: Batch = {name: _plain(array) for name, array in batch.items() if name != "vision"}
-    own["vision"] = tuple({name: _plain(array) for name, array in arrays.items()} for arrays in batch["vision"])
-    return own
 
 
 def _plain(array: np.ndarray) -> np.ndarray:

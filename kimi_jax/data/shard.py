@@ -25,9 +25,10 @@ from kimi_jax.data import BadRecord, DataError
 from kimi_jax.data.bins import SAMPLE, check_sizes
 from kimi_jax.data.example import Encoded, Limits, Source, encode, split
 from kimi_jax.data.mixture import Mixture, ratio_at
-from kimi_jax.data.packing import Batch, BufferedExample, Pack, PackShape, fill_pack
+from kimi_jax.data.packing import BufferedExample, Pack, PackShape, fill_pack
 from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.data.vision_budget import VisionBudget
+from kimi_jax.packed_batch import PackedBatch
 
 NAMED = 5  # bad records that are remembered by name, for each source
 QUARANTINED = 1000  # bad records of a source that a shard remembers, so as not to open them again
@@ -205,8 +206,8 @@ class Shard:
         if state is not None:
             self._restore(state)
 
-    def next_pack(self) -> Batch:
-        """The arrays of the next pack. Raises DataError."""
+    def next_pack(self) -> PackedBatch:
+        """The next pack. Raises DataError."""
         ratio = ratio_at(self._data.vision_ratio, self._fraction())
         if self._budget:
             pack, packed = self._exact_group(self._budget, ratio)
@@ -221,7 +222,7 @@ class Shard:
             self._used[name] += used[name]
         self._used["patches"] = [a + b for a, b in zip(self._used["patches"], used["patches"], strict=True)]
         self._step += 1
-        return pack.arrays()
+        return pack.batch
 
     def _exact_group(self, budget: VisionBudget, ratio: float) -> tuple[Pack, list[BufferedExample]]:
         """A pack of exactly the vision tokens that are due, and what it holds; text fills what they leave of it."""

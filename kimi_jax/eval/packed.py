@@ -23,18 +23,19 @@ import numpy as np
 from kimi_jax import sharding
 from kimi_jax.config import MeshConfig, ModelConfig, TrainConfig
 from kimi_jax.data.example import Encoded, Example, Limits, Text, encode, split
-from kimi_jax.data.packing import Batch, Pack, PackShape, concatenate
+from kimi_jax.data.packing import Pack, PackShape
 from kimi_jax.data.tokenizer import Tokenizer, load_tokenizer
 from kimi_jax.eval import scorers
 from kimi_jax.eval.tasks import Part, Question
 from kimi_jax.nn import lora
 from kimi_jax.nn.kimi import KimiK25
 from kimi_jax.nn.layers import precision
+from kimi_jax.packed_batch import PackedBatch, concatenate
 
 MAX_CANDIDATES = 16
 HEAD_CHUNK = 1024  # positions whose logits exist at once
 
-Apply = Callable[[Any, Batch, Any, Any], tuple[Any, Any, Any]]
+Apply = Callable[[Any, PackedBatch, Any, Any], tuple[Any, Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ def make_apply(config: ModelConfig, num_packs: int, mesh_config: MeshConfig) -> 
     sharding.check_packs(num_packs, mesh)
     model = KimiK25(config, sharding.layout(mesh) if mesh.size > 1 else None)
 
-    def apply(variables: Any, batch: Batch, ends: jax.Array, candidates: jax.Array) -> tuple[jax.Array, ...]:
-        x, _ = model.apply(variables, batch, num_packs=num_packs, method=model.hidden)
+    def apply(variables: Any, batch: PackedBatch, ends: jax.Array, candidates: jax.Array) -> tuple[jax.Array, ...]:
+        x, _ = model.apply(variables, batch, method=model.hidden)
         kernel = variables["params"]["lm_head"]["kernel"]
         flat = x.reshape(-1, x.shape[-1])
 
@@ -78,21 +79,21 @@ def make_apply(config: ModelConfig, num_packs: int, mesh_config: MeshConfig) -> 
             return -jnp.take_along_axis(logp, chunk[1][:, None], axis=-1)[:, 0], jnp.argmax(logp, axis=-1)
 
         size = next(n for n in range(min(HEAD_CHUNK, len(flat)), 0, -1) if len(flat) % n == 0)
-        targets = batch["targets"].reshape(-1, size)
+        targets = batch.targets.reshape(-1, size)
         nll, likeliest = jax.lax.map(head, (flat.reshape(-1, size, flat.shape[-1]), targets))
-        shape = batch["targets"].shape
+        shape = batch.targets.shape
         at_ends = jnp.take_along_axis(log_probs(flat[ends]), candidates, axis=-1)
         return nll.reshape(shape), likeliest.reshape(shape).astype(jnp.int32), at_ends
 
     compiled = jax.jit(apply, out_shardings=sharding.replicated(mesh))
 
-    def run(variables: Any, batch: Batch, ends: Any, candidates: Any) -> tuple[Any, Any, Any]:
+    def run(variables: Any, batch: PackedBatch, ends: Any, candidates: Any) -> tuple[Any, Any, Any]:
         return compiled(variables, _place(batch, sharding.batch_sharding(mesh)), ends, candidates)
 
     return run
 
 
-def _place(batch: Batch, cut: Any) -> Batch:
+def _place(batch: PackedBatch, cut: Any) -> PackedBatch:
     """Host arrays that every process holds whole, as global arrays sharded by packs."""
     return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, cut, lambda index: a[index]), batch)
 
@@ -166,7 +167,7 @@ class Scorer:
     def _run(
         self, packs: list[Pack], documents: Sequence[Encoded], placed: list, asked: list[Sequence[int]]
     ) -> list[Scored]:
-        batch = concatenate([pack.arrays() for pack in packs])
+        batch = concatenate([pack.batch for pack in packs])
         ends = np.zeros(self._ends, np.int32)
         wanted = np.zeros((self._ends, MAX_CANDIDATES), np.int32)
         for k, (i, row, start) in enumerate(placed):
@@ -176,8 +177,8 @@ class Scorer:
         scored = []
         for k, (i, row, start) in enumerate(placed):
             here = np.s_[row, start : start + len(documents[i].tokens) - 1]
-            weights = batch["loss_weights"][here]
-            right = likeliest[here] == batch["targets"][here]
+            weights = batch.loss_weights[here]
+            right = likeliest[here] == batch.targets[here]
             total = float(np.sum(weights * nll[here], dtype=np.float64))
             next_token = int(likeliest.reshape(-1)[ends[k]])
             scored.append(Scored(total, bool(np.all(right | (weights == 0))), next_token, logp[k, : len(asked[k])]))

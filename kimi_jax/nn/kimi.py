@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
@@ -27,8 +26,9 @@ from kimi_jax.nn.moonvit import MoonViT3D
 from kimi_jax.nn.param import AdamW, declare, unbox
 from kimi_jax.nn.projector import Projector
 from kimi_jax.nn.vision_stage import fuse, join_classes, shard_bins
+from kimi_jax.packed_batch import PackedBatch, VisionBins, empty_bins, padding
 
-Batch = dict[str, Any]  # the packed batch; layout in `vision_stage`, `MoonViT3D` and kimi_jax/data
+jax.tree_util.register_dataclass(PackedBatch)
 
 
 class Embedding(nn.Module):
@@ -102,33 +102,32 @@ class KimiK25(nn.Module):
             self.vision = MoonViT3D(c, self.layout)
             self.projector = Projector(c)
 
-    def vision_features(self, vision_bins: tuple, num_packs: int = 1) -> Float[Array, "G F D"]:
-        """Features of all bin classes, flattened a group: for each class its bins, for each bin its slots."""
-        return join_classes(self.encode(vision_bins), num_packs)
+    def vision_features(self, vision_bins: tuple[VisionBins, ...]) -> Float[Array, "F D"]:
+        """Features of the bins of one pack: for each class its bins, for each bin its slots."""
+        return join_classes(self.encode(vision_bins), 1)[0]
 
-    def encode(self, vision_bins: tuple) -> tuple[Float[Array, "_ _ D"], ...]:
+    def encode(self, vision_bins: tuple[VisionBins, ...]) -> tuple[Float[Array, "_ _ D"], ...]:
         """Features of each bin class. The backward pass makes everything before them again."""
-        bins = jax.tree.map(jnp.asarray, tuple(vision_bins))
+        bins = jax.tree.map(jnp.asarray, vision_bins)
         if self.layout is not None:
             bins = tuple(shard_bins(self.layout, each) for each in bins)
         tower = nn.remat(
-            lambda model, each: model.projector(model.vision(**each)), policy=jax.checkpoint_policies.nothing_saveable
+            lambda model, each: model.projector(model.vision(each)), policy=jax.checkpoint_policies.nothing_saveable
         )
         return tuple(tower(self, each) for each in bins)
 
-    def hidden(self, batch: Batch, num_packs: int = 1) -> tuple[Float[Array, "B S D"], Aux]:
+    def hidden(self, batch: PackedBatch) -> tuple[Float[Array, "B S D"], Aux]:
         """Final-normed hidden states of a packed batch.
 
-        Reads tokens, positions, segment_ids, and, if `vision` is not empty, feature_index and vision. If there is
-        `routed_experts` int32 [B, Lmoe, S, k], it forces the experts of every token where it is not -1; the router
-        chooses otherwise. Raises ValueError if it has another shape or dtype.
+        Reads tokens, positions, segment_ids, routed_experts, and, if there are vision bins, feature_index and vision.
+        Raises ValueError for routed experts of another shape or dtype than the model has.
         """
-        tokens, positions, segment_ids = (jnp.asarray(batch[k]) for k in ("tokens", "positions", "segment_ids"))
+        tokens, positions, segment_ids = map(jnp.asarray, (batch.tokens, batch.positions, batch.segment_ids))
         x = self.embed(tokens)
-        if batch["vision"]:
-            features = self.encode(batch["vision"])
-            bins = tuple(len(each["segment_ids"]) for each in batch["vision"])
-            x = fuse(self.layout, x, features, jnp.asarray(batch["feature_index"]), bins, num_packs)
+        if batch.vision:
+            features = self.encode(batch.vision)
+            bins = tuple(len(each.segment_ids) for each in batch.vision)
+            x = fuse(self.layout, x, features, jnp.asarray(batch.feature_index), bins, batch.num_packs)
         if self.layout is not None:
             x = self.layout.constrain(x, "batch", "sequence", None)
         dense = routed = None
@@ -138,11 +137,11 @@ class KimiK25(nn.Module):
             x, routed = self.moe_layers(x, positions, segment_ids, self._forced_experts(batch))
         return self.final_norm(x), gather_aux(dense, routed)
 
-    def _forced_experts(self, batch: Batch) -> Int[Array, "Lmoe B S k"] | None:
+    def _forced_experts(self, batch: PackedBatch) -> Int[Array, "Lmoe B S k"] | None:
         """The batch's routed experts as the scan over layers takes them, sharded as the tokens; None if it has none."""
-        if "routed_experts" not in batch:
+        if batch.routed_experts is None:
             return None
-        experts, (rows, length) = jnp.asarray(batch["routed_experts"]), batch["tokens"].shape
+        experts, (rows, length) = jnp.asarray(batch.routed_experts), batch.tokens.shape
         wanted = (rows, self.config.num_moe_layers, length, self.config.moe.num_experts_per_tok)
         if experts.shape != wanted or experts.dtype != jnp.int32:
             raise ValueError(
@@ -152,35 +151,28 @@ class KimiK25(nn.Module):
         experts = experts.swapaxes(0, 1)
         return experts if self.layout is None else self.layout.constrain(experts, None, "batch", "sequence", None)
 
-    def __call__(self, batch: Batch, num_packs: int = 1) -> tuple[Float[Array, "B S V"], Aux]:
+    def __call__(self, batch: PackedBatch) -> tuple[Float[Array, "B S V"], Aux]:
         """Float32 logits of every position."""
-        x, aux = self.hidden(batch, num_packs)
+        x, aux = self.hidden(batch)
         return self.lm_head(x), aux
 
-    def token_nll(self, batch: Batch, num_packs: int = 1, temperature: float = 1.0) -> tuple[Float[Array, "B S"], Aux]:
+    def token_nll(self, batch: PackedBatch, temperature: float = 1.0) -> tuple[Float[Array, "B S"], Aux]:
         """-log p(target) of every position under softmax(logits / temperature), float32, without holding the logits.
 
         Also reads targets.
         """
-        x, aux = self.hidden(batch, num_packs)
-        targets = jnp.asarray(batch["targets"])
+        x, aux = self.hidden(batch)
+        targets = jnp.asarray(batch.targets)
         return self.lm_head.token_nll(x, targets, temperature), aux
 
 
 # ------------------------------------------------------------------------------------------------------- initialisation
 
 
-def _tiny_batch(config: ModelConfig) -> Batch:
+def _tiny_batch(config: ModelConfig) -> PackedBatch:
     """One row of two tokens and, with vision, one bin of one 2x2 image: enough to create every parameter."""
-    ids = np.ones((1, 2), np.int32)
-    batch = {"tokens": ids, "positions": ids, "segment_ids": ids, "feature_index": ids - 2, "vision": ()}
-    if config.vision:
-        patch = np.zeros((1, 4, 3), np.int32)
-        batch["vision"] = ({
-            "patches": np.zeros((1, 4, 3 * config.vision.patch_size**2), np.uint8), "segment_ids": patch[..., 0] + 1,
-            "coords": patch, "grids": patch + np.array([1, 2, 2], np.int32), "feature_slots": patch[:, :1, 0],
-        },)  # fmt: skip
-    return batch
+    bins = (empty_bins(1, 4, 3 * config.vision.patch_size**2),) if config.vision else ()
+    return padding(1, 2, 1, config.pad_token_id, bins)
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from kimi_jax.nn.layers import LayerNorm, Linear
 from kimi_jax.nn.layout import Layout
 from kimi_jax.nn.param import AdamW, declare
 from kimi_jax.nn.rope import rotate_interleaved, vision_rotary
+from kimi_jax.packed_batch import VisionBins
 
 PARTS = ("vision",)
 CUBIC = -0.75  # torch's bicubic; jax.image.resize has -0.5
@@ -186,23 +187,13 @@ class MoonViT3D(nn.Module):
         self.blocks = stacked(VisionBlock, v.num_hidden_layers, 3, scan=c.scan_layers, remat=remat)(c, self.layout)
         self.final_norm = LayerNorm(v.layer_norm_eps, c.param_dtype, PARTS)
 
-    def __call__(
-        self,
-        patches: Num[Array, "V P C"],
-        segment_ids: Int[Array, "V P"],
-        coords: Int[Array, "V P 3"],
-        grids: Int[Array, "V P 3"],
-        feature_slots: Int[Array, "V W"],
-    ) -> Float[Array, "V W 4 D"]:
-        """Pooled windows of one bin class (the batch's `vision[k]`), each in its feature slot.
-
-        patches: bytes, or floats already in [-1, 1]. Slots without an item hold zeros.
-        """
+    def __call__(self, bins: VisionBins) -> Float[Array, "V W 4 D"]:
+        """Pooled windows of one bin class, each in its feature slot. Slots without an item hold zeros."""
         v = self.config.vision
-        x = self.patch_embed(normalise_pixels(patches))
-        x = x + self.pos_emb(coords, grids).astype(x.dtype)
+        x = self.patch_embed(normalise_pixels(bins.patches))
+        x = x + self.pos_emb(bins.coords, bins.grids).astype(x.dtype)
         if self.layout is not None:
             x = self.layout.constrain(x, "bins", None, None)
-        cos, sin = vision_rotary(coords, v.hidden_size // v.num_attention_heads, v.rope_theta)
-        x, _ = self.blocks(x, cos, sin, segment_ids)
-        return pool_frames(self.final_norm(x), feature_slots)
+        cos, sin = vision_rotary(bins.coords, v.hidden_size // v.num_attention_heads, v.rope_theta)
+        x, _ = self.blocks(x, cos, sin, bins.segment_ids)
+        return pool_frames(self.final_norm(x), bins.feature_slots)

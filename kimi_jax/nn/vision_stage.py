@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from kimi_jax.kernels.fsdp import all_gather_rows
 from kimi_jax.nn.layout import Layout
+from kimi_jax.packed_batch import VisionBins
 
 
 def place_features(
@@ -45,7 +46,7 @@ def join_classes(features: tuple[Float[Array, "_ _ D"], ...], num_packs: int) ->
     return jnp.concatenate([f.reshape(num_packs, -1, f.shape[-1]) for f in features], axis=1)
 
 
-def shard_bins(layout: Layout, bins: dict[str, Array]) -> dict[str, Array]:
+def shard_bins(layout: Layout, bins: VisionBins) -> VisionBins:
     """The arrays [V, ...] of one class, sharded by "batch", as [V', ...], sharded by "bins".
 
     V' > V where a group's bins are not a multiple of its devices: the last bin is taken again, and nobody reads it.

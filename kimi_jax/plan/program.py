@@ -28,6 +28,7 @@ from jax.sharding import AbstractMesh, Mesh
 from kimi_jax import sharding
 from kimi_jax.config import ConfigError, TrainConfig
 from kimi_jax.data.packing import Pack, PackShape
+from kimi_jax.packed_batch import PackedBatch
 from kimi_jax.plan.chips import Topology
 from kimi_jax.train import state as state_lib
 from kimi_jax.train import xla_flags
@@ -100,12 +101,12 @@ def scaled(config: TrainConfig, mesh: Mesh | AbstractMesh, rows: int | None) -> 
     return dataclasses.replace(config, data=data)
 
 
-def abstract_batch(config: TrainConfig, mesh: Mesh) -> Any:
+def abstract_batch(config: TrainConfig, mesh: Mesh) -> PackedBatch:
     """Shapes, dtypes and shardings of a packed batch."""
-    group = Pack(PackShape.of(config.data, config.model)).arrays()
+    pack = Pack(PackShape.of(config.data, config.model)).batch
     cut, groups = sharding.batch_sharding(mesh), config.data.num_packs
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((groups * x.shape[0], *x.shape[1:]), x.dtype, sharding=cut), group
+        lambda x: jax.ShapeDtypeStruct((groups * x.shape[0], *x.shape[1:]), x.dtype, sharding=cut), pack
     )
 
 

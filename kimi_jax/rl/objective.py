@@ -1,9 +1,9 @@
 """K2.5's policy loss as the objective of a training step.
 
 Source: Kimi K2.5 (arXiv 2602.02276), the token-level clipped objective; the mathematics is `kimi_jax.rl.losses`, which
-this file only feeds. A batch is one of pre-training with two columns more, in the order of `targets`: the
-log-probability that the sampler recorded of each target, and the advantage of the rollout that it belongs to. Targets
-whose loss weight is not 0 are tokens that the policy generated; N counts them over the global batch.
+this file only feeds. A batch is one of pre-training with two columns: the log-probability that the sampler recorded of
+each target, and the advantage of the rollout that it belongs to. Targets whose loss weight is not 0 are tokens that the
+policy generated; N counts them over the global batch.
 
 B rows   S tokens
 """
@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from kimi_jax.config_rl import PolicyConfig as PolicyConfig
+from kimi_jax.packed_batch import PackedBatch
 from kimi_jax.rl import losses
 from kimi_jax.rl.types import COLUMNS
-from kimi_jax.train.objective import Batch, Max, Mean, Metrics, Objective, Totals
+from kimi_jax.train.objective import Max, Mean, Metrics, Objective, Totals
 
 
 def policy(config: PolicyConfig) -> Objective:
@@ -29,14 +30,14 @@ def policy(config: PolicyConfig) -> Objective:
     """
     chosen = _loss(config)
 
-    def totals(batch: Batch) -> Totals:
+    def totals(batch: PackedBatch) -> Totals:
         return {"num_tokens": _generated(batch)}
 
-    def loss(logp: jax.Array, batch: Batch, totals: Totals) -> tuple[jax.Array, Metrics]:
-        sampler, advantage = (batch[name] for name in COLUMNS)
-        mask = batch["loss_weights"]
+    def loss(logp: jax.Array, batch: PackedBatch, totals: Totals) -> tuple[jax.Array, Metrics]:
+        sampler, advantage = (batch.columns[name] for name in COLUMNS)
+        mask = batch.loss_weights
         value, metrics = losses.objective_loss(
-            chosen, logp, sampler, advantage, mask, totals["num_tokens"], sequences=batch["segment_ids"]
+            chosen, logp, sampler, advantage, mask, totals["num_tokens"], sequences=batch.segment_ids
         )
         # the parts' shares of a mean over all N tokens, as sums over their own tokens
         share, tokens = jnp.maximum(totals["num_tokens"], 1.0), _generated(batch)
@@ -61,6 +62,6 @@ def _loss(config: PolicyConfig) -> losses.Objective:
     return losses.KimiK25(config.alpha, config.beta, config.tau)
 
 
-def _generated(batch: Batch) -> jax.Array:
+def _generated(batch: PackedBatch) -> jax.Array:
     """How many targets the policy generated, float32 []."""
-    return jnp.sum(batch["loss_weights"] != 0, dtype=jnp.float32)
+    return jnp.sum(batch.loss_weights != 0, dtype=jnp.float32)

@@ -29,11 +29,12 @@ import numpy as np
 from kimi_jax.config import ConfigError, RLConfig, TrainConfig
 from kimi_jax.data import BadRecord
 from kimi_jax.data.packing import PackShape
+from kimi_jax.packed_batch import PackedBatch
 from kimi_jax.rl import record, shaping
 from kimi_jax.rl.tasks import Problem, Task, open_task
 from kimi_jax.rl.types import Group, Sample, pack, samples, staleness
 from kimi_jax.rl.worker import Answer, PendingGroup, RolloutWorker
-from kimi_jax.train.batches import Batch, HostState
+from kimi_jax.train.batches import HostState
 
 Ready = tuple[Group, list[float]]  # a complete group and its advantages
 MAX_DROPPED = 1000  # prompts in a row that cannot be used before the run stops
@@ -63,7 +64,7 @@ class RolloutSource:
         self._tasks: dict[str, Task] = {name: open_task(task) for name, task in rl.tasks.items()}
         self._params: Any = None
         self._held: Any = None  # weights of the last hand-over, where they are older than `_params`
-        self._queue: list[Batch] = []
+        self._queue: list[PackedBatch] = []
         self._ready: list[Ready] = []
         self._pending: list[PendingGroup] = []
         self._iteration = self._delivered = 0
@@ -76,7 +77,7 @@ class RolloutSource:
 
     # ------------------------------------------------------------------------------------------------- as a BatchSource
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> PackedBatch:
         """The next batch; makes rollouts when those of the last iteration are used up."""
         if not self._queue:
             self._queue = self._iterate()
@@ -97,7 +98,7 @@ class RolloutSource:
                 {"task": g.task, "index": g.index, "answers": [dict(vars(a)) for a in g.answers]} for g in self._pending
             ],
             "ready": [{"group": record.dump(g).decode(), "advantages": a} for g, a in self._ready],
-            "queue": [{**batch, "vision": list(batch["vision"])} for batch in self._queue],
+            "queue": [batch.as_dict() for batch in self._queue],
             "held": None if self._held is None else jax.device_get(jax.tree.leaves(self._held)),
         }  # fmt: skip
 
@@ -112,7 +113,7 @@ class RolloutSource:
         self._shaping, self._metrics = shaping.ShapingState.from_json(state["shaping"]), dict(state["metrics"])
         self._pending = [self._reopen(each) for each in state["pending"]]
         self._ready = [(record.load(each["group"].encode()), list(each["advantages"])) for each in state["ready"]]
-        self._queue = [{**batch, "vision": tuple(batch["vision"])} for batch in state["queue"]]
+        self._queue = [PackedBatch.from_dict(batch) for batch in state["queue"]]
         self._held = state["held"]
 
     def _reopen(self, saved: Mapping[str, Any]) -> PendingGroup:
@@ -130,7 +131,7 @@ class RolloutSource:
 
     # ------------------------------------------------------------------------------------------------------- iteration
 
-    def _iterate(self) -> list[Batch]:
+    def _iterate(self) -> list[PackedBatch]:
         """The batches of one iteration."""
         clock = [time.perf_counter()]
         self._hand_over()
@@ -248,7 +249,7 @@ class RolloutSource:
                 values[[t.finish == "length" for t in group.trajectories]] = penalty
         return rewards
 
-    def _pack(self, chosen: Sequence[Ready]) -> list[Batch]:
+    def _pack(self, chosen: Sequence[Ready]) -> list[PackedBatch]:
         """The groups in `updates` batches of about equally many groups. What does not fit is an error: half a group
         would have another mean."""
         updates, batches = self._rl.rollout.updates, []

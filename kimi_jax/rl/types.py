@@ -22,6 +22,7 @@ from kimi_jax.data import packing
 from kimi_jax.data.example import Encoded, MediaItem
 from kimi_jax.data.patches import num_features
 from kimi_jax.data.routing import FREE
+from kimi_jax.packed_batch import PackedBatch, concatenate
 
 MAX_TOKENS = 1 << 20  # of a segment; the longest context of the model is a quarter of it
 MAX_SEGMENTS = 1 << 14  # of a trajectory
@@ -202,7 +203,7 @@ def _experts(parts: Sequence[Segment], key: str) -> np.ndarray | None:
     return np.concatenate(each)
 
 
-def pack(items: Sequence[Sample], shape: packing.PackShape, num_packs: int) -> tuple[packing.Batch, list[Sample]]:
+def pack(items: Sequence[Sample], shape: packing.PackShape, num_packs: int) -> tuple[PackedBatch, list[Sample]]:
     """A batch of `num_packs` packs with the columns of COLUMNS, and the samples that found no room, both in order.
 
     With `shape.routing` the batch also holds `routed_experts`, which the training step then forces.
@@ -218,7 +219,7 @@ def pack(items: Sequence[Sample], shape: packing.PackShape, num_packs: int) -> t
         places = ((pack, row) for pack in order for row in range(shape.rows))
         if not any(pack.add(item.encoded, row, item.columns, item.experts) for pack, row in places):
             left.append(item)
-    return packing.concatenate([pack.arrays() for pack in packs]), left
+    return concatenate([pack.batch for pack in packs]), left
 
 
 def staleness(groups: Sequence[Group], version: int) -> np.ndarray:

@@ -14,9 +14,9 @@ import numpy as np
 
 from kimi_jax.config import TrainConfig
 from kimi_jax.data.pipeline import BatchStream
+from kimi_jax.packed_batch import PackedBatch
 from kimi_jax.train import hosts
 
-Batch = dict[str, Any]  # the packed batch
 HostState = dict[str, Any]  # JSON values, and NumPy arrays of numbers or bools anywhere in it
 ARRAY = "__array__"  # key of what stands in the JSON in an array's place: [dtype, shape]
 
@@ -26,7 +26,7 @@ class BatchSource(Protocol):
     """An endless iterator over batches that can be continued. With several hosts all of them call every method at the
     same point, and each gets the rows of its own packs."""
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> PackedBatch:
         """The next batch of this host. What it raises ends the run; weights passed to `update` are still valid here."""
 
     def state(self) -> HostState:

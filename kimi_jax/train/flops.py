@@ -16,28 +16,29 @@ from typing import Any
 import jax.numpy as jnp
 
 from kimi_jax.config import ModelConfig
+from kimi_jax.packed_batch import PackedBatch
 
 COUNTS = ("tokens", "token_pairs", "patches", "patch_pairs", "features")
 
 
-def batch_counts(batch: dict[str, Any]) -> dict[str, Any]:
+def batch_counts(batch: PackedBatch) -> dict[str, Any]:
     """What a packed batch holds, as float32 scalars. Pure array arithmetic, so it also runs inside the step.
 
     tokens: real tokens; token_pairs: (query, key) pairs of causal attention, n(n+1)/2 a document of n tokens;
     patches: real patches; patch_pairs: n^2 an image or chunk of n patches; features: vision features placed in rows.
     """
-    real = batch["segment_ids"] > 0
+    real = batch.segment_ids > 0
     out = {
         "tokens": jnp.sum(real, dtype=jnp.float32),
         # the token at position p of its document sees p + 1 keys
-        "token_pairs": jnp.sum(jnp.where(real, batch["positions"] + 1, 0).astype(jnp.float32)),
+        "token_pairs": jnp.sum(jnp.where(real, batch.positions + 1, 0).astype(jnp.float32)),
         "patches": jnp.zeros((), jnp.float32),
         "patch_pairs": jnp.zeros((), jnp.float32),
-        "features": jnp.sum(batch["feature_index"] >= 0, dtype=jnp.float32),
+        "features": jnp.sum(batch.feature_index >= 0, dtype=jnp.float32),
     }
-    for vision_bin in batch["vision"]:
-        real = vision_bin["segment_ids"] > 0
-        patches_of_item = jnp.prod(vision_bin["grids"], axis=-1)
+    for bins in batch.vision:
+        real = bins.segment_ids > 0
+        patches_of_item = jnp.prod(bins.grids, axis=-1)
         out["patches"] += jnp.sum(real, dtype=jnp.float32)
         out["patch_pairs"] += jnp.sum(jnp.where(real, patches_of_item, 0).astype(jnp.float32))
     return out

@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kimi_jax.packed_batch import PackedBatch
+
 MODALITIES = ("text", "image", "video")
-Batch = dict[str, Any]  # the packed batch
 Totals = Mapping[str, jax.Array]  # sums over the global batch, float32 [] each
 
 # -------------------------------------------------------------------------------------------------------------- metrics
@@ -103,8 +104,7 @@ def merge_microbatches(metrics: Metrics) -> Metrics:
 class Objective(NamedTuple):
     """A loss of the targets' log-probabilities.
 
-    columns:     names of float32 [B, S] arrays that the batch must hold beside those of pre-training, in the order of
-                 `targets`: what stands at a position is about predicting its target.
+    columns:     names of the batch's `columns` that it reads.
     totals:      batch -> sums over the global batch by which `loss` divides.
     loss:        (log p(target) float32 [B, S], batch or part, totals of the global batch) -> (float32 [], metrics).
                  It must be a sum over tokens divided by totals, so that the losses of microbatches add up. Every
@@ -113,18 +113,19 @@ class Objective(NamedTuple):
     """
 
     columns: tuple[str, ...]
-    totals: Callable[[Batch], Totals]
-    loss: Callable[[jax.Array, Batch, Totals], tuple[jax.Array, Metrics]]
+    totals: Callable[[PackedBatch], Totals]
+    loss: Callable[[jax.Array, PackedBatch, Totals], tuple[jax.Array, Metrics]]
     temperature: float = 1.0
 
 
-def check_columns(objective: Objective, batch: Batch) -> None:
+def check_columns(objective: Objective, batch: PackedBatch) -> None:
     """Raises ValueError if the batch lacks a column of the objective, or one is not float32 [B, S]."""
-    shape = tuple(batch["targets"].shape)
+    shape = tuple(batch.targets.shape)
     for name in objective.columns:
-        if name not in batch:
-            raise ValueError(f"the objective needs the column {name!r} in every batch; there are: {', '.join(batch)}")
-        found = batch[name]
+        if name not in batch.columns:
+            there = ", ".join(batch.columns) or "none"
+            raise ValueError(f"the objective needs the column {name!r} in every batch; there are: {there}")
+        found = batch.columns[name]
         if tuple(found.shape) != shape or found.dtype != jnp.float32:
             raise ValueError(f"column {name!r} of a batch must be float32 {shape}, not {found.dtype} {found.shape}")
 
@@ -135,11 +136,11 @@ def next_token() -> Objective:
     Metrics: `loss`, and `loss_text`, `loss_image`, `loss_video` by the modality of the document, in nats a target.
     """
 
-    def totals(batch: Batch) -> Totals:
-        return {"weight": jnp.sum(_by_modality(batch, batch["loss_weights"]))}
+    def totals(batch: PackedBatch) -> Totals:
+        return {"weight": jnp.sum(_by_modality(batch, batch.loss_weights))}
 
-    def loss(logp: jax.Array, batch: Batch, totals: Totals) -> tuple[jax.Array, Metrics]:
-        weights = batch["loss_weights"]
+    def loss(logp: jax.Array, batch: PackedBatch, totals: Totals) -> tuple[jax.Array, Metrics]:
+        weights = batch.loss_weights
         nll, weight = _by_modality(batch, weights * -logp), _by_modality(batch, weights)
         metrics: Metrics = {f"loss_{name}": Mean(nll[i], weight[i]) for i, name in enumerate(MODALITIES)}
         metrics["loss"] = Mean(jnp.sum(nll), jnp.sum(weight))
@@ -149,7 +150,7 @@ def next_token() -> Objective:
     return Objective((), totals, loss)
 
 
-def _by_modality(batch: Batch, values: jax.Array) -> jax.Array:
+def _by_modality(batch: PackedBatch, values: jax.Array) -> jax.Array:
     """Sums [3] of [B, S]."""
-    of_modality = batch["modality"][None] == jnp.arange(len(MODALITIES))[:, None, None]
+    of_modality = batch.modality[None] == jnp.arange(len(MODALITIES))[:, None, None]
     return jnp.sum(jnp.where(of_modality, values, 0.0), axis=(1, 2))

@@ -28,6 +28,7 @@ from kimi_jax.nn.kimi import KimiK25
 from kimi_jax.nn.layout import Layout
 from kimi_jax.optim import newton_schulz, qk_clip, router_bias, schedules
 from kimi_jax.optim.muonclip import muonclip, step_metrics
+from kimi_jax.packed_batch import PackedBatch
 from kimi_jax.train import flops, spikes
 from kimi_jax.train import state as state_lib
 from kimi_jax.train.objective import (
@@ -61,7 +62,7 @@ def _infos(config: TrainConfig) -> Any:
 
 def make_train_step(
     config: TrainConfig, mesh: Mesh | None = None, objective: Objective | None = None
-) -> tuple[Callable[[], TrainState], Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]]:
+) -> tuple[Callable[[], TrainState], Callable[[TrainState, PackedBatch], tuple[TrainState, dict[str, Any]]]]:
     """Returns (init_state, train_step).
 
     objective: what is minimised; `next_token()` unless another is given.
@@ -111,7 +112,7 @@ def make_layout(config: TrainConfig, mesh: Mesh) -> Layout | None:
 
 def loss_fn(
     params: Any,
-    batch: dict[str, Any],
+    batch: PackedBatch,
     config: TrainConfig,
     layout: Layout | None = None,
     whole: tuple[Totals, jax.Array] | None = None,
@@ -127,9 +128,8 @@ def loss_fn(
     objective = objective or next_token()
     check_columns(objective, batch)
     model = KimiK25(config.model, layout)
-    groups = config.data.num_packs // (config.memory.microbatches if whole is not None else 1)
     variables = lora.variables(params, frozen, config.lora)
-    nll, aux = model.apply(variables, batch, groups, objective.temperature, method=model.token_nll)
+    nll, aux = model.apply(variables, batch, objective.temperature, method=model.token_nll)
     totals, balance = objective.totals(batch), aux.balance_loss
     if whole is not None:
         totals, balance = whole[0], balance * _rows(batch) / whole[1]
@@ -138,14 +138,14 @@ def loss_fn(
     return loss, {"metrics": metrics, "balance_loss": balance, "aux": aux}
 
 
-def _rows(batch: dict[str, Any]) -> jax.Array:
+def _rows(batch: PackedBatch) -> jax.Array:
     """How many rows hold a token; at least 1."""
-    return jnp.maximum(jnp.any(batch["segment_ids"] > 0, axis=1).sum(), 1).astype(jnp.float32)
+    return jnp.maximum(jnp.any(batch.segment_ids > 0, axis=1).sum(), 1).astype(jnp.float32)
 
 
 def gradients(
     params: Any,
-    batch: dict[str, Any],
+    batch: PackedBatch,
     config: TrainConfig,
     layout: Layout | None = None,
     frozen: Any = None,
@@ -161,7 +161,7 @@ def gradients(
     infos = _infos(config)
     learned, fixed = param.learned(params, infos), param.frozen(params, infos)
 
-    def of_learned(learned: Any, batch: dict[str, Any], whole: Any = None) -> tuple[jax.Array, dict[str, Any]]:
+    def of_learned(learned: Any, batch: PackedBatch, whole: Any = None) -> tuple[jax.Array, dict[str, Any]]:
         return loss_fn(param.join(learned, fixed), batch, config, layout, whole, frozen, objective)
 
     fn = jax.value_and_grad(of_learned, has_aux=True)
@@ -169,7 +169,7 @@ def gradients(
         return fn(learned, batch)
     whole = objective.totals(batch), _rows(batch)
 
-    def add(total: Any, part: dict[str, Any]) -> tuple[Any, tuple[jax.Array, dict[str, Any]]]:
+    def add(total: Any, part: PackedBatch) -> tuple[Any, tuple[jax.Array, dict[str, Any]]]:
         out, grads = fn(learned, part, whole)
         # XLA:TPU would move the reduction of gradients out of this loop and gets it wrong (openxla/xla#49143)
         grads = lax.optimization_barrier(grads)
@@ -186,7 +186,7 @@ def gradients(
     return (loss.sum(), merged), grads
 
 
-def microbatches(batch: dict[str, Any], parts: int, layout: Layout | None = None) -> dict[str, Any]:
+def microbatches(batch: PackedBatch, parts: int, layout: Layout | None = None) -> PackedBatch:
     """Every array [G*n, ...] as [parts, G*n/parts, ...]; groups stay whole and on their device."""
     devices = layout.parts("batch") if layout is not None else 1
 
@@ -204,7 +204,7 @@ def _train_step(
     layout: Layout | None,
     objective: Objective,
     state: TrainState,
-    batch: dict[str, Any],
+    batch: PackedBatch,
 ) -> tuple[TrainState, dict[str, Any]]:
     options = config.optimizer
     (loss, out), grads = gradients(state.params, batch, config, layout, state.frozen, objective)

@@ -29,9 +29,9 @@ def check(config: TrainConfig, batches: int) -> dict:
     with BatchStream(config.data, config.model, config.steps) as stream:
         for number in range(batches):
             grids = set()
-            for bins in next(stream)["vision"]:
-                real = bins["segment_ids"] > 0
-                grids |= {tuple(grid) for grid in np.unique(bins["grids"][real], axis=0).tolist()}
+            for bins in next(stream).vision:
+                real = bins.segment_ids > 0
+                grids |= {tuple(grid) for grid in np.unique(bins.grids[real], axis=0).tolist()}
             seen = f"batch {number}: {sorted(grids)}"
             assert len(grids) >= 8, seen
             assert {t for t, _, _ in grids} == {1, 2, 3, 4}, seen

@@ -61,7 +61,7 @@ def test_findings(config, looked):
     found, first = looked
     assert found.batches == 4
     assert found.tokens == found.report["tokens"]
-    assert found.tokens_by_batch[0] == (first["segment_ids"] > 0).sum()
+    assert found.tokens_by_batch[0] == (first.segment_ids > 0).sum()
     assert sum(found.documents.values()) == found.report["documents"]
     patches = sum(int(np.prod(g)) * n for g, n in found.items.items())
     filled = sum(f * p * v for f, (p, v) in zip(found.report["patch_fill"], config.data.vision_bins, strict=True))
@@ -74,13 +74,13 @@ def test_pictures_come_back_pixel_for_pixel(looked):
     """Un-patchified from the packed bins, every noise picture is one of the files."""
     _, first = looked
     known = {np.asarray(PIL.Image.open(io.BytesIO(png(w, h, seed=i)))).tobytes() for i, (w, h) in enumerate(SIZES)}
-    items = [item for bins in first["vision"] for b in range(len(bins["segment_ids"])) for item in items_of(bins, b)]
+    items = [item for bins in first.vision for b in range(len(bins.segment_ids)) for item in items_of(bins, b)]
     stills = [item for item in items if item.grid != (4, 4, 6)]
     assert stills
     assert all(item.frames[0].tobytes() in known for item in stills)
-    normalised = {**first["vision"][0], "patches": first["vision"][0]["patches"] / np.float32(127.5) - 1}
+    normalised = first.vision[0]._replace(patches=first.vision[0].patches / np.float32(127.5) - 1)
     for b in range(4):
-        for item, same in zip(items_of(first["vision"][0], b), items_of(normalised, b), strict=True):
+        for item, same in zip(items_of(first.vision[0], b), items_of(normalised, b), strict=True):
             assert np.abs(item.frames.astype(int) - same.frames).max() <= 1  # rounding of the way back
 
 
@@ -167,7 +167,7 @@ def test_text_is_drawn_with_its_mask(config, looked, tmp_path):
     """Pieces are the document's text with the weights of the batch; nothing is lost when lines are broken."""
     _, first = looked
     tokenizer = load_tokenizer(config.data.tokenizer)
-    for document in unpack(first, config.data.num_packs):
+    for document in unpack(first):
         pieces = list(pieces_of(document, tokenizer))
         spelled = "".join(p.text.replace("⏎\n", "\n") for p in pieces if "media tokens]" not in p.text)
         assert spelled == tokenizer.decode(document.tokens[document.tokens != tokenizer.media_pad_id])
@@ -177,7 +177,7 @@ def test_text_is_drawn_with_its_mask(config, looked, tmp_path):
         lines = lines_of(pieces, 30)
         assert all(sum(len(p.text) for p in line) <= 30 for line in lines)
         assert "".join(p.text for line in lines for p in line) == "".join(p.text for p in pieces).replace("\n", "")
-    assert draw_text(config, first, tokenizer, 5, str(tmp_path / "mask.png")) == 5
+    assert draw_text(first, tokenizer, 5, str(tmp_path / "mask.png")) == 5
     colours = np.asarray(PIL.Image.open(tmp_path / "mask.png").convert("RGB")).reshape(-1, 3).astype(int)
     orange = (colours[:, 0] > 230) & (colours[:, 2] < 160) & (colours[:, 1] > 150)
     assert 0.001 < orange.mean() < 0.5  # the ground of what is learned

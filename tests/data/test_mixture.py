@@ -248,8 +248,8 @@ def test_rows_stay_full_and_the_vision_share_falls_where_the_bins_are_short(tmp_
         ]
     packs = [shard.next_pack() for _ in range(80)][-40:]
     # a text of 125 tokens leaves up to 124 of 1,024 unused; the old steering left 0.2 of the row filled
-    assert np.mean([(pack["segment_ids"] > 0).mean() for pack in packs]) > 0.88
-    assert all((pack["feature_index"] >= 0).sum() == 32 for pack in packs)
+    assert np.mean([(pack.segment_ids > 0).mean() for pack in packs]) > 0.88
+    assert all((pack.feature_index >= 0).sum() == 32 for pack in packs)
     with pytest.raises(ConfigError, match="raise the bins to at least 451 patches"):
         check_bins(data, model)
 

@@ -16,12 +16,12 @@ from kimi_jax.data.packing import (
     Pack,
     PackShape,
     best_subset,
-    concatenate,
     empty_batch,
     fill_pack,
     unpack,
 )
 from kimi_jax.data.patches import num_features
+from kimi_jax.packed_batch import PackedBatch, concatenate
 from tests.data.synthetic import settings
 
 PAD, MEDIA_PAD = 2, 9
@@ -63,36 +63,36 @@ def pack_all(examples: list[Encoded], buffer_size: int = 8) -> list[dict]:
     packed = 0
     while packed < len(examples):
         pack, _ = fill_pack(SHAPE, buffer, draw, buffer_size)
-        packs.append(pack.arrays())
+        packs.append(pack.batch)
         packed += sum(len(d.tokens) > 1 or d.tokens[0] != 1 for d in unpack(packs[-1]))
     return packs
 
 
-def check_group(batch: dict, num_packs: int = 1) -> None:
+def check_group(batch: PackedBatch) -> None:
     """What holds for any batch (the contract of the arrays)."""
-    rows = len(batch["tokens"]) // num_packs
-    real = batch["segment_ids"] > 0
-    assert (batch["tokens"][~real] == PAD).all() and (batch["targets"][~real] == PAD).all()
-    assert (batch["loss_weights"][~real] == 0).all() and (batch["feature_index"][~real] == -1).all()
-    same = (batch["segment_ids"][:, 1:] == batch["segment_ids"][:, :-1]) & real[:, 1:]
-    assert (batch["targets"][:, :-1][same] == batch["tokens"][:, 1:][same]).all()
+    rows, num_packs = batch.rows_per_pack, batch.num_packs
+    real = batch.segment_ids > 0
+    assert (batch.tokens[~real] == PAD).all() and (batch.targets[~real] == PAD).all()
+    assert (batch.loss_weights[~real] == 0).all() and (batch.feature_index[~real] == -1).all()
+    same = (batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1]) & real[:, 1:]
+    assert (batch.targets[:, :-1][same] == batch.tokens[:, 1:][same]).all()
     ends = real.copy()
     ends[:, :-1] &= ~same
-    assert (batch["targets"][ends] == PAD).all() and (batch["loss_weights"][ends] == 0).all()
-    assert (batch["loss_weights"][batch["targets"] == MEDIA_PAD] == 0).all()
-    assert ((batch["feature_index"] >= 0) == (batch["tokens"] == MEDIA_PAD)).all()
+    assert (batch.targets[ends] == PAD).all() and (batch.loss_weights[ends] == 0).all()
+    assert (batch.loss_weights[batch.targets == MEDIA_PAD] == 0).all()
+    assert ((batch.feature_index >= 0) == (batch.tokens == MEDIA_PAD)).all()
     for g in range(num_packs):
         used, offset = [], 0
-        for arrays in batch["vision"]:
-            count, windows = len(arrays["patches"]) // num_packs, arrays["feature_slots"].shape[1]
+        for arrays in batch.vision:
+            count, windows = len(arrays.patches) // num_packs, arrays.feature_slots.shape[1]
             for b in range(count):
-                slots = arrays["feature_slots"][g * count + b]
-                inside = arrays["segment_ids"][g * count + b].reshape(windows, 4)
+                slots = arrays.feature_slots[g * count + b]
+                inside = arrays.segment_ids[g * count + b].reshape(windows, 4)
                 assert ((slots == windows) == (inside == 0).all(1)).all()
                 assert (inside == inside[:, :1]).all()  # a window belongs to one item
                 used += [offset + b * windows + s for s in np.unique(slots[slots < windows])]
             offset += count * windows
-        index = batch["feature_index"][g * rows : (g + 1) * rows]
+        index = batch.feature_index[g * rows : (g + 1) * rows]
         assert sorted(index[index >= 0].tolist()) == used, "feature_index is a bijection onto the used slots"
 
 
@@ -105,8 +105,8 @@ def test_unpacking_gives_every_example_back_once(specs, seed, buffer_size):
     for batch in packs:
         check_group(batch)
     batch = concatenate(packs)
-    check_group(batch, len(packs))
-    documents = [d for d in unpack(batch, len(packs)) if len(d.tokens) > 1]
+    check_group(batch)
+    documents = [d for d in unpack(batch) if len(d.tokens) > 1]
     left = list(examples)
     for d in documents:
         match = next(e for e in left if np.array_equal(e.tokens, d.tokens))
@@ -129,15 +129,15 @@ def test_coordinates_and_slots_of_every_patch(seed):
     e = example(rng, 20, [(1, 2, 2), grid])
     pack = Pack(SHAPE)
     assert pack.add(e, 0)
-    (document,) = unpack(pack.arrays())
+    (document,) = unpack(pack.batch)
     k, b = document.places[1]
-    arrays = pack.arrays()["vision"][k]
-    mine = np.flatnonzero((arrays["grids"][b] == grid).all(-1) & (arrays["segment_ids"][b] > 0))
+    arrays = pack.batch.vision[k]
+    mine = np.flatnonzero((arrays.grids[b] == grid).all(-1) & (arrays.segment_ids[b] > 0))
     start = mine[0]
     for p in mine:
-        t, y, x = arrays["coords"][b, p]
-        assert np.array_equal(arrays["patches"][b, p], e.media[1].patches[(t * 2 + y) * 4 + x])
-        assert arrays["feature_slots"][b, p // 4] == start // 4 + (y // 2) * 2 + x // 2
+        t, y, x = arrays.coords[b, p]
+        assert np.array_equal(arrays.patches[b, p], e.media[1].patches[(t * 2 + y) * 4 + x])
+        assert arrays.feature_slots[b, p // 4] == start // 4 + (y // 2) * 2 + x // 2
     assert len(mine) == 24
 
 
@@ -226,7 +226,7 @@ def test_bins_that_are_full_let_text_fill_the_rows():
     seen = []
     for _ in range(10):
         pack, _ = fill_pack(SHAPE, buffer, lambda: [BufferedExample(next(stream), ())], 16)
-        documents = list(unpack(pack.arrays()))
+        documents = list(unpack(pack.batch))
         seen += [d.media[0] for d in documents if d.media]
         assert sum(bool(d.media) for d in documents) == 1
         assert pack.used()["tokens"] == 12 + 5 * 7 + 6 * 7  # both rows hold as many texts of seven as can be
@@ -255,12 +255,12 @@ def test_shapes_follow_the_settings(tmp_path):
     data, model = settings(tmp_path)
     shape = PackShape.of(data, model)
     batch = empty_batch(shape, data.num_packs)
-    check_group(batch, data.num_packs)
-    assert batch["tokens"].shape == (8, 256)
-    assert [v["patches"].shape for v in batch["vision"]] == [(16, 64, 588), (12, 160, 588)]
+    check_group(batch)
+    assert batch.tokens.shape == (8, 256)
+    assert [bins.patches.shape for bins in batch.vision] == [(16, 64, 588), (12, 160, 588)]
     assert shape.bin_offsets == (0, 64)
     text_only = PackShape.of(data, dataclasses.replace(model, vision=None))
-    assert empty_batch(text_only)["vision"] == ()
+    assert empty_batch(text_only).vision == ()
 
 
 @pytest.mark.parametrize("bins", [((6, 1),), ((64, 0),), ((64, 1), (32, 1)), ((2, 1),)])

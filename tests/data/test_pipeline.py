@@ -12,10 +12,11 @@ import pytest
 
 from kimi_jax.config import ConfigError, SourceConfig
 from kimi_jax.data import DataError
-from kimi_jax.data.packing import concatenate, unpack
+from kimi_jax.data.packing import unpack
 from kimi_jax.data.pipeline import BatchStream, merge_states
 from kimi_jax.data.shard import check_bad
 from kimi_jax.data.tokenizer import load_tokenizer
+from kimi_jax.packed_batch import PackedBatch, concatenate, map_arrays
 from tests.data.synthetic import SOURCES, Synthetic, settings
 from tests.data.synthetic import tokenizer as train
 from tests.data.test_packing import check_group
@@ -41,13 +42,12 @@ def reference(path) -> list[dict]:
         return [next(s) for _ in range(10)]
 
 
-def assert_same(a: dict, b: dict) -> None:
-    for name in a:
-        if name != "vision":
-            assert a[name].dtype == b[name].dtype and np.array_equal(a[name], b[name]), name
-    for one, two in zip(a["vision"], b["vision"], strict=True):
-        for name in one:
-            assert one[name].dtype == two[name].dtype and np.array_equal(one[name], two[name]), name
+def assert_same(a: PackedBatch, b: PackedBatch) -> None:
+    def same(one, two):
+        assert one.dtype == two.dtype and np.array_equal(one, two)
+
+    map_arrays(same, a, b)
+    assert a.rows_per_pack == b.rows_per_pack
 
 
 def through_json(state: dict) -> dict:
@@ -57,19 +57,20 @@ def through_json(state: dict) -> dict:
 def test_batches_keep_the_contract(reference, path):
     data, model = settings(path)
     for batch in reference:
-        check_group(batch, data.num_packs)
-        assert {k: v.dtype.name for k, v in batch.items() if k != "vision"} == {
+        check_group(batch)
+        assert batch.num_packs == data.num_packs and not batch.columns and batch.routed_experts is None
+        assert {k: v.dtype.name for k, v in vars(batch).items() if isinstance(v, np.ndarray)} == {
             "tokens": "int32", "targets": "int32", "loss_weights": "float32", "segment_ids": "int32",
             "positions": "int32", "modality": "int32", "feature_index": "int32",
         }  # fmt: skip
-        assert batch["tokens"].shape == (8, 256) and batch["vision"][1]["patches"].shape == (12, 160, 588)
-        assert set(np.unique(batch["modality"])) == {0, 1, 2}
+        assert batch.tokens.shape == (8, 256) and batch.vision[1].patches.shape == (12, 160, 588)
+        assert set(np.unique(batch.modality)) == {0, 1, 2}
 
 
 def test_batches_repeat_and_depend_on_the_seed(reference, path):
     with stream(path) as again, stream(path, seed=4) as other:
         assert_same(next(again), reference[0])
-        assert not np.array_equal(next(other)["tokens"], reference[0]["tokens"])
+        assert not np.array_equal(next(other).tokens, reference[0].tokens)
 
 
 @pytest.mark.parametrize("hosts", [[[0, 1, 2, 3]], [[0, 1], [2, 3]], [[0], [1], [2], [3]], [[0, 1, 2], [3]]])
@@ -110,7 +111,7 @@ def test_workers_give_the_same_batches_and_states(reference, path):
         for step in range(1, 4):
             batch = next(s)
             assert_same(batch, reference[step])
-            assert all(type(a) is np.ndarray for a in (batch["tokens"], batch["vision"][0]["patches"]))
+            assert all(type(a) is np.ndarray for a in (batch.tokens, batch.vision[0].patches))
         state = through_json(s.state())
     assert not [p for p in multiprocessing.active_children() if "grain" in p.name]
     with stream(path, state) as s:
@@ -137,7 +138,7 @@ def test_every_record_once_an_epoch_over_all_shards(path):
         for _ in range(12):
             batch = next(s)
             found = [[] for _ in range(4)]
-            for d in unpack(batch, 4):
+            for d in unpack(batch):
                 found[d.row // 2].append(int(tokenizer.decode(d.tokens[:-1]).split()[-1]))
             order.append(found)
     by_shard = [[n for found in order for n in found[k]] for k in range(4)]
@@ -150,14 +151,14 @@ def test_report_counts_what_was_delivered(path):
     with stream(path) as s:
         batches = [next(s) for _ in range(30)]
         report = s.report()
-    tokens = sum(int((b["segment_ids"] > 0).sum()) for b in batches)
-    media = sum(int((b["feature_index"] >= 0).sum()) for b in batches)
+    tokens = sum(int((b.segment_ids > 0).sum()) for b in batches)
+    media = sum(int((b.feature_index >= 0).sum()) for b in batches)
     assert (report["batches"], report["tokens"], report["vision_tokens"]) == (30, tokens, media)
-    assert report["documents"] == sum(len(list(unpack(b, 4))) for b in batches)
+    assert report["documents"] == sum(len(list(unpack(b))) for b in batches)
     # each of the four shards is within one example of the ratio in what it drew, and holds a pool of 16 besides
     assert abs(report["ratio"] - 0.2) < 0.02 and report["ratio"] == media / tokens
     assert report["token_fill"] == tokens / (30 * 8 * 256) and report["token_fill"] > 0.97
-    filled = [sum(int((b["vision"][k]["segment_ids"] > 0).sum()) for b in batches) for k in (0, 1)]
+    filled = [sum(int((b.vision[k].segment_ids > 0).sum()) for b in batches) for k in (0, 1)]
     assert report["patch_fill"] == [filled[0] / (30 * 16 * 64), filled[1] / (30 * 12 * 160)]
     assert set(report["bad"]) == {"vqa"} and report["bad"]["vqa"]["broken_image"] > 0
     assert all("image-" in text for text in report["bad_examples"]["vqa"]) and len(report["bad_examples"]["vqa"]) <= 5
@@ -167,7 +168,7 @@ def test_report_counts_what_was_delivered(path):
 def test_ratio_follows_its_schedule(path):
     with stream(path, vision_ratio=((0.0, 0.0), (0.5, 0.3)), vision_bins=((64, 6), (160, 5))) as s:
         batches = [next(s) for _ in range(STEPS)]
-    share = [(b["feature_index"] >= 0).sum() / (b["segment_ids"] > 0).sum() for b in batches]
+    share = [(b.feature_index >= 0).sum() / (b.segment_ids > 0).sum() for b in batches]
     assert max(share[: STEPS // 2]) == 0
     assert abs(np.mean(share[STEPS // 2 + 4 :]) - 0.3) < 0.03  # after the text that still waited
 
@@ -182,7 +183,7 @@ def test_every_group_holds_what_min_per_group_asks_for(path):
         report = s.report()
     for batch in batches:
         in_pack = [[0, 0, 0] for _ in range(4)]
-        for document in unpack(batch, 4):
+        for document in unpack(batch):
             in_pack[document.row // 2][document.modality] += 1
         assert all(images >= 1 and clips >= 1 for _, images, clips in in_pack)
     assert report["token_fill"] > 0.97
@@ -196,7 +197,7 @@ def test_long_texts_come_in_pieces(path):
         report = s.report()
         state = through_json(s.state())
         second = next(s)
-    assert report["token_fill"] > 0.9 and all(len(d.tokens) <= 256 for d in unpack(batch, 4))
+    assert report["token_fill"] > 0.9 and all(len(d.tokens) <= 256 for d in unpack(batch))
     with stream(path, state, opened={"wiki": source}, **changes) as s:
         assert_same(next(s), second)  # pieces that waited are found again
 

@@ -39,7 +39,7 @@ def stream(path, ratio, state=None, images=IMAGES, **changes) -> BatchStream:
 
 
 def vision(batch) -> int:
-    return int(np.count_nonzero(batch["feature_index"] >= 0))
+    return int(np.count_nonzero(batch.feature_index >= 0))
 
 
 @pytest.mark.parametrize("ratio", SCHEDULES)
@@ -72,8 +72,8 @@ def test_exact_ratio_continues_exactly_from_a_state(path):
     with stream(path, SCHEDULES[1], state=state) as s:
         for expected in batches[23:]:
             found = next(s)
-            assert np.array_equal(found["tokens"], expected["tokens"])
-            assert np.array_equal(found["vision"][0]["patches"], expected["vision"][0]["patches"])
+            assert np.array_equal(found.tokens, expected.tokens)
+            assert np.array_equal(found.vision[0].patches, expected.vision[0].patches)
 
 
 def test_exact_ratio_reads_around_bad_records(path):

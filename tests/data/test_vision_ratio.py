@@ -76,8 +76,8 @@ def test_vision_ratio_and_fill_of_a_config_over_200_packs(name, tmp_path):
     tokens = vision = 0
     for _ in range(PACKS):
         pack = shard.next_pack()
-        tokens += int((pack["segment_ids"] > 0).sum())
-        vision += int((pack["feature_index"] >= 0).sum())
+        tokens += int((pack.segment_ids > 0).sum())
+        vision += int((pack.feature_index >= 0).sum())
     rows = PACKS * data.rows_per_pack * data.sequence_length
     ratio = data.vision_ratio[0][1]
     print(f"{name}: fill {tokens / rows:.4f}, vision share {vision / tokens:.4f} of {ratio}")

@@ -37,32 +37,32 @@ def lookup(rule, tokenizer):
 
     def apply(params, batch, ends, candidates):
         v = tokenizer.vocab_size
-        rows, length = batch["tokens"].shape
+        rows, length = batch.tokens.shape
         logp = np.full((rows, length, v), -np.log(v), np.float32)
         for r in range(rows):
             for t in range(length):
-                segment = batch["segment_ids"][r, t]
+                segment = batch.segment_ids[r, t]
                 if segment == 0:
                     continue
-                here = (batch["segment_ids"][r, : t + 1] == segment).nonzero()[0]
-                text = tokenizer.decode([int(i) for i in batch["tokens"][r, here] if i != tokenizer.media_pad_id], True)
+                here = (batch.segment_ids[r, : t + 1] == segment).nonzero()[0]
+                text = tokenizer.decode([int(i) for i in batch.tokens[r, here] if i != tokenizer.media_pad_id], True)
                 token = rule(_brightness(batch, r, here), text)
                 if token is not None:
                     logp[r, t] = -20.0
                     logp[r, t, token] = -1e-6
-        nll = -np.take_along_axis(logp, batch["targets"][..., None], axis=-1)[..., 0]
+        nll = -np.take_along_axis(logp, batch.targets[..., None], axis=-1)[..., 0]
         return nll, logp.argmax(-1), np.take_along_axis(logp.reshape(-1, v)[ends], candidates, axis=-1)
 
     return apply
 
 
 def _brightness(batch, row, here):
-    slots = batch["feature_index"][row, here]
+    slots = batch.feature_index[row, here]
     slots = slots[slots >= 0]
     if not len(slots):
         return None
-    small, large = batch["vision"]
-    flat = [b["patches"][2 * row : 2 * row + 2] if b is small else b["patches"][row : row + 1] for b in (small, large)]
+    small, large = batch.vision
+    flat = [b.patches[2 * row : 2 * row + 2] if b is small else b.patches[row : row + 1] for b in (small, large)]
     windows = np.concatenate([p.reshape(-1, 4 * p.shape[-1]) for p in flat])
     return float(windows[slots].mean())
 
@@ -164,8 +164,8 @@ def test_choices_of_several_tokens_are_scored_whole(tokenizer):
     table_ = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
     def bigram(params, batch, ends, candidates):
-        logp = table_[batch["tokens"]]
-        nll = -np.take_along_axis(logp, batch["targets"][..., None], axis=-1)[..., 0]
+        logp = table_[batch.tokens]
+        nll = -np.take_along_axis(logp, batch.targets[..., None], axis=-1)[..., 0]
         return nll, logp.argmax(-1), np.take_along_axis(logp.reshape(-1, logp.shape[-1])[ends], candidates, axis=-1)
 
     scorer = packed.Scorer(None, config(tokenizer), tokenizer, bigram)
@@ -187,8 +187,8 @@ def test_many_documents_share_a_batch_and_none_is_lost(tokenizer):
     calls = []
 
     def counting(params, batch, ends, candidates):
-        calls.append(int((batch["segment_ids"] > 0).sum()))
-        return np.full(batch["tokens"].shape, 2.0), batch["targets"], np.zeros(candidates.shape)
+        calls.append(int((batch.segment_ids > 0).sum()))
+        return np.full(batch.tokens.shape, 2.0), batch.targets, np.zeros(candidates.shape)
 
     scorer = packed.Scorer(None, config(tokenizer), tokenizer, counting)
     documents = [scorer.encode((Text("some"),), " red" * (1 + k % 9)) for k in range(40)]

@@ -12,6 +12,7 @@ import numpy as np
 
 from kimi_jax.config import ModelConfig
 from kimi_jax.data.patches import item_layout, num_features
+from kimi_jax.packed_batch import PackedBatch, VisionBins
 
 Grid = tuple[int, int, int]
 
@@ -21,8 +22,10 @@ def pixels(rng: np.random.Generator, grid: Grid, config: ModelConfig) -> np.ndar
     return rng.integers(0, 256, (math.prod(grid), 3 * config.vision.patch_size**2), dtype=np.uint8)
 
 
-def fill_bins(items: list[list[tuple[np.ndarray, Grid]]], patches: int, channels: int) -> tuple[dict, list[list[int]]]:
-    """One bin class: `items[v]` go into bin v. Returns the bin arrays and the first slot of each item in its bin."""
+def fill_bins(
+    items: list[list[tuple[np.ndarray, Grid]]], patches: int, channels: int
+) -> tuple[VisionBins, list[list[int]]]:
+    """One bin class: `items[v]` go into bin v. Returns the bins and the first slot of each item in its bin."""
     bins, windows = len(items), patches // 4
     out = {
         "patches": np.zeros((bins, patches, channels), items[0][0][0].dtype if items and items[0] else np.uint8),
@@ -44,12 +47,12 @@ def fill_bins(items: list[list[tuple[np.ndarray, Grid]]], patches: int, channels
             start = place.stop
         assert start <= patches, f"bin {v} holds {start} patches, more than {patches}"
         first.append(starts)
-    return out, first
+    return VisionBins(**out), first
 
 
 def pack(
     config: ModelConfig, rows: list[list[list[Any]]], length: int, bin_patches: int, bins: int, groups: int = 1
-) -> dict[str, Any]:
+) -> PackedBatch:
     """A batch of one bin class. rows[b] is a list of documents; a media span is (pixels, grid).
 
     Items fill the group's bins first fit in order of appearance.
@@ -87,5 +90,5 @@ def pack(
             real = batch["targets"][b, start : at - 1] != config.media_placeholder_token_id
             batch["loss_weights"][b, start : at - 1] = real
     channels = 3 * config.vision.patch_size**2
-    batch["vision"] = (fill_bins(content, bin_patches, channels)[0],)
-    return batch
+    vision = (fill_bins(content, bin_patches, channels)[0],)
+    return PackedBatch(**batch, rows_per_pack=count // groups, vision=vision)

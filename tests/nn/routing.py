@@ -12,14 +12,15 @@ import numpy as np
 from kimi_jax.config import ModelConfig
 from kimi_jax.nn.decoder import DecoderLayer
 from kimi_jax.nn.kimi import Embedding
+from kimi_jax.packed_batch import PackedBatch
 from tests.nn.tiny import QUICK
 
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
-def _choices(config: ModelConfig, params: dict[str, Any], batch: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+def _choices(config: ModelConfig, params: dict[str, Any], batch: PackedBatch) -> tuple[jax.Array, jax.Array]:
     k, found = config.moe.num_experts_per_tok, []
-    x = Embedding(config).apply({"params": params["embed"]}, batch["tokens"])
-    where = batch["positions"], batch["segment_ids"]
+    x = Embedding(config).apply({"params": params["embed"]}, batch.tokens)
+    where = batch.positions, batch.segment_ids
     stacks = [("dense_layers", False)] * config.num_dense_layers + [("moe_layers", True)] * config.num_moe_layers
     for i, (name, routed) in enumerate(stacks):
         at = i - config.num_dense_layers if routed else i
@@ -35,9 +36,8 @@ def _choices(config: ModelConfig, params: dict[str, Any], batch: dict[str, Any])
     return jnp.stack(experts, axis=1), jnp.stack(margins, axis=1)
 
 
-def router_choices(config: ModelConfig, params: dict[str, Any], batch: dict[str, Any], margin: float) -> np.ndarray:
+def router_choices(config: ModelConfig, params: dict[str, Any], batch: PackedBatch, margin: float) -> np.ndarray:
     """int32 [B, L, S, k], the experts that another program chooses too: -1 where two of the k + 1 best scores are
     nearer to each other than `margin`, so that rounding decides."""
-    experts, margins = jax.device_get(_choices(config, params, {name: batch[name] for name in
-                                                                ("tokens", "positions", "segment_ids")}))  # fmt: skip
+    experts, margins = jax.device_get(_choices(config, params, batch))
     return np.where(margins[..., None] > margin, experts, -1).astype(np.int32)

@@ -3,6 +3,7 @@
 Float32 tolerance 2e-5 of each tensor's largest entry: the same sums in another order, through three layers and back.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -28,7 +29,7 @@ def reference():
 
 def test_the_batch_is_worth_testing_on():
     _, batch, _ = reference()
-    ids, grids = batch["vision"][0]["segment_ids"], batch["vision"][0]["grids"]
+    ids, grids = batch.vision[0].segment_ids, batch.vision[0].grids
     assert len(np.unique(np.asarray(grids)[np.asarray(ids) > 0], axis=0)) >= 8
     assert any((row == row[0]).all() and row[0] > 0 for row in np.asarray(ids)), "no item fills a bin"
     assert set(np.asarray(grids[..., 0]).flat) == {1, 2, 3, 4}
@@ -41,7 +42,7 @@ def test_every_parameter_has_a_gradient_and_nothing_is_dropped():
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         assert np.isfinite(grad).all(), name
         assert (np.abs(grad).max() > 0) == (not name.endswith("router/bias")), name
-    real = (batch["segment_ids"] > 0).sum()
+    real = (batch.segment_ids > 0).sum()
     assert aux.dropped == 0
     np.testing.assert_array_equal(aux.expert_load.sum(axis=1), real * tiny.CONFIG.moe.num_experts_per_tok)
     assert aux.max_logits.shape == (3, 2) and aux.expert_load.shape == (2, 4)
@@ -57,7 +58,7 @@ def test_scan_equals_unrolled_and_remat(changes):
 def alone():
     """Every document in a row and bins of its own, eight groups, without the balance loss (which is a row's)."""
     batch = tiny.batch([[document] for row in tiny.documents() for document in row], bins=2, groups=8)
-    return batch, tiny.loss_and_grads(groups=8)(tiny.params(), batch, 0.0)
+    return batch, tiny.loss_and_grads()(tiny.params(), batch, 0.0)
 
 
 def test_packed_equals_unpacked():
@@ -67,7 +68,7 @@ def test_packed_equals_unpacked():
     batch, ((got, (nll_alone, _)), grads_alone) = alone()
     np.testing.assert_allclose(got, want, rtol=TOLERANCE)
     tiny.assert_trees_close(grads_alone, grads, TOLERANCE)
-    learnt, learnt_alone = (np.asarray(b["loss_weights"]) > 0 for b in (packed, batch))
+    learnt, learnt_alone = (np.asarray(b.loss_weights) > 0 for b in (packed, batch))
     assert learnt.sum() > 30
     np.testing.assert_allclose(np.asarray(nll_alone)[learnt_alone], np.asarray(nll)[learnt], atol=1e-4)
 
@@ -83,7 +84,7 @@ def test_one_device_equals_eight():
 
     params = jax.tree.map(lambda a: jax.device_put(a, spec(a)), tiny.params())
     batch = jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, PartitionSpec("fsdp"))), batch)
-    tiny.assert_trees_close(tiny.loss_and_grads(groups=8)(params, batch, 0.0), want, TOLERANCE)
+    tiny.assert_trees_close(tiny.loss_and_grads()(params, batch, 0.0), want, TOLERANCE)
 
 
 def test_bfloat16_is_close_to_float32():
@@ -96,7 +97,7 @@ def test_bfloat16_is_close_to_float32():
     np.testing.assert_allclose(got, want, rtol=0.02)
     error = jax.tree.map(lambda a, b: np.linalg.norm(a - b) / (np.linalg.norm(a) + 1e-3), want_grads, grads)
     assert max(jax.tree.leaves(error)) < 0.4, error
-    logits = jax.eval_shape(kimi.KimiK25(config).apply, {"params": params}, {**batch, "vision": ()})[0]
+    logits = jax.eval_shape(kimi.KimiK25(config).apply, {"params": params}, dataclasses.replace(batch, vision=()))[0]
     assert logits.dtype == jnp.float32
 
 
@@ -107,7 +108,7 @@ def test_text_only_batches_use_the_same_parameters():
     rows = [[[rng.integers(10, 64, 20)], [rng.integers(10, 64, 30)]], [[rng.integers(10, 64, 64)]]]
     padded = tiny.batch(rows)
     (with_bins, _), grads = tiny.loss_and_grads()(params, padded)
-    without, _ = tiny.loss()(params, {**padded, "vision": ()})
+    without, _ = tiny.loss()(params, dataclasses.replace(padded, vision=()))
     np.testing.assert_allclose(with_bins, without, rtol=1e-6)
     for part in ("vision", "projector"):
         assert all(not np.any(g) for g in jax.tree.leaves(grads[part])), part
@@ -115,7 +116,9 @@ def test_text_only_batches_use_the_same_parameters():
 
 def test_a_batch_of_padding_only_is_finite():
     params, batch, _ = reference()
-    empty = {**batch, **{name: jnp.zeros_like(batch[name]) for name in ("segment_ids", "loss_weights")}}
+    empty = dataclasses.replace(
+        batch, segment_ids=jnp.zeros_like(batch.segment_ids), loss_weights=jnp.zeros_like(batch.loss_weights)
+    )
     (value, (_, aux)), grads = tiny.loss_and_grads()(params, empty)
     assert value == 0 and not aux.expert_load.any()
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
@@ -130,7 +133,7 @@ def test_logits_and_nll_agree():
     params, batch, ((_, (nll, _)), _) = reference()
     model = kimi.KimiK25(tiny.CONFIG)
     logits, _ = jax.jit(model.apply, compiler_options=tiny.QUICK)({"params": params}, batch)
-    want = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], axis=-1)[..., 0]
+    want = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(nll, want, atol=1e-5)
 
 
@@ -138,7 +141,7 @@ def test_logits_and_nll_agree():
 def test_variants_run(changes):
     """Moonlight's direct queries; a dense text model."""
     config = tiny.replace(**changes)
-    batch = {**tiny.batch(), "vision": ()}
+    batch = dataclasses.replace(tiny.batch(), vision=())
     value, (_, aux) = tiny.loss(config)(tiny.params(config), batch)
     assert np.isfinite(value) and aux.max_logits.shape == (3, 2) and aux.expert_load.shape[0] == config.num_moe_layers
 

@@ -18,6 +18,7 @@ from kimi_jax.hf import stream
 from kimi_jax.nn import lora
 from kimi_jax.nn.kimi import KimiK25, abstract_params
 from kimi_jax.nn.param import AdamW, metadata, unbox
+from kimi_jax.packed_batch import padding
 from tests.nn import tiny
 
 FLOAT = tiny.replace(vision=None, num_hidden_layers=2)  # a dense layer and one with experts
@@ -51,8 +52,9 @@ def text_batch():
     tokens = np.random.default_rng(3).integers(10, 64, (2, 12), np.int32)
     ids = np.repeat(np.array([[1, 2]], np.int32), 6, axis=1).repeat(2, axis=0)
     positions = np.tile(np.arange(6, dtype=np.int32), (2, 2))
-    batch = {"tokens": tokens, "positions": positions, "segment_ids": ids, "targets": np.roll(tokens, -1, 1)}
-    return {**batch, "loss_weights": (positions < 5).astype(np.float32), "vision": ()}
+    batch = dataclasses.replace(padding(2, 12, 1, 0), tokens=tokens, positions=positions, segment_ids=ids)
+    weights = (positions < 5).astype(np.float32)
+    return dataclasses.replace(batch, targets=np.roll(tokens, -1, 1), loss_weights=weights)
 
 
 def apply(config, params, adapters=None, options=ALL, batch=None):
@@ -66,7 +68,7 @@ def apply(config, params, adapters=None, options=ALL, batch=None):
 def loss(adapters, params, config):
     variables = {"params": params, "lora": lora.scaled(adapters, ALL)}
     nll, _ = KimiK25(config).apply(variables, text_batch(), method="token_nll")
-    return (nll * text_batch()["loss_weights"]).mean()
+    return (nll * text_batch().loss_weights).mean()
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +114,7 @@ def test_gradients_are_those_of_the_merged_weights():
 
     def through_merge(a):
         nll, _ = KimiK25(config).apply({"params": lora.merge(params, a, ALL)}, batch, method="token_nll")
-        return (nll * batch["loss_weights"]).mean()
+        return (nll * batch.loss_weights).mean()
 
     want = jax.jit(jax.grad(through_merge), compiler_options=tiny.QUICK)(adapters)
     tiny.assert_trees_close(direct, want, 3e-5)

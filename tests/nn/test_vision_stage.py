@@ -27,7 +27,7 @@ def params():
 def nll(params, batch):
     """Summed loss of the whole model."""
     model = KimiK25(MODEL)
-    return model.apply({"params": params}, batch, num_packs=G, method=model.token_nll)[0].sum()
+    return model.apply({"params": params}, batch, method=model.token_nll)[0].sum()
 
 
 def test_the_gradient_is_that_of_the_three_phases(params):
@@ -37,18 +37,18 @@ def test_the_gradient_is_that_of_the_three_phases(params):
     def encode(params):
         """Written without the stage: tower and projector, nothing recomputed."""
         return tuple(
-            model.apply({"params": params}, each, method=lambda m, each: m.projector(m.vision(**each)))
-            for each in batch["vision"]
+            model.apply({"params": params}, each, method=lambda m, each: m.projector(m.vision(each)))
+            for each in batch.vision
         )
 
     def decode(params, features):
         def run(model):
-            tokens = model.embed(jnp.asarray(batch["tokens"]))
-            places = jnp.asarray(batch["feature_index"])
+            tokens = model.embed(jnp.asarray(batch.tokens))
+            places = jnp.asarray(batch.feature_index)
             x = vision_stage.place_features(tokens, vision_stage.join_classes(features, G), places)
             for layers in (model.dense_layers, model.moe_layers):
-                x, _ = layers(x, jnp.asarray(batch["positions"]), jnp.asarray(batch["segment_ids"]), None)
-            return model.lm_head.token_nll(model.final_norm(x), jnp.asarray(batch["targets"])).sum()
+                x, _ = layers(x, jnp.asarray(batch.positions), jnp.asarray(batch.segment_ids), None)
+            return model.lm_head.token_nll(model.final_norm(x), jnp.asarray(batch.targets)).sum()
 
         return model.apply({"params": params}, method=run)
 
@@ -80,8 +80,8 @@ def test_only_features_wait_for_the_backward_pass(params):
     def plain(params, batch):
         """The control: the same tower, whose gradient is left to jax."""
         model = KimiK25(MODEL)
-        each = batch["vision"][0]
-        tower = lambda m, each: m.projector(m.vision(**each))  # noqa: E731
+        each = batch.vision[0]
+        tower = lambda m, each: m.projector(m.vision(each))  # noqa: E731
         return model.apply({"params": params}, each, method=tower).sum()
 
     assert kept(plain)

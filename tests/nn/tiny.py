@@ -13,6 +13,7 @@ import numpy as np
 from kimi_jax.config import ModelConfig, MoEConfig, VisionConfig, YarnConfig
 from kimi_jax.nn.kimi import KimiK25, abstract_params
 from kimi_jax.nn.param import unbox
+from kimi_jax.packed_batch import PackedBatch
 from tests.nn.packed import Grid, pack, pixels
 
 CONFIG = ModelConfig(
@@ -65,29 +66,29 @@ def documents(seed: int = 0) -> list[list[list[Any]]]:
     ]  # fmt: skip
 
 
-def batch(rows: list | None = None, length: int = 64, bins: int = 4, groups: int = 1) -> dict[str, Any]:
+def batch(rows: list | None = None, length: int = 64, bins: int = 4, groups: int = 1) -> PackedBatch:
     """The packed batch of `rows` (default: `documents()`), on device."""
     return jax.tree.map(jnp.asarray, pack(CONFIG, rows or documents(), length, BIN, bins, groups))
 
 
-def _loss(config: ModelConfig, groups: int) -> Any:
-    def run(params: dict, batch: dict, balance: float = 0.1) -> Any:
-        nll, aux = KimiK25(config).apply({"params": params}, batch, groups, method="token_nll")
-        return (nll * batch["loss_weights"]).sum() + balance * aux.balance_loss, (nll, aux)
+def _loss(config: ModelConfig) -> Any:
+    def run(params: dict, batch: PackedBatch, balance: float = 0.1) -> Any:
+        nll, aux = KimiK25(config).apply({"params": params}, batch, method="token_nll")
+        return (nll * batch.loss_weights).sum() + balance * aux.balance_loss, (nll, aux)
 
     return run
 
 
 @functools.cache
-def loss(config: ModelConfig = CONFIG, groups: int = 1) -> Any:
+def loss(config: ModelConfig = CONFIG) -> Any:
     """Compiled (params, batch, balance weight) -> (sum of weighted nll + weight * balance loss, (nll, aux))."""
-    return jax.jit(_loss(config, groups), compiler_options=QUICK)
+    return jax.jit(_loss(config), compiler_options=QUICK)
 
 
 @functools.cache
-def loss_and_grads(config: ModelConfig = CONFIG, groups: int = 1) -> Any:
+def loss_and_grads(config: ModelConfig = CONFIG) -> Any:
     """The same with gradients of the parameters: ((loss, (nll, aux)), grads)."""
-    return jax.jit(jax.value_and_grad(_loss(config, groups), has_aux=True), compiler_options=QUICK)
+    return jax.jit(jax.value_and_grad(_loss(config), has_aux=True), compiler_options=QUICK)
 
 
 def assert_trees_close(got: Any, want: Any, tolerance: float) -> None:

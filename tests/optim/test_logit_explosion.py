@@ -28,8 +28,8 @@ def start():
     optimizer = muonclip(RECIPE, STEPS, infos)
 
     def loss(params):
-        nll, aux = KimiK25(MODEL).apply({"params": params}, batch, 1, method="token_nll")
-        weights = batch["loss_weights"]
+        nll, aux = KimiK25(MODEL).apply({"params": params}, batch, method="token_nll")
+        weights = batch.loss_weights
         return jnp.sum(weights * nll) / jnp.sum(weights), aux.max_logits
 
     @jax.jit

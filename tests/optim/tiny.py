@@ -9,6 +9,7 @@ import numpy as np
 from kimi_jax.config import ModelConfig, MoEConfig
 from kimi_jax.nn.kimi import KimiK25, init_params
 from kimi_jax.nn.param import metadata, unbox
+from kimi_jax.packed_batch import PackedBatch
 
 CONFIG = ModelConfig(
     vocab_size=32, hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=3, q_lora_rank=16,
@@ -31,19 +32,19 @@ def build(config: ModelConfig, std: float = 0.1):
     return jax.tree_util.tree_map_with_path(fill, unbox(boxed)), metadata(boxed)
 
 
-def text_batch(rows: int, length: int, vocab: int, seed: int = 0) -> dict:
+def text_batch(rows: int, length: int, vocab: int, seed: int = 0) -> PackedBatch:
     """Random tokens, one document a row."""
     tokens = np.random.default_rng(seed).integers(4, vocab, (rows, length)).astype(np.int32)
-    return {
-        "tokens": jnp.asarray(tokens),
-        "targets": jnp.asarray(np.roll(tokens, -1, axis=1)),
-        "loss_weights": jnp.ones((rows, length), jnp.float32).at[:, -1].set(0.0),
-        "segment_ids": jnp.ones((rows, length), jnp.int32),
-        "positions": jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (rows, length)),
-        "modality": jnp.zeros((rows, length), jnp.int32),
-        "feature_index": jnp.full((rows, length), -1, jnp.int32),
-        "vision": (),
-    }
+    return PackedBatch(
+        tokens=jnp.asarray(tokens),
+        targets=jnp.asarray(np.roll(tokens, -1, axis=1)),
+        loss_weights=jnp.ones((rows, length), jnp.float32).at[:, -1].set(0.0),
+        segment_ids=jnp.ones((rows, length), jnp.int32),
+        positions=jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (rows, length)),
+        modality=jnp.zeros((rows, length), jnp.int32),
+        feature_index=jnp.full((rows, length), -1, jnp.int32),
+        rows_per_pack=rows,
+    )
 
 
 def max_logits(config: ModelConfig, params, batch):

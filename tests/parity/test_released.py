@@ -7,6 +7,7 @@ is the OUTPUT of layer N. The multimodal prompt is already expanded, one media p
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -26,6 +27,7 @@ from kimi_jax.nn.moonvit import MoonViT3D, VisionBlock
 from kimi_jax.nn.param import unbox
 from kimi_jax.nn.projector import Projector
 from kimi_jax.nn.rope import vision_rotary
+from kimi_jax.packed_batch import padding
 from tests.environment import FIXTURES
 from tests.nn.packed import fill_bins
 from tests.nn.tiny import QUICK
@@ -73,7 +75,8 @@ def of_items(slots, grids, first):
 def text_batch(ids):
     ids = jnp.asarray(ids, jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-    return {"tokens": ids, "positions": positions, "segment_ids": jnp.ones_like(ids), "vision": ()}
+    batch = padding(*ids.shape, ids.shape[0], 0)
+    return dataclasses.replace(batch, tokens=ids, positions=positions, segment_ids=jnp.ones_like(ids))
 
 
 def multimodal_batch(config, io, vision_bin):
@@ -82,7 +85,7 @@ def multimodal_batch(config, io, vision_bin):
     index = np.full(ids.shape, -1, np.int32)
     slots = [s + np.arange(num_features(g)) for s, g in zip(first, grids, strict=True)]
     index[ids == config.media_placeholder_token_id] = np.concatenate(slots)
-    return {**text_batch(ids), "feature_index": jnp.asarray(index), "vision": (bins,)}
+    return dataclasses.replace(text_batch(ids), feature_index=jnp.asarray(index), vision=(bins,))
 
 
 def test_the_tree_has_the_models_shapes(released):
@@ -125,13 +128,13 @@ def test_every_decoder_layer_and_its_router(released, vision_bin, prefix):
     config, params, io = released
     if prefix == "mm":
         batch = multimodal_batch(config, io, vision_bin)
-        x = params["embed"]["embedding"][batch["tokens"]]
-        pads = batch["tokens"][0] == config.media_placeholder_token_id
+        x = params["embed"]["embedding"][batch.tokens]
+        pads = batch.tokens[0] == config.media_placeholder_token_id
         x = x.at[0, pads].set(io["vision.features"])
     else:
         batch = text_batch(io["text.input_ids"])
-        x = params["embed"]["embedding"][batch["tokens"]]
-    where = batch["positions"], batch["segment_ids"]
+        x = params["embed"]["embedding"][batch.tokens]
+    where = batch.positions, batch.segment_ids
     attend = jax.jit(lambda p, x: MLA(config).apply({"params": p}, x, *where)[0], compiler_options=QUICK)
 
     def layer_output(p, x, routed):
@@ -166,16 +169,16 @@ def test_vision_tower_step_by_step(released, vision_bin):
     tower = params["vision"]
 
     def first_steps(module, bins):
-        x = module.patch_embed(bins["patches"])
-        return x + module.pos_emb(bins["coords"], bins["grids"])
+        x = module.patch_embed(bins.patches)
+        return x + module.pos_emb(bins.coords, bins.grids)
 
     x = MoonViT3D(config).apply({"params": tower}, bins, method=first_steps)
     assert_close(in_raster_order(x[0], grids), io["vision_only.vision.patch_embed"])
-    cos, sin = vision_rotary(bins["coords"], v.hidden_size // v.num_attention_heads, v.rope_theta)
+    cos, sin = vision_rotary(bins.coords, v.hidden_size // v.num_attention_heads, v.rope_theta)
     step = jax.jit(VisionBlock(config).apply, compiler_options=QUICK)
     for number in range(v.num_hidden_layers):
         block = jax.tree.map(lambda a, n=number: a[n], tower["blocks"])
-        x, _ = step({"params": block}, x, cos, sin, bins["segment_ids"])
+        x, _ = step({"params": block}, x, cos, sin, bins.segment_ids)
         assert_close(in_raster_order(x[0], grids), io[f"vision_only.vision.layer{number}"])
     x = MoonViT3D(config).apply({"params": tower}, x, method=lambda module, x: module.final_norm(x))
     assert_close(in_raster_order(x[0], grids), io["vision_only.vision.final"])
@@ -184,7 +187,7 @@ def test_vision_tower_step_by_step(released, vision_bin):
 def test_pooled_windows_and_features(released, vision_bin):
     config, params, io = released
     bins, grids, first = vision_bin
-    pooled = jax.jit(MoonViT3D(config).apply, compiler_options=QUICK)({"params": params["vision"]}, **bins)
+    pooled = jax.jit(MoonViT3D(config).apply, compiler_options=QUICK)({"params": params["vision"]}, bins)
     assert_close(of_items(pooled[0], grids, first), io["vision.pooled"])
     features = jax.vmap(Projector(config).bind({"params": params["projector"]}))(pooled)
     assert_close(of_items(features[0], grids, first), io["vision.features"])

@@ -17,8 +17,10 @@ from kimi_jax import sharding
 from kimi_jax.config import MemoryConfig, MeshConfig
 from kimi_jax.nn.kimi import KimiK25, init_params
 from kimi_jax.nn.param import unbox
+from kimi_jax.packed_batch import padding
 from kimi_jax.rl import losses, policy_loss
 from kimi_jax.rl.objective import PolicyConfig, policy
+from kimi_jax.rl.types import COLUMNS
 from kimi_jax.train.step import gradients, make_layout
 from tests.nn.tiny import QUICK
 from tests.train.tiny import CONFIG, MODEL
@@ -47,17 +49,17 @@ def rollouts():
 
 def batch_of(rows):
     """rows[b]: the rollouts that row b holds."""
-    batch = {name: np.zeros((len(rows), S), dtype) for name, dtype in FIELDS.items()}
-    batch |= {name: np.zeros((len(rows), S), np.int32) for name in ("segment_ids", "positions", "modality")}
+    batch = padding(len(rows), S, 1, 0, columns=COLUMNS)
+    arrays = {name: batch.columns[name] if name in COLUMNS else getattr(batch, name) for name in FIELDS}
     for b, row in enumerate(rows):
         at = 0
         for number, rollout in enumerate(row, 1):
             here = np.s_[b, at : at + len(rollout["tokens"])]
             for name in FIELDS:
-                batch[name][here] = rollout[name]
-            batch["segment_ids"][here], batch["positions"][here] = number, np.arange(len(rollout["tokens"]))
+                arrays[name][here] = rollout[name]
+            batch.segment_ids[here], batch.positions[here] = number, np.arange(len(rollout["tokens"]))
             at += len(rollout["tokens"])
-    return batch | {"feature_index": np.full((len(rows), S), -1, np.int32), "vision": ()}
+    return batch
 
 
 ALL = rollouts()
@@ -117,9 +119,9 @@ def test_policy_step_is_policy_loss_of_the_models_own_log_probabilities():
     batch = batch_of(LAYOUTS["padded"])
     (loss, out), _ = found("padded", 1, 1)
     logits = jax.jit(lambda p, b: KimiK25(SMALL).apply({"params": p}, b)[0], compiler_options=QUICK)(params(), batch)
-    logp = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits / 0.8)), batch["targets"][..., None], -1)[..., 0]
-    mask = batch["loss_weights"] != 0
-    given = map(jnp.asarray, (logp, batch["logp_sampler"], batch["advantage"], mask, mask.sum()))
+    logp = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits / 0.8)), batch.targets[..., None], -1)[..., 0]
+    mask = batch.loss_weights != 0
+    given = map(jnp.asarray, (logp, batch.columns["logp_sampler"], batch.columns["advantage"], mask, mask.sum()))
     want, metrics = policy_loss(*given, alpha=0.5, beta=2.0, tau=0.1)
     np.testing.assert_allclose(loss, want, rtol=1e-5)
     assert metrics["below"] > 0.02 and metrics["above"] > 0.02
@@ -135,15 +137,14 @@ def test_policy_counts_tokens_and_not_means_of_means():
     whole, *halves = (jax.tree.map(jnp.asarray, batch_of(part)) for part in (rows, rows[:40], rows[40:]))
     objective, logp = policy(SETTINGS), jnp.full((64, S), -3.5)
     right, _ = objective.loss(logp, whole, objective.totals(whole))
-    parts = [objective.loss(logp[: len(b["tokens"])], b, objective.totals(whole))[0] for b in halves]
+    parts = [objective.loss(logp[: len(b.tokens)], b, objective.totals(whole))[0] for b in halves]
     np.testing.assert_allclose(sum(parts), right, rtol=1e-5, atol=1e-6)  # terms of both signs
-    means = [objective.loss(logp[: len(b["tokens"])], b, objective.totals(b))[0] for b in halves]
+    means = [objective.loss(logp[: len(b.tokens)], b, objective.totals(b))[0] for b in halves]
     assert abs(np.mean(means) - right) > 1e-2 * abs(right) + 1e-4
 
 
 def test_policy_refuses_a_batch_without_the_samplers_numbers():
-    batch = batch_of(LAYOUTS["packed"])
-    del batch["logp_sampler"]
+    batch = dataclasses.replace(batch_of(LAYOUTS["packed"]), columns={})
     with pytest.raises(ValueError, match="needs the column 'logp_sampler'"):
         gradients(params(), batch, settings(32, 1), objective=policy(SETTINGS))
 
@@ -156,13 +157,13 @@ def test_every_loss_of_the_settings_is_that_objective_over_the_packed_responses(
     """Responses of a row are told apart by their segments, which GSPO and K1.5 need."""
     batch = jax.tree.map(jnp.asarray, batch_of(LAYOUTS["packed"]))
     config = PolicyConfig(name, alpha=0.5, beta=2.0, tau=0.1, low=0.2, high=0.3)
-    logp = jnp.asarray(np.random.default_rng(1).normal(-4.0, 0.7, batch["targets"].shape), jnp.float32)
+    logp = jnp.asarray(np.random.default_rng(1).normal(-4.0, 0.7, batch.targets.shape), jnp.float32)
     chosen = policy(config)
     totals = chosen.totals(batch)
     value, metrics = chosen.loss(logp, batch, totals)
     expected, _ = losses.objective_loss(
-        objective, logp, batch["logp_sampler"], batch["advantage"],
-        batch["loss_weights"], totals["num_tokens"], sequences=batch["segment_ids"],
+        objective, logp, batch.columns["logp_sampler"], batch.columns["advantage"],
+        batch.loss_weights, totals["num_tokens"], sequences=batch.segment_ids,
     )  # fmt: skip
     assert value == expected and metrics["max_log_ratio"].value > 0
 
@@ -170,7 +171,7 @@ def test_every_loss_of_the_settings_is_that_objective_over_the_packed_responses(
 def test_loss_without_bounds_keeps_every_token():
     """The negative control of experiments: the gradient of a token that K2.5 drops is there."""
     batch = jax.tree.map(jnp.asarray, batch_of(LAYOUTS["padded"]))
-    logp = batch["logp_sampler"] + 3.0  # ratio 20
+    logp = batch.columns["logp_sampler"] + 3.0  # ratio 20
 
     def gradient(name):
         objective = policy(PolicyConfig(name, tau=0.0))

@@ -55,7 +55,7 @@ def test_packed_experts_lie_beside_their_tokens():
         trajectories.append(Trajectory(tuple(segments), 1.0, "stop"))
     shape = dataclasses.replace(SHAPE, rows=1, sequence_length=24)
     batch, left = pack(samples(Group("g", tuple(trajectories)), [1.0, -1.0], NO_PAD), shape, 2)
-    found = batch["routed_experts"]
+    found = batch.routed_experts
     assert not left and found.dtype == np.int32 and found.shape == (2, L, 24, K)
     for at, trajectory in zip((0, 10), trajectories, strict=True):
         parts = trajectory.segments
@@ -65,21 +65,19 @@ def test_packed_experts_lie_beside_their_tokens():
         assert (want[4] == FREE).all() and (want[:3] >= 0).all()
     assert (found[0, :, 20:] == FREE).all() and (found[1] == FREE).all()
     empty = packing.empty_batch(shape, 2, ("logp_sampler", "advantage"))
-    assert {n: a.shape for n, a in batch.items() if n != "vision"} == {
-        n: a.shape for n, a in empty.items() if n != "vision"
-    }
+    assert jax.tree.map(np.shape, batch) == jax.tree.map(np.shape, empty)
 
 
 def test_packing_without_replay_has_no_column_and_takes_segments_with_experts():
     group = Group("g", (Trajectory((recorded([10, 11]), recorded([12], 0)), 1.0, "stop"),))
     batch, left = pack(samples(group, [1.0], NO_PAD), dataclasses.replace(SHAPE, routing=None), 1)
-    assert not left and "routed_experts" not in batch
+    assert not left and batch.routed_experts is None
 
 
 def test_segments_without_experts_are_packed_free():
     group = Group("g", (Trajectory((Segment.given([10, 11]), Segment.drawn([12], [-1.0], [0], 0)), 1.0, "stop"),))
     batch, _ = pack(samples(group, [1.0], NO_PAD), SHAPE, 1)
-    assert (batch["routed_experts"] == FREE).all()
+    assert (batch.routed_experts == FREE).all()
 
 
 @pytest.mark.parametrize(
@@ -167,7 +165,7 @@ def rollouts(engine):
         drawn = Segment.drawn(found.token_ids, np.minimum(found.logprobs, 0), found.versions, 0)
         trajectories.append(Trajectory((given, dataclasses.replace(drawn, experts=experts[PROMPT:])), 1.0, "length"))
     batch, left = pack(samples(Group("g", tuple(trajectories)), [1.0] * 16, NO_PAD), SHAPE, 2)
-    assert not left and batch["loss_weights"].sum() > 500
+    assert not left and batch.loss_weights.sum() > 500
     return batch
 
 
@@ -180,7 +178,7 @@ def trainer():
 def mismatch(batch, replay):
     """KL(sampler || trainer) in nats a token; the trainer has the weights without noise, in float32."""
     if not replay:
-        batch = batch | {"routed_experts": np.full_like(batch["routed_experts"], FREE)}
+        batch = dataclasses.replace(batch, routed_experts=np.full_like(batch.routed_experts, FREE))
     total, weight = trainer()(weights(), batch)["mismatch_kl"]
     return float(total / weight)
 
@@ -197,7 +195,8 @@ def test_mismatch_of_equal_programs_is_rounding_with_and_without_replay():
     off, on = (mismatch(batch, replay) for replay in (False, True))
     show("float32, the trainer's weights", off, on)
     assert 0 <= off < 1e-6 and 0 <= on < 1e-6
-    biased = mismatch(batch | {"logp_sampler": batch["logp_sampler"] - 0.5 * batch["loss_weights"]}, True)
+    lower = batch.columns["logp_sampler"] - 0.5 * batch.loss_weights
+    biased = mismatch(dataclasses.replace(batch, columns={**batch.columns, "logp_sampler": lower}), True)
     np.testing.assert_allclose(biased, np.exp(0.5) - 1.5, rtol=1e-3)
 
 

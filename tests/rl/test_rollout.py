@@ -85,7 +85,7 @@ def test_batch_holds_the_tokens_that_were_drawn_with_the_log_probability_of_the_
         assert weighed.sum() == len(answer.tokens)
         np.testing.assert_array_equal(document.targets[weighed], answer.tokens)
         at = np.s_[document.row, document.start : document.start + len(document.tokens)]
-        np.testing.assert_array_equal(batch["logp_sampler"][at][weighed], answer.logp)
+        np.testing.assert_array_equal(batch.columns["logp_sampler"][at][weighed], answer.logp)
 
 
 def test_advantages_are_rewards_minus_the_mean_of_the_group(folder, worker, text_params):
@@ -93,7 +93,7 @@ def test_advantages_are_rewards_minus_the_mean_of_the_group(folder, worker, text
     (batch,) = batches_of(open_source(settings(folder), worker, shown=shown), text_params, 1)
     expected = sorted(r - np.mean(rewards) for rewards in shown[0][2] for r in rewards)
     firsts = [
-        batch["advantage"][d.row, d.start : d.start + len(d.tokens)][d.loss_weights.astype(bool)][0]
+        batch.columns["advantage"][d.row, d.start : d.start + len(d.tokens)][d.loss_weights.astype(bool)][0]
         for d in unpack(batch)
     ]
     np.testing.assert_allclose(sorted(firsts), expected, atol=1e-6)  # float32 of float64
@@ -219,7 +219,7 @@ def test_iteration_without_any_difference_in_reward_has_no_advantages(folder, wo
     config = settings(folder, kind="reverse_sparse", drop_uninformative=True)
     source = open_source(config, worker)
     (batch,) = batches_of(source, text_params, 1)
-    assert not batch["advantage"].any() and batch["loss_weights"].any()
+    assert not batch.columns["advantage"].any() and batch.loss_weights.any()
     assert source.report()["solve_none"] == 1.0 and source.report()["dropped"] == 4
 
 
@@ -328,5 +328,5 @@ def test_experts_of_the_sampler_are_in_the_batch_for_every_token_that_was_read(f
         for batch in batches_of(source, text_params, 3):
             for document in unpack(batch):
                 rows = np.s_[document.start : document.start + len(document.tokens)]
-                experts = batch["routed_experts"][document.row][:, rows]
+                experts = batch.routed_experts[document.row][:, rows]
                 assert (experts[:, :-1] >= 0).all() and (experts[:, -1] == -1).all()

@@ -59,8 +59,15 @@ def test_every_sampled_token_is_a_target_once_with_its_own_logp_and_advantage(tr
     advantages = [0.5 * (i + 1) for i in range(len(trajectories))]
     batch, left = pack(samples(group, advantages, MEDIA_PAD), SHAPE, 8)
     assert not left
-    learnt = batch["loss_weights"] > 0
-    got = sorted(zip(batch["targets"][learnt], batch["logp_sampler"][learnt], batch["advantage"][learnt], strict=True))
+    learnt = batch.loss_weights > 0
+    got = sorted(
+        zip(
+            batch.targets[learnt],
+            batch.columns["logp_sampler"][learnt],
+            batch.columns["advantage"][learnt],
+            strict=True,
+        )
+    )
     want = sorted(
         (token, logp, np.float32(advantage))
         for trajectory, advantage in zip(trajectories, advantages, strict=True)
@@ -70,7 +77,7 @@ def test_every_sampled_token_is_a_target_once_with_its_own_logp_and_advantage(tr
     )
     assert got == want
     for name in ("logp_sampler", "advantage"):
-        assert batch[name].dtype == np.float32 and not batch[name][~learnt].any()
+        assert batch.columns[name].dtype == np.float32 and not batch.columns[name][~learnt].any()
 
 
 @given(trees())
@@ -79,7 +86,7 @@ def test_contexts_are_what_the_model_had_before_it(trajectory):
     group = Group("g", (trajectory,))
     batch, _ = pack(samples(group, [1.0], MEDIA_PAD), SHAPE, 8)
     where = {int(t): i for i, s in enumerate(trajectory.segments) for t in s.tokens}
-    for document in unpack(batch, 8):
+    for document in unpack(batch):
         for at in np.flatnonzero(document.loss_weights):
             target = int(document.targets[at])
             path, i = [], where[target]
@@ -122,8 +129,8 @@ def test_a_picture_of_a_group_lies_once_in_a_pack_and_all_samples_see_it():
     group = vision_group()
     batch, left = pack(samples(group, [1.0] * 6, MEDIA_PAD), SHAPE, 2)
     assert not left
-    assert sum(int((arrays["segment_ids"] > 0).sum()) for arrays in batch["vision"]) == 16
-    documents = list(unpack(batch, 2))
+    assert sum(int((arrays.segment_ids > 0).sum()) for arrays in batch.vision) == 16
+    documents = list(unpack(batch))
     assert len(documents) == 6
     for document in documents:
         assert len(document.media) == 1 and document.modality == 1
@@ -134,7 +141,7 @@ def test_equal_pictures_of_different_groups_stay_apart():
     """Sharing goes by the object, never by comparing pixels: two groups with equal pictures take two places."""
     items = [s for seed in (0, 1) for s in samples(vision_group(2, seed), [1.0, -1.0], MEDIA_PAD)]
     batch, left = pack(items, SHAPE, 1)
-    assert not left and int((batch["vision"][0]["segment_ids"] > 0).sum()) == 32
+    assert not left and int((batch.vision[0].segment_ids > 0).sum()) == 32
 
 
 def test_features_of_a_shared_picture_get_the_sum_of_its_samples_gradients():
@@ -143,7 +150,7 @@ def test_features_of_a_shared_picture_get_the_sum_of_its_samples_gradients():
     rng = np.random.default_rng(1)
     features, x = rng.normal(size=(1, 16, 3)).astype(np.float32), np.zeros((2, 64, 3), np.float32)
     upstream = rng.normal(size=x.shape).astype(np.float32)
-    index = batch["feature_index"]
+    index = batch.feature_index
     out, pull = jax.vjp(lambda f: place_features(jnp.asarray(x), f, jnp.asarray(index)), jnp.asarray(features))
     np.testing.assert_array_equal(out[index >= 0], features[0, index[index >= 0]])
     want = np.zeros_like(features)
@@ -171,11 +178,11 @@ def test_sharing_a_picture_changes_neither_loss_nor_gradient():
             groups.append(Group("p", (trajectory,), (item,)))
         packed, left = pack([s for g in groups for s in samples(g, [1.0], MEDIA_PAD)], model_shape, 1)
         assert not left
-        count = int((packed["vision"][0]["segment_ids"] > 0).sum())
+        count = int((packed.vision[0].segment_ids > 0).sum())
         assert count == (16 if shared else 48)
         return packed
 
-    evaluate = tiny.loss_and_grads(groups=1)
+    evaluate = tiny.loss_and_grads()
     (loss, _), grads = evaluate(tiny.params(), batch(True), 0.0)
     (want, _), want_grads = evaluate(tiny.params(), batch(False), 0.0)
     np.testing.assert_allclose(loss, want, rtol=2e-5)
@@ -188,7 +195,7 @@ def test_what_does_not_fit_is_left_in_order():
     items = samples(group, [1.0] * 40, MEDIA_PAD)
     batch, left = pack(items, SHAPE, 1)
     numbers = [int(s.encoded.key.split("#")[1]) for s in left]
-    assert numbers == sorted(numbers) and len(left) + len(list(unpack(batch, 1))) == 40 and left
+    assert numbers == sorted(numbers) and len(left) + len(list(unpack(batch))) == 40 and left
 
 
 def test_pads_without_their_picture_are_refused():

@@ -14,6 +14,7 @@ import pytest
 
 from kimi_jax.config import DataConfig, TrainConfig, preset
 from kimi_jax.data.tokenizer import train_tokenizer
+from kimi_jax.packed_batch import padding
 
 pytestmark = pytest.mark.lm_eval
 lm_eval = pytest.importorskip("lm_eval", reason="needs the extra [lm_eval]: make test-lm-eval")
@@ -91,14 +92,14 @@ def knowing(tokenizer):
 
     def apply(params, batch, ends, candidates):
         v = tokenizer.vocab_size
-        logp = np.full((*batch["tokens"].shape, v), -math.log(v), np.float32)
-        for r, t in np.argwhere(batch["segment_ids"] > 0):
-            seen = batch["tokens"][r, t - batch["positions"][r, t] : t + 1].tolist()
+        logp = np.full((*batch.tokens.shape, v), -math.log(v), np.float32)
+        for r, t in np.argwhere(batch.segment_ids > 0):
+            seen = batch.tokens[r, t - batch.positions[r, t] : t + 1].tolist()
             for sentence in sentences:
                 if sentence[: len(seen)] == seen and len(seen) < len(sentence):
                     logp[r, t] = -30.0
                     logp[r, t, sentence[len(seen)]] = 0.0
-        nll = -np.take_along_axis(logp, batch["targets"][..., None], axis=-1)[..., 0]
+        nll = -np.take_along_axis(logp, batch.targets[..., None], axis=-1)[..., 0]
         return nll, logp.argmax(-1), np.take_along_axis(logp.reshape(-1, v)[ends], candidates, axis=-1)
 
     return apply
@@ -126,12 +127,9 @@ def test_the_real_model_gives_lm_eval_its_own_log_likelihoods(tokenizer, task_ma
     for thing, colour in COLOURS.items():
         text = f"The colour of {thing} is {colour}."
         ids = np.array([[tokenizer.eos_id, *tokenizer.encode(text)]], np.int32)
-        batch = {
-            "tokens": ids,
-            "positions": np.arange(ids.size, dtype=np.int32)[None],
-            "segment_ids": np.ones_like(ids),
-        }
-        logits, _ = model.apply({"params": params}, batch | {"vision": (), "feature_index": ids * 0 - 1})
+        batch = padding(1, ids.size, 1, settings.model.pad_token_id)
+        batch.tokens[:], batch.positions[:], batch.segment_ids[:] = ids, np.arange(ids.size), 1
+        logits, _ = model.apply({"params": params}, batch)
         logp = jax.nn.log_softmax(logits[0, :-1])
         bits -= float(np.take_along_axis(np.asarray(logp), ids[0, 1:, None], axis=-1).sum()) / math.log(2)
         size += len(text.encode())

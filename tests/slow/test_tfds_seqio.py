@@ -162,8 +162,8 @@ def test_tfds_becomes_batches(prepared, clips, tmp_path):
     with_media = SourceConfig(kind="tfds", path=path, vision=True)
     text = SourceConfig(kind="tfds", path=f"{prepared}?template={{question}} {{answer}}")
     batch, report = _packed(tmp_path, boxes=with_media, text=text)
-    assert (batch["feature_index"] >= 0).sum() > 0
-    assert set(np.unique(batch["modality"][batch["segment_ids"] > 0])) == {0, 2}
+    assert (batch.feature_index >= 0).sum() > 0
+    assert set(np.unique(batch.modality[batch.segment_ids > 0])) == {0, 2}
     assert not report["bad"]
 
 
@@ -226,6 +226,6 @@ def test_seqio_becomes_batches(tmp_path):
     pictures = SourceConfig(kind="seqio", path=f"{module}:boxes_vqa?template={TEMPLATE}", vision=True)
     text = SourceConfig(kind="seqio", path=f"{module}:boxes_tokens")
     batch, report = _packed(tmp_path, boxes=pictures, text=text)
-    assert (batch["feature_index"] >= 0).sum() > 0
-    assert set(np.unique(batch["modality"][batch["segment_ids"] > 0])) == {0, 1}
+    assert (batch.feature_index >= 0).sum() > 0
+    assert set(np.unique(batch.modality[batch.segment_ids > 0])) == {0, 1}
     assert not report["bad"]

@@ -94,9 +94,9 @@ def make_source(fault: dict, disk: Disk) -> type:
         def __next__(self):
             at, batch = self.at, make_batch(int(self.left[0] - 2**40))
             if at in fault.get("nan", ()):
-                batch["loss_weights"][0, 0] = np.nan
+                batch.loss_weights[0, 0] = np.nan
             if at in fault.get("leap", ()):
-                batch["targets"] = np.full_like(batch["targets"], 5)
+                batch.targets[:] = 5
             begin, end = fault.get("disk", (-1, -1))
             if at == begin:
                 disk.fill()

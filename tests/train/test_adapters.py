@@ -28,11 +28,11 @@ from kimi_jax.nn.param import unbox
 from kimi_jax.train import adapters, checkpoint, loop
 from tests.hf.tiny import flat
 from tests.train.test_loop import Source
-from tests.train.tiny import CONFIG, MODEL, make_batch
+from tests.train.tiny import CONFIG, MODEL, make_batch, make_text_batch
 
 MOE = dataclasses.replace(MODEL.moe, moe_intermediate_size=32)  # groups of 32 inputs share an INT4 scale
 BASE = dataclasses.replace(MODEL, vocab_size=320, initializer_range=0.2, num_hidden_layers=2, vision=None, moe=MOE)
-IDS = make_batch(3)["tokens"][:1, 16:28]
+IDS = make_batch(3).tokens[:1, 16:28]
 
 
 class Same(Source):
@@ -40,8 +40,7 @@ class Same(Source):
 
     def __next__(self):
         super().__next__()
-        batch = make_batch(0)
-        return batch | {"vision": (), "feature_index": np.full_like(batch["feature_index"], -1)}
+        return make_text_batch(0)
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,8 @@ DENSE = dataclasses.replace(
 
 def full_counts(batch):
     """What the CPU computes: every position and every pair of a row or bin, masked or not."""
-    rows, length = batch["tokens"].shape
-    bins, patches = batch["vision"][0]["segment_ids"].shape
+    rows, length = batch.tokens.shape
+    bins, patches = batch.vision[0].segment_ids.shape
     return {
         "tokens": rows * length, "token_pairs": rows * length**2, "patches": bins * patches,
         "patch_pairs": bins * patches**2, "features": bins * patches // 4,
@@ -32,7 +32,7 @@ def full_counts(batch):
 
 def xla_flops(model, batch):
     params = unbox(abstract_params(model))
-    run = jax.jit(lambda p, b: KimiK25(model).apply({"params": p}, b, num_packs=1)[0])
+    run = jax.jit(lambda p, b: KimiK25(model).apply({"params": p}, b)[0])
     return run.lower(params, batch).compile().cost_analysis()["flops"]
 
 
@@ -87,13 +87,13 @@ def test_attention_is_192_wide_for_scores_and_128_for_values():
 def test_counts_of_a_packed_batch_by_hand():
     batch = make_batch(3)
     want = dict.fromkeys(flops.COUNTS, 0.0)
-    for row in batch["segment_ids"]:
+    for row in batch.segment_ids:
         for n in np.unique(row[row > 0], return_counts=True)[1]:
             want["tokens"] += n
             want["token_pairs"] += n * (n + 1) / 2
-    for row in batch["vision"][0]["segment_ids"]:
+    for row in batch.vision[0].segment_ids:
         for n in np.unique(row[row > 0], return_counts=True)[1]:
             want["patches"] += n
             want["patch_pairs"] += n * n
-    want["features"] = (batch["feature_index"] >= 0).sum()
+    want["features"] = (batch.feature_index >= 0).sum()
     assert {k: float(v) for k, v in flops.batch_counts(batch).items()} == want

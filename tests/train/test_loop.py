@@ -29,7 +29,7 @@ class Source:
     def __next__(self):
         batch = make_batch(self.step)
         if self.step >= self.bad_from:
-            batch["loss_weights"][0, 0] = np.nan
+            batch.loss_weights[0, 0] = np.nan
         self.step += 1
         return batch
 

@@ -16,14 +16,14 @@ from kimi_jax.nn.param import unbox
 from kimi_jax.train.objective import Last, Max, Mean, Objective, Sum, merge_microbatches, next_token
 from kimi_jax.train.step import gradients, make_layout
 from tests.nn.tiny import QUICK, assert_trees_close
-from tests.train.tiny import CONFIG, MODEL, G, make_batch
+from tests.train.tiny import CONFIG, MODEL, G, make_text_batch
 
 SMALL = dataclasses.replace(MODEL, vision=None, num_hidden_layers=2)
 TEXT = dataclasses.replace(CONFIG, model=SMALL)
 
 
 def text_batch(seed=0):
-    return make_batch(seed) | {"vision": (), "feature_index": np.full((G, 32), -1, np.int32)}
+    return make_text_batch(seed)
 
 
 @pytest.fixture(scope="module")
@@ -35,16 +35,16 @@ def test_next_token_is_bit_for_bit_the_loss_written_out(params):
     """The formula of pre-training as it stood in the step before objectives: value and gradient are the same bits."""
 
     def written_out(params, batch):
-        nll, aux = KimiK25(SMALL).apply({"params": params}, batch, G, method="token_nll")
-        weights = batch["loss_weights"]
-        of_modality = batch["modality"][None] == jnp.arange(3)[:, None, None]
+        nll, aux = KimiK25(SMALL).apply({"params": params}, batch, method="token_nll")
+        weights = batch.loss_weights
+        of_modality = batch.modality[None] == jnp.arange(3)[:, None, None]
         nll_sum = jnp.sum(jnp.where(of_modality, weights * nll, 0.0), axis=(1, 2))
         total = jnp.sum(jnp.sum(jnp.where(of_modality, weights, 0.0), axis=(1, 2)))
         balance = TEXT.optimizer.balance_loss_weight * aux.balance_loss
         return jnp.sum(nll_sum) / jnp.maximum(total, 1e-6) + balance
 
     batch = text_batch()
-    batch["loss_weights"] = batch["loss_weights"] * np.random.default_rng(0).uniform(0.1, 2, (G, 1)).astype(np.float32)
+    batch.loss_weights[:] *= np.random.default_rng(0).uniform(0.1, 2, (G, 1)).astype(np.float32)
     want, want_grads = jax.jit(jax.value_and_grad(written_out), compiler_options=QUICK)(params, batch)
     (loss, _), grads = jax.jit(lambda p, b: gradients(p, b, TEXT), compiler_options=QUICK)(params, batch)
     assert loss == want
@@ -56,19 +56,20 @@ def weighted_by_a_column():
     """-log p by the column "price" over the sum of prices, and each kind of metric."""
 
     def loss(logp, batch, totals):
-        price = batch["price"]
+        price = batch.columns["price"]
         metrics = {"loss": Mean(jnp.sum(-logp * price), jnp.sum(price)), "targets": Sum(jnp.sum(price > 0))}
         return jnp.sum(-logp * price) / totals["price"], metrics | {"dearest": Max(price.max())}
 
-    return Objective(("price",), lambda batch: {"price": jnp.sum(batch["price"])}, loss)
+    return Objective(("price",), lambda batch: {"price": jnp.sum(batch.columns["price"])}, loss)
 
 
 @pytest.mark.parametrize("devices, parts", [(1, 4), (8, 1)])
 def test_columns_travel_through_microbatches_and_devices(params, devices, parts):
     """With the loss weights as prices it is next-token again; the metrics are those of the whole batch."""
     batch = text_batch()
-    batch["price"] = batch["loss_weights"] * np.random.default_rng(1).uniform(0.5, 2, (G, 32)).astype(np.float32)
-    want = batch | {"loss_weights": batch["price"]}
+    price = batch.loss_weights * np.random.default_rng(1).uniform(0.5, 2, (G, 32)).astype(np.float32)
+    want = dataclasses.replace(batch, loss_weights=price)
+    batch = dataclasses.replace(batch, columns={"price": price})
     plain = jax.jit(lambda p, b: gradients(p, b, TEXT), compiler_options=QUICK)
     (want_loss, want_out), want_grads = plain(params, want)
 
@@ -82,18 +83,18 @@ def test_columns_travel_through_microbatches_and_devices(params, devices, parts)
     np.testing.assert_allclose(loss, want_loss, rtol=1e-6)  # float32 sums in another order
     assert_trees_close(grads, want_grads, 1e-5)
     np.testing.assert_allclose(out["metrics"]["loss"], want_out["metrics"]["loss"], rtol=1e-5)
-    assert out["metrics"]["targets"].value == (batch["price"] > 0).sum()
-    assert out["metrics"]["dearest"].value == batch["price"].max()
+    assert out["metrics"]["targets"].value == (price > 0).sum()
+    assert out["metrics"]["dearest"].value == price.max()
 
 
 def test_column_that_is_missing_or_of_another_shape_is_named(params):
     for column, message in (
-        ({}, r"needs the column 'price' in every batch; there are: tokens, targets,"),
+        ({}, r"needs the column 'price' in every batch; there are: none"),
         ({"price": np.ones((G, 31), np.float32)}, r"'price' of a batch must be float32 \(8, 32\), not float32 \(8, 31"),
         ({"price": np.ones((G, 32), np.int32)}, r"must be float32 \(8, 32\), not int32"),
     ):
         with pytest.raises(ValueError, match=message):
-            gradients(params, text_batch() | column, TEXT, objective=weighted_by_a_column())
+            gradients(params, dataclasses.replace(text_batch(), columns=column), TEXT, objective=weighted_by_a_column())
 
 
 def test_metrics_of_microbatches_merge_as_they_say():

@@ -28,10 +28,10 @@ def uneven_batch():
     """Loss weights differ from row to row, one row is empty: means of means would be wrong."""
     batch = make_batch(0)
     scale = np.random.default_rng(0).uniform(0.1, 2, (G, 1)).astype(np.float32)
-    batch["loss_weights"] = batch["loss_weights"] * scale
-    batch["segment_ids"][3] = 0
-    batch["loss_weights"][3] = 0
-    batch["feature_index"][3] = -1
+    batch.loss_weights[:] *= scale
+    batch.segment_ids[3] = 0
+    batch.loss_weights[3] = 0
+    batch.feature_index[3] = -1
     return batch
 
 

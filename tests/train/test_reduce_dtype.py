@@ -143,7 +143,7 @@ def test_every_sum_over_devices_is_in_reduce_dtype(axes, reduce_dtype):
     """Of the language model: the compiler places those of the vision tower."""
     config = config_of(reduce_dtype=reduce_dtype)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vision=None))
-    batch = make_batch(0, GROUPS) | {"vision": ()}
+    batch = dataclasses.replace(make_batch(0, GROUPS), vision=())
     layout = make_layout(config, sharding.make_mesh(c.MeshConfig(**axes)))
     params = jax.eval_shape(lambda: unbox(init_params(config.model, jax.random.key(0))))
     jaxpr = jax.make_jaxpr(lambda p, b: gradients(p, b, config, layout)[1])(params, batch)

@@ -20,7 +20,7 @@ from kimi_jax.train import state as state_lib
 from kimi_jax.train.step import gradients, make_layout
 from tests.nn.routing import router_choices
 from tests.nn.tiny import QUICK, assert_trees_close
-from tests.train.tiny import CONFIG, MODEL, make_batch
+from tests.train.tiny import CONFIG, MODEL, make_text_batch
 
 ROWS = 16
 TEXT = dataclasses.replace(MODEL, vision=None, initializer_range=0.1)
@@ -34,7 +34,7 @@ CASES = {
 
 
 def batch():
-    return make_batch(0, ROWS) | {"vision": (), "feature_index": np.full((ROWS, 32), -1, np.int32)}
+    return make_text_batch(0, ROWS)
 
 
 @functools.cache
@@ -69,7 +69,7 @@ def program(case):
 
 
 def with_experts(experts):
-    return batch() | {"routed_experts": np.ascontiguousarray(experts)}
+    return dataclasses.replace(batch(), routed_experts=np.ascontiguousarray(experts))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -104,7 +104,7 @@ def test_replay_counts_the_load_of_the_forced_experts():
     """All tokens of both layers to experts 1 and 3: the load that moves the router's bias is theirs, padding apart."""
     experts = np.broadcast_to(np.array([3, 1], np.int32), (ROWS, 2, 32, 2))
     (_, out), _ = program("scan")(with_experts(experts))
-    tokens = (batch()["segment_ids"] > 0).sum()
+    tokens = (batch().segment_ids > 0).sum()
     np.testing.assert_array_equal(out["aux"].expert_load, [[0, tokens, 0, tokens]] * 2)
     assert out["aux"].dropped == 0
 
@@ -122,4 +122,6 @@ def test_replay_refuses_an_array_of_another_shape_when_the_step_is_traced(expert
     config = dataclasses.replace(CONFIG, model=TEXT, data=dataclasses.replace(CONFIG.data, num_packs=ROWS))
     array = jax.ShapeDtypeStruct(experts.shape, experts.dtype)
     with pytest.raises(ValueError, match=r"routed_experts of a batch must be int32 \(16, 2, 32, 2\)"):
-        jax.eval_shape(lambda p, b: gradients(p, b, config), params(), batch() | {"routed_experts": array})
+        jax.eval_shape(
+            lambda p, b: gradients(p, b, config), params(), dataclasses.replace(batch(), routed_experts=array)
+        )

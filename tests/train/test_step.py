@@ -13,7 +13,7 @@ from kimi_jax.nn.param import unbox
 from kimi_jax.train import state as state_lib
 from kimi_jax.train.objective import Mean
 from kimi_jax.train.step import loss_fn, make_optimizer, make_train_step
-from tests.train.tiny import CONFIG, MODEL, G, make_batch, with_model, with_optimizer
+from tests.train.tiny import CONFIG, MODEL, G, make_batch, make_text_batch, with_model, with_optimizer
 
 
 def mesh_of(num_devices: int) -> jax.sharding.Mesh:
@@ -50,16 +50,16 @@ def host(tree):
 def test_loss_is_the_weighted_mean_over_the_whole_batch():
     params = jax.jit(lambda: unbox(init_params(MODEL, jax.random.key(0))))()
     batch = make_batch(0)
-    batch["loss_weights"] = batch["loss_weights"] * np.random.default_rng(0).uniform(0.1, 2, (G, 1)).astype(np.float32)
+    batch.loss_weights[:] *= np.random.default_rng(0).uniform(0.1, 2, (G, 1)).astype(np.float32)
     loss, out = jax.jit(lambda p, b: loss_fn(p, b, CONFIG))(params, batch)
-    logits, aux = jax.jit(lambda p, b: KimiK25(MODEL).apply({"params": p}, b, num_packs=G))(params, batch)
+    logits, aux = jax.jit(lambda p, b: KimiK25(MODEL).apply({"params": p}, b))(params, batch)
     logp = jax.nn.log_softmax(logits)
-    nll = -np.take_along_axis(np.asarray(logp), batch["targets"][..., None], -1)[..., 0]
-    w = batch["loss_weights"]
+    nll = -np.take_along_axis(np.asarray(logp), batch.targets[..., None], -1)[..., 0]
+    w = batch.loss_weights
     want = (nll * w).sum() / w.sum() + CONFIG.optimizer.balance_loss_weight * aux.balance_loss
     np.testing.assert_allclose(loss, want, rtol=1e-5)  # fp32 sums in another order
     for modality in (0, 1, 2):
-        mine = batch["modality"] == modality
+        mine = batch.modality == modality
         found = out["metrics"][f"loss_{('text', 'image', 'video')[modality]}"]
         np.testing.assert_allclose(found.total, (nll * w)[mine].sum(), rtol=1e-5)
         np.testing.assert_allclose(found.weight, w[mine].sum(), rtol=1e-6)
@@ -67,7 +67,7 @@ def test_loss_is_the_weighted_mean_over_the_whole_batch():
 
 
 def test_batch_without_targets_has_loss_zero(one_device):
-    batch = make_batch(0) | {"loss_weights": np.zeros_like(make_batch(0)["loss_weights"])}
+    batch = dataclasses.replace(make_batch(0), loss_weights=np.zeros_like(make_batch(0).loss_weights))
     _, (metrics,) = run(one_device, 1, lambda _: batch)
     assert metrics["finite"] and metrics["loss"] == (0, 0) and metrics["loss_total"] < 1e-3  # the balance loss
 
@@ -155,8 +155,7 @@ def test_router_bias_moves_against_the_load_and_stays_centred(one_device):
 def test_plain_text_model_trains_and_its_heads_over_tau_are_clipped():
     """No vision, no experts, and a tau that every head exceeds (one program for both, as compiling is what costs)."""
     config = with_optimizer(with_model(vision=None, moe=None), qk_clip_tau=1e-6)
-    text_only = {"vision": (), "feature_index": np.full((G, 32), -1, np.int32)}
-    _, metrics = run(make_train_step(config, mesh_of(1)), 2, lambda i: make_batch(i) | text_only)
+    _, metrics = run(make_train_step(config, mesh_of(1)), 2, make_text_batch)
     assert all(m["finite"] for m in metrics)
     first, second = map(values, metrics)
     assert first["expert_load"].size == first["patches"] == first["features"] == 0
@@ -172,7 +171,7 @@ def test_step_that_is_not_finite_changes_nothing_but_the_counters(one_device):
     state, _ = train_step(init_state(), make_batch(0))
     before = host(state)
     bad = make_batch(1)
-    bad["loss_weights"][0, 0] = np.nan
+    bad.loss_weights[0, 0] = np.nan
     for n in (1, 2):
         state, metrics = train_step(state, bad)
         assert not metrics["finite"] and metrics["skipped_in_row"] == n

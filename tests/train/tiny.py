@@ -9,6 +9,7 @@ import numpy as np
 
 from kimi_jax import config as c
 from kimi_jax.data.patches import item_layout
+from kimi_jax.packed_batch import PackedBatch, VisionBins
 
 G, S, P, C = 8, 32, 16, 588
 GRID = (1, 4, 4)
@@ -40,7 +41,7 @@ def with_model(config: c.TrainConfig = CONFIG, **changes) -> c.TrainConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
 
 
-def make_batch(seed: int, groups: int = G) -> dict:
+def make_batch(seed: int, groups: int = G) -> PackedBatch:
     """A packed batch: in each row a document with an image (tokens 0..15), one of text (16..27), padding (28..31).
 
     Text counts upwards in steps that are the same over a document, so that it can be learnt.
@@ -62,15 +63,21 @@ def make_batch(seed: int, groups: int = G) -> dict:
     positions = np.broadcast_to(np.where(at < 16, at, np.where(at < 28, at - 16, 0)), (groups, S)).astype(np.int32)
     features = np.broadcast_to(np.where(media, at - 2, -1), (groups, S)).astype(np.int32)
     _, coords, slots = item_layout(GRID)
-    vision = {
-        "patches": rng.integers(0, 256, (groups, P, C), dtype=np.uint8),
-        "segment_ids": np.ones((groups, P), np.int32),
-        "coords": np.broadcast_to(coords, (groups, P, 3)).copy(),
-        "grids": np.broadcast_to(np.asarray(GRID, np.int32), (groups, P, 3)).copy(),
-        "feature_slots": np.broadcast_to(slots, (groups, P // 4)).copy(),
-    }
-    return {
-        "tokens": tokens, "targets": targets, "loss_weights": weights, "segment_ids": segments.copy(),
-        "positions": positions.copy(), "modality": np.where(segments == 1, 1, 0).astype(np.int32),
-        "feature_index": features.copy(), "vision": (vision,),
-    }  # fmt: skip
+    vision = VisionBins(
+        patches=rng.integers(0, 256, (groups, P, C), dtype=np.uint8),
+        segment_ids=np.ones((groups, P), np.int32),
+        coords=np.broadcast_to(coords, (groups, P, 3)).copy(),
+        grids=np.broadcast_to(np.asarray(GRID, np.int32), (groups, P, 3)).copy(),
+        feature_slots=np.broadcast_to(slots, (groups, P // 4)).copy(),
+    )
+    return PackedBatch(
+        tokens=tokens, targets=targets, loss_weights=weights, segment_ids=segments.copy(), positions=positions.copy(),
+        modality=np.where(segments == 1, 1, 0).astype(np.int32), feature_index=features.copy(), rows_per_pack=1,
+        vision=(vision,),
+    )  # fmt: skip
+
+
+def make_text_batch(seed: int, groups: int = G) -> PackedBatch:
+    """The same without images: the media pads stay, as tokens like others."""
+    batch = make_batch(seed, groups)
+    return dataclasses.replace(batch, vision=(), feature_index=np.full_like(batch.feature_index, -1))

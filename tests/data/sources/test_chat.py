@@ -301,8 +301,8 @@ def test_packed_conversations_keep_their_masks_and_never_see_each_other(tmp_path
     with BatchStream(data, model, 10) as stream:
         for _ in range(3):
             batch = next(stream)
-            documents = list(unpack(batch, data.num_packs))
-            several += len(documents) > len(batch["tokens"])
+            documents = list(unpack(batch))
+            several += len(documents) > len(batch.tokens)
             for document in documents:
                 weights = wanted[tuple(document.tokens.tolist())]
                 assert document.loss_weights.tolist()[:-1] == weights[1:] and document.loss_weights[-1] == 0
@@ -324,7 +324,7 @@ def test_too_long_conversations_are_shortened_or_refused_and_counted(tmp_path, t
     with BatchStream(data, model, 10) as stream:
         for _ in range(3):
             batch = next(stream)
-            assert all(len(d.tokens) <= data.sequence_length for d in unpack(batch, data.num_packs))
+            assert all(len(d.tokens) <= data.sequence_length for d in unpack(batch))
         report = stream.report()
     assert report[counted].keys() == {"chat"}
     if too_long == "refuse":
