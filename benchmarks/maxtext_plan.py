@@ -110,7 +110,7 @@ def read(folder: Path, topology: Topology, sequences: int) -> dict[str, Any]:
 
 
 def text_only(topology: Topology, sequences: int) -> TrainConfig:
-    """Our settings with that batch and without pictures, for the FLOPs of what MaxText trains."""
+    """Our settings with that batch and without images, for the FLOPs of what MaxText trains."""
     pods = runpy.run_path(str(Path(__file__).parents[1] / "configs" / "pods.py"))
     config = freeze(pods["get_config"](f"kimi_k2_5@{our_plan.PODS[topology.name]}"))
     data = dataclasses.replace(

@@ -4,7 +4,7 @@ Run:    python -m benchmarks.rollout [--before=FOLDER] [--torch=PYTHON] [--repea
 Goal:   90 % of the compiled programs alone, 3 times the engine that reads one prompt and decodes one token a call,
         3 times transformers.
 
-64 prompts, 8 answers to each, 16 and 64 new tokens, with and without a picture; the demo's model with random weights in
+64 prompts, 8 answers to each, 16 and 64 new tokens, with and without an image; the demo's model with random weights in
 float32. A round has new prompts. `bare` is what no engine can beat: prompts in full calls, then one loop over all slots
 and all tokens, on arrays that are ready, eight times. --before: a checkout of this project whose engine does the same
 work, for instance `git worktree add /tmp/before 8fb07d9`. --torch: an interpreter with torch and transformers, whose
@@ -38,19 +38,19 @@ flags.DEFINE_integer("answers", 8, "Answers to a prompt.", lower_bound=1)
 flags.DEFINE_integer("slots", 64, "Slots of the engines, rows of the peer.", lower_bound=1)
 flags.DEFINE_integer("page_size", 16, "Tokens a page.", lower_bound=1)
 flags.DEFINE_multi_integer("new", [16, 64], "Tokens of an answer.", lower_bound=1)
-flags.DEFINE_multi_enum("pictures", ["without", "with"], ["without", "with"], "Which prompts.")
+flags.DEFINE_multi_enum("images", ["without", "with"], ["without", "with"], "Which prompts.")
 flags.DEFINE_string("before", "", "A checkout whose engine is compared.")
 flags.DEFINE_string("torch", "", "An interpreter with torch and transformers.")
 flags.DEFINE_integer("threads", 2, "Of torch; jax takes as many as the process may use (taskset).", lower_bound=1)
 
 
-def rollouts(model: Any, engine: Engine, new: int, picture: bool) -> Step:
+def rollouts(model: Any, engine: Engine, new: int, image: bool) -> Step:
     """One round of the engine: groups of answers, stepped to the end."""
     rounds = iter(range(1 << 30))
 
     def step() -> None:
         sampling = Sampling(1.0, max_new_tokens=new)
-        for tokens, media in prompts_of(model, FLAGS.prompts, picture, next(rounds)):
+        for tokens, media in prompts_of(model, FLAGS.prompts, image, next(rounds)):
             engine.submit_group(Request(tokens, media, sampling), range(FLAGS.answers))
         drawn = 0
         while not engine.idle:
@@ -98,22 +98,22 @@ def bare(engine: Engine, new: int, length: int) -> Step:
     return step
 
 
-def compare(new: int, picture: bool, before: Peer | None, torch: Peer | None) -> None:
+def compare(new: int, image: bool, before: Peer | None, torch: Peer | None) -> None:
     """Prints the row of one case."""
-    model = demo_model(picture)
-    most = length_of(picture, new)
+    model = demo_model(image)
+    most = length_of(image, new)
     engine = Engine(model, slots=FLAGS.slots, page_size=FLAGS.page_size, max_sequence_length=most, tokens_per_call=new)
     engine.warmup(groups=True)
-    sides = {"here": rollouts(model, engine, new, picture), "bare": bare(engine, new, most - new)}
+    sides = {"here": rollouts(model, engine, new, image), "bare": bare(engine, new, most - new)}
     if before is not None:
         sides["before"] = lambda: None
-    if torch is not None and not picture:
+    if torch is not None and not image:
         sides |= {f"torch {experts}": (lambda: None) for experts in torch.ready["experts"]}
     times: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(FLAGS.repeats + 1):
         for name, step in sides.items():
             if name == "before":
-                took = before.seconds(f"{new} {picture}")  # type: ignore[union-attr]
+                took = before.seconds(f"{new} {image}")  # type: ignore[union-attr]
             elif name.startswith("torch"):
                 took = torch.seconds(f"{new} {name.split()[1]}")  # type: ignore[union-attr]
             else:
@@ -125,13 +125,13 @@ def compare(new: int, picture: bool, before: Peer | None, torch: Peer | None) ->
     for name, took in times.items():
         ratio = statistics.median(other / mine for other, mine in zip(took, times["here"], strict=True))
         cells.append(f"{name} {tokens / statistics.median(took):9.0f}" + ("" if name == "here" else f" x{ratio:5.2f}"))
-    print(f"{new:4} tokens, {'with' if picture else 'without'} picture:  " + "   ".join(cells), flush=True)
+    print(f"{new:4} tokens, {'with' if image else 'without'} image:  " + "   ".join(cells), flush=True)
 
 
 def main(argv: list[str]) -> None:
     """Prints tokens a second of every side, and how many times as long as here it takes."""
     del argv
-    cases = [(new, wanted == "with") for new in FLAGS.new for wanted in FLAGS.pictures]
+    cases = [(new, wanted == "with") for new in FLAGS.new for wanted in FLAGS.images]
     shared = {name: getattr(FLAGS, name) for name in ("prompts", "answers", "slots", "page_size", "threads")}
     before = torch = None
     if FLAGS.before:
@@ -140,12 +140,12 @@ def main(argv: list[str]) -> None:
         print(f"before: {before.ready['from']}")
     with tempfile.TemporaryDirectory() as folder:
         if FLAGS.torch:
-            model = demo_model(picture=False)
+            model = demo_model(image=False)
             stream.save(folder, model.config, model.params, "deepseek_v3", dtype="float32")
             settings = {**shared, "folder": folder, "length": TEXT, "new": FLAGS.new}
             torch = Peer(FLAGS.torch, "benchmarks.rollout_torch", settings)
-        for new, picture in cases:
-            compare(new, picture, before, torch)
+        for new, image in cases:
+            compare(new, image, before, torch)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """The work of `benchmarks.rollout`, and the side of the engine in another checkout, in an interpreter of its own.
 
-Settings: folder (the checkout), slots, page_size, prompts, answers, cases (new tokens, picture or not). What is
+Settings: folder (the checkout), slots, page_size, prompts, answers, cases (new tokens, image or not). What is
 imported from kimi_jax is imported late, so that it comes from that folder; only names that every version of the engine
 has are used.
 
-N patches of a picture
+N patches of an image
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import numpy as np
 
 from benchmarks.peer import Step, serve
 
-TEXT, GRID = 24, (1, 8, 8)  # tokens of a prompt beside the picture's; patches of the picture
+TEXT, GRID = 24, (1, 8, 8)  # tokens of a prompt beside the image's; patches of the image
 
 
-def demo_model(picture: bool) -> Any:
-    """The demo's model with random weights, in float32; without its vision tower if there are no pictures."""
+def demo_model(image: bool) -> Any:
+    """The demo's model with random weights, in float32; without its vision tower if there are no images."""
     import jax
 
     from kimi_jax.config import preset
@@ -31,11 +31,11 @@ def demo_model(picture: bool) -> Any:
     from kimi_jax.nn.param import unbox
 
     config = dataclasses.replace(preset("demo"), dtype="float32", param_dtype="float32", remat=False)
-    config = config if picture else dataclasses.replace(config, vision=None)
+    config = config if image else dataclasses.replace(config, vision=None)
     return Model(config, unbox(jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))))
 
 
-def prompts_of(model: Any, prompts: int, picture: bool, seed: int) -> list[tuple[np.ndarray, tuple]]:
+def prompts_of(model: Any, prompts: int, image: bool, seed: int) -> list[tuple[np.ndarray, tuple]]:
     """Token ids and media of prompts that have no beginning in common."""
     from kimi_jax.data.example import MediaItem
     from kimi_jax.data.patches import num_features
@@ -45,7 +45,7 @@ def prompts_of(model: Any, prompts: int, picture: bool, seed: int) -> list[tuple
     words = [i for i in range(model.config.vocab_size) if i != pad]
     for _ in range(prompts):
         text, media = rng.choice(words, TEXT).astype(np.int32), ()
-        if picture:
+        if image:
             channels = 3 * model.config.vision.patch_size**2
             media = (MediaItem(rng.integers(0, 256, (int(np.prod(GRID)), channels)).astype(np.uint8), GRID),)
             pads = np.full(num_features(GRID), pad, np.int32)
@@ -54,26 +54,26 @@ def prompts_of(model: Any, prompts: int, picture: bool, seed: int) -> list[tuple
     return found
 
 
-def length_of(picture: bool, new: int) -> int:
+def length_of(image: bool, new: int) -> int:
     """Tokens of the longest sequence."""
-    return TEXT + (int(np.prod(GRID)) // 4 if picture else 0) + new
+    return TEXT + (int(np.prod(GRID)) // 4 if image else 0) + new
 
 
-def rollouts(settings: dict[str, Any], new: int, picture: bool) -> Step:
+def rollouts(settings: dict[str, Any], new: int, image: bool) -> Step:
     """One round: `answers` samples of `new` tokens for each of new prompts, as the requests of a list."""
     from kimi_jax.infer.engine import Engine
     from kimi_jax.infer.request import Request, Sampling
 
-    model, rounds = demo_model(picture), iter(range(1 << 30))
+    model, rounds = demo_model(image), iter(range(1 << 30))
     engine = Engine(
-        model, slots=settings["slots"], page_size=settings["page_size"], max_sequence_length=length_of(picture, new)
+        model, slots=settings["slots"], page_size=settings["page_size"], max_sequence_length=length_of(image, new)
     )
     engine.warmup()
 
     def step() -> None:
         requests = [
             Request(tokens, media, Sampling(1.0, seed=seed, max_new_tokens=new))
-            for tokens, media in prompts_of(model, settings["prompts"], picture, next(rounds))
+            for tokens, media in prompts_of(model, settings["prompts"], image, next(rounds))
             for seed in range(settings["answers"])
         ]
         assert all(len(done.token_ids) == new for done in engine.run(requests))
@@ -85,7 +85,7 @@ def main() -> None:
     """Serves one step for every case."""
     settings = json.loads(sys.argv[1])
     sys.path.insert(0, settings["folder"])
-    steps = {f"{new} {picture}": rollouts(settings, new, picture) for new, picture in settings["cases"]}
+    steps = {f"{new} {image}": rollouts(settings, new, image) for new, image in settings["cases"]}
     import kimi_jax
 
     serve({"from": kimi_jax.__file__}, steps)

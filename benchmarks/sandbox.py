@@ -4,7 +4,7 @@ Run:    python -m benchmarks.sandbox [--repeats=15]
 Goal:   a start below 1 s (median) with numpy and Pillow imported.
 
 `bare start` is this Python with the same imports and no sandbox at all, started and ended; `bare call` is `exec` of the
-same cell in this process. The configurations take turns, so that a busy machine slows all of them. A megapixel picture
+same cell in this process. The configurations take turns, so that a busy machine slows all of them. A megapixel image
 is 3 MB of uint8, in (`put`) or out (the value of a cell).
 """
 
@@ -26,7 +26,7 @@ from kimi_jax.sandbox.walls import Walls
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("repeats", 15, "Starts of each configuration; ten times as many calls.", lower_bound=3)
 CELL = "x = 1"
-PICTURE = np.zeros((1000, 1000, 3), np.uint8)
+IMAGE = np.zeros((1000, 1000, 3), np.uint8)
 
 
 def milliseconds(action: Callable[[], object]) -> float:
@@ -55,12 +55,12 @@ def configurations() -> list[Walls]:
 
 
 def measure(chosen: Walls, times: dict[str, list[float]], calls: int) -> None:
-    """One session: a start, calls, pictures."""
+    """One session: a start, calls, images."""
     begin = time.perf_counter()
     with Session(chosen) as session:
         times["start"].append(1000 * (time.perf_counter() - begin))
         times["call"] += [milliseconds(lambda: session.run(CELL)) for _ in range(calls)]
-        times["in"].append(milliseconds(lambda: session.put({"image_1": PICTURE})))
+        times["in"].append(milliseconds(lambda: session.put({"image_1": IMAGE})))
         times["out"].append(milliseconds(lambda: session.run("image_1")))
 
 

@@ -2,14 +2,14 @@
 
 Run:    python -m benchmarks.vision_cost [--repeats=9]       (needs the extra [demo])
 Goal:   the multimodal step takes at most 1.10 times the text-only step plus the vision FLOPs it contains (the paper's
-        90 %); padded over real vision FLOPs at most 1.25 on pictures of mixed resolution.
+        90 %); padded over real vision FLOPs at most 1.25 on images of mixed resolution.
 
 The language model of benchmarks.train_step with a small MoonViT, and the real stream: Wikipedia leads mixed with crops
 of a photograph whose area is spread evenly on a logarithmic scale between 56 x 56 and 308 x 308 pixels, sides 1:2 to
 2:1, stored as JPEG. The text-only step has the same rows of tokens in the model without vision, so what differs is the
 vision tower, the projector and the placing of features. "Allowed" is the text-only step times (text + vision FLOPs) /
 text FLOPs: the real vision FLOPs at the speed that the text-only step reaches.
-Padded FLOPs are those of full bins (every patch of a bin looks at the whole bin), real ones those of the pictures.
+Padded FLOPs are those of full bins (every patch of a bin looks at the whole bin), real ones those of the images.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from kimi_jax.train import flops
 from kimi_jax.train.step import gradients, make_train_step
 
 FLAGS = flags.FLAGS
-SIDES = 56, 308  # of a square picture of the least and of the largest area
+SIDES = 56, 308  # of a square image of the least and of the largest area
 DATA = DataConfig(
     sources={"wiki": SourceConfig(path="wiki"), "photos": SourceConfig(vision=True)},
     sequence_length=512,
@@ -91,8 +91,8 @@ class Photos:
         return len(self._files)
 
     def __getitem__(self, index: int) -> Example:
-        picture = PIL.Image.open(io.BytesIO(self._files[index]))
-        return Example((Image(picture), Text(f" A photograph of a temple, part {index}.")), f"photo/{index}")
+        image = PIL.Image.open(io.BytesIO(self._files[index]))
+        return Example((Image(image), Text(f" A photograph of a temple, part {index}.")), f"photo/{index}")
 
 
 def open_stream(model: ModelConfig, data: DataConfig = DATA) -> BatchStream:
@@ -110,7 +110,7 @@ def vision_flops(model: ModelConfig, counts: dict[str, Any]) -> float:
 
 
 def padded_counts(data: DataConfig) -> dict[str, int]:
-    """Of a batch whose bins are full, each of one picture."""
+    """Of a batch whose bins are full, each of one image."""
     patches = sum(p * v for p, v in data.vision_bins) * data.num_packs
     pairs = sum(p * p * v for p, v in data.vision_bins) * data.num_packs
     return {"patches": patches, "patch_pairs": pairs, "features": patches // 4}

@@ -57,14 +57,14 @@ class Conversation:
         self._media: list[dict[str, Any]] = []
 
     def attach(self, kind: str, path: str) -> None:
-        """A picture ("image") or a "video" for the next message. Raises OSError for a file that cannot be read."""
+        """An image ("image") or a "video" for the next message. Raises OSError for a file that cannot be read."""
         self._media.append({"type": kind, kind: Path(path).read_bytes()})
 
     def say(self, text: str) -> Generator[Delta, None, None]:
         """Asks and yields the answer as it comes; what was said counts once an answer has begun to come.
 
         A caller who stops early leaves the answer in the conversation as far as it got; `finish_reason` says afterwards
-        why it ended. Raises ValueError, BadRecord for what cannot be answered; pictures are forgotten then.
+        why it ended. Raises ValueError, BadRecord for what cannot be answered; images are forgotten then.
         """
         parts, self._media = [*self._media, {"type": "text", "text": text}], []
         asked = [*self.messages, {"role": "user", "content": parts if len(parts) > 1 else text}]
@@ -164,7 +164,7 @@ def _typed() -> Iterator[str]:
 def define_flags() -> None:
     """The command's flags."""
     flags.DEFINE_string("model", None, "A released directory or a workdir, with its tokenizer.")
-    flags.DEFINE_multi_string("image", [], "A picture for the first message.")
+    flags.DEFINE_multi_string("image", [], "An image for the first message.")
     flags.DEFINE_multi_string("video", [], "A video for the first message.")
     flags.DEFINE_bool("thinking", True, "Whether the model reasons before it answers.")
     flags.DEFINE_string("system", "", "What a system message says first.")

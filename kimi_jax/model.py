@@ -1,7 +1,7 @@
 """A model that is loaded to be asked: `kimi.load(DIR)` and what it can do.
 
 Source: docs/architecture.md section 4 (the public surface). Requests of any size are padded to a few shapes, so that
-each shape is compiled once: four lengths an octave (at most a quarter is padding), pictures in bins of their own by
+each shape is compiled once: four lengths an octave (at most a quarter is padding), images in bins of their own by
 rounded size.
 
 B rows   S tokens   V vocabulary   D width   N patches   P patches of a bin   p patch size   F features
@@ -125,7 +125,7 @@ class Model:
     ) -> Reply:  # fmt: skip
         """The answer to a conversation, taken apart (`.content`, `.reasoning`, `.tool_calls`, `.message()`).
 
-        messages: as in `data.conversation`, with pictures and videos in their parts (`data.media_part`). temperature 0
+        messages: as in `data.conversation`, with images and videos in their parts (`data.media_part`). temperature 0
         is greedy; the defaults are the release's for thinking (0.6 without). seed: the same one gives the same answer.
         stop: strings that end the answer and are not part of it. open_url: opens addresses that are not data URIs.
         Raises ValueError, BadRecord for what cannot be answered, FileNotFoundError without a tokenizer.
@@ -150,7 +150,7 @@ class Model:
     ) -> np.ndarray:
         """Next-token logits, float32 [B, S, V].
 
-        input_ids: ints [B, S], each picture or video chunk as as many media pads as it has features; pixel_values:
+        input_ids: ints [B, S], each image or video chunk as as many media pads as it has features; pixel_values:
         [N, 3, p, p], floats in [-1, 1] or uint8 as in the image, all items one after the other in order of appearance,
         patches in raster order;
         grid_thws: [items, 3]. routed_experts: ints [B, MoE layers, S, k] force the experts of every token; -1 in
@@ -180,7 +180,7 @@ class Model:
         return np.asarray(self._logits(self.params, batch)[:rows, :length])
 
     def vision_features(self, pixel_values: Any, grid_thws: Any) -> np.ndarray:
-        """What the language model sees of pictures and video chunks, float32 [sum(h*w/4), D], item after item.
+        """What the language model sees of images and video chunks, float32 [sum(h*w/4), D], item after item.
 
         Arguments as in `logits`. Raises ValueError for shapes that do not fit together or a text-only model.
         """

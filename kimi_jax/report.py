@@ -191,7 +191,7 @@ def with_error(row: dict[str, Any]) -> str:
 
 
 def render(run: Run) -> str:
-    """The page as one HTML string; every picture is inside."""
+    """The page as one HTML string; every image is inside."""
     title = f"{run.workdir.name}: report of a kimi_jax run"
     body = [
         f"<header><h1>kimi_jax run: {esc(run.workdir.name)}</h1><p class=lead>{esc(_subtitle(run))}</p></header>",
@@ -349,7 +349,7 @@ def _card(sample: dict[str, Any], folder: Path, control_name: str) -> str:
         if path.exists()
     )
     if any(not path.exists() for path in images):
-        strip += "<small>a picture is missing</small>"
+        strip += "<small>an image is missing</small>"
     media = f"<div class='media{' frames' if len(images) > 1 else ''}'>{strip}</div>" if strip else ""
     right = bool(sample.get("correct"))
     mark = "<span class='mark right'>✓ right</span>" if right else "<span class='mark wrong'>✗ wrong</span>"

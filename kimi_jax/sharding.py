@@ -61,7 +61,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "pixels": (),
     "qkv": (),
     "grid": (),
-    "vision_position": (),  # cut, the compiler would rather gather what reads the table, for the pictures of all chips
+    "vision_position": (),  # cut, the compiler would rather gather what reads the table, for the images of all chips
     "layers": (),
     "lora": (),
 }

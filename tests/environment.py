@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
-# Random weights, activations, ids, templates and pictures with the numbers of the published implementation
+# Random weights, activations, ids, templates and images with the numbers of the published implementation
 FIXTURES = REPO / "tests" / "fixtures"
 # XLA flags of all tests: tiny programs, of which more are compiled than run for long; the arithmetic stays float32.
 # Before jax 0.12 XLA:CPU can leave out MLIR, which takes two thirds of the time to compile a training step. What it

@@ -13,7 +13,7 @@ LAYERS, EXPERTS = 4, 8
 
 
 def write_run(folder: Path, steps: int = 600, seed: int = 0) -> Path:
-    """Writes config.json, metrics.jsonl, eval.jsonl, results.json, samples.json and pictures; returns the folder."""
+    """Writes config.json, metrics.jsonl, eval.jsonl, results.json, samples.json and images; returns the folder."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     config = TrainConfig(workdir=str(folder), steps=steps, model=preset("demo"))

@@ -68,8 +68,8 @@ def test_reasoning_is_dimmed_in_a_terminal_and_left_out_elsewhere(run):
 
 
 def test_commands(run, engine):
-    picture = FIXTURES / "images/rgb_56x56.png"
-    lines = (f"/image {picture}", "what", "/thinking", "/image nowhere.png", "/reset", "x", "/?", "/image")
+    image = FIXTURES / "images/rgb_56x56.png"
+    lines = (f"/image {image}", "what", "/thinking", "/image nowhere.png", "/reset", "x", "/?", "/image")
     out, notes, conversation = run(*lines)
     assert len(engine.requests[0].media) == 1
     assert not engine.requests[1].media
@@ -81,7 +81,7 @@ def test_commands(run, engine):
 
 
 def test_what_cannot_be_answered_is_said_and_forgotten(run, engine, tmp_path):
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "bad.png").write_bytes(b"no image")
     out, notes, conversation = run(f"/image {tmp_path / 'bad.png'}", "what", "x" * 2000, "fine")
     assert "broken_image" in notes and "2000 tokens" not in out
     assert out == "you said fine\n"
@@ -114,10 +114,10 @@ def test_ctrl_c_ends_the_answer_and_keeps_what_there_is(run, engine):
 
 
 def test_the_command(tmp_path):
-    """As a user runs it, piped: on the fixture's weights, with a picture."""
+    """As a user runs it, piped: on the fixture's weights, with an image."""
     model = checkpoint(tmp_path / "tiny")
-    picture = FIXTURES / "images/rgb_56x56.png"
-    command = [sys.executable, "-m", "kimi_jax.chat", f"--model={model}", f"--image={picture}", "--nothinking"]
+    image = FIXTURES / "images/rgb_56x56.png"
+    command = [sys.executable, "-m", "kimi_jax.chat", f"--model={model}", f"--image={image}", "--nothinking"]
     command += ["--max_new_tokens=4", "--temperature=0", "--max_sequence_length=128", "--dtype=float32"]
     done = subprocess.run(command, input="hi\n/help\n", capture_output=True, text=True, cwd=REPO, timeout=600)
     assert done.returncode == 0, done.stderr

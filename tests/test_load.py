@@ -218,7 +218,7 @@ def test_requests_that_do_not_fit(model, ids, pixels, grids, message):
         model.logits(ids, pixels, grids)
 
 
-def test_text_only_models_take_no_pictures(tmp_path):
+def test_text_only_models_take_no_images(tmp_path):
     config = tiny.config("kimi_k2")
     stream.save(tmp_path / "m", config, tiny.params(config), "kimi_k2")
     with pytest.raises(ValueError, match="text-only"):

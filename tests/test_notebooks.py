@@ -35,7 +35,7 @@ assert share[1] > 1.3 * share[0], share  # the corner has learned to look at the
     "released_checkpoint": """
 assert len(reply.content) > 0 and model.generate(messages, **settings) == reply
 assert float(np.abs(final @ model.params["lm_head"]["kernel"] - logits).max()) < 1e-3 * float(np.abs(logits).max())
-assert len(routings) == config.num_moe_layers and is_picture.sum() == h * w // 4
+assert len(routings) == config.num_moe_layers and is_image.sum() == h * w // 4
 """,
     "muonclip": """
 losses = [found[0][-10:].mean() for found in (clipped, free, tight)]
@@ -61,7 +61,7 @@ def outputs(notebook):
     return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
 
 
-def pictures(notebook):
+def images(notebook):
     """Every PNG of the outputs as an array."""
     found = [o.data["image/png"] for o in outputs(notebook) if "image/png" in o.get("data", {})]
     return [np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")) for png in found]
@@ -79,7 +79,7 @@ def test_committed_executed_and_clean(path):
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "not executed from top to bottom"
     assert not [o for o in outputs(notebook) if o.output_type == "error" or o.get("name") == "stderr"]
     assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith("# ")
-    assert all(picture.std() > 5 for picture in pictures(notebook)) and len(pictures(notebook)) >= 3
+    assert all(image.std() > 5 for image in images(notebook)) and len(images(notebook)) >= 3
     assert path.stat().st_size < MAX_BYTES
     # assembled, so that this file does not find itself
     trace = re.compile("|".join(("/wo" + "rk/", "/ro" + "ot", "/ho" + "me/", "/t" + "mp/", r"\.py:\d+")))
@@ -93,9 +93,9 @@ def test_committed_executed_and_clean(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_runs_from_a_clean_state(path, tmp_path):
-    """No errors and nothing on stderr (no warnings), as many pictures as were committed, and the results hold."""
+    """No errors and nothing on stderr (no warnings), as many images as were committed, and the results hold."""
     notebook = read(path)
-    committed = len(pictures(notebook))
+    committed = len(images(notebook))
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
@@ -112,5 +112,5 @@ def test_runs_from_a_clean_state(path, tmp_path):
     client.execute(env=environment)
     noise = [o.text for o in outputs(notebook) if o.get("name") == "stderr"]
     assert not noise, noise
-    assert len(pictures(notebook)) == committed
+    assert len(images(notebook)) == committed
     assert not list(tmp_path.iterdir()), "leaves files behind"

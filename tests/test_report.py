@@ -20,7 +20,7 @@ VOID = {"meta", "img", "line", "rect", "br", "hr"}
 
 
 class Checker(HTMLParser):
-    """Collects pictures and fails on tags that are not closed."""
+    """Collects images and fails on tags that are not closed."""
 
     def __init__(self):
         super().__init__()
@@ -69,7 +69,7 @@ def test_page_shows_scores_controls_and_answers(page):
     assert "&lt;which city&gt;" in page
 
 
-def test_pictures_survive_unchanged(page, workdir):
+def test_images_survive_unchanged(page, workdir):
     original = (workdir / "samples" / "image_0.png").read_bytes()
     assert base64.b64encode(original).decode() in page
     Image.open(workdir / "samples" / "image_0.png").verify()

@@ -1,4 +1,4 @@
-"""The pictures of the fusion-timing experiment: text and what happens to it at the switch, and vision by row."""
+"""The figures of the fusion-timing experiment: text and what happens to it at the switch, and vision by row."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image as Picture
+from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 
 from kimi_jax.data.example import Image, Text
@@ -39,7 +39,7 @@ BLANK = Control("blank image", change=blank_image)
 class Scene:
     """An image (RGB) and its caption in `words`: one element for each answer that a task may ask for."""
 
-    image: Picture.Image
+    image: PILImage.Image
     words: tuple[str, ...]
 
     @property
@@ -52,7 +52,7 @@ def scene(split: str, i: int) -> Scene:
     """Scene i of "train" or "validation"."""
     rng = generator("fusion_timing/scenes", split, i)
     width, height = (int(side) for side in rng.choice(SIDES, size=2))
-    image = Picture.new("RGB", (width, height), tuple(int(v) for v in rng.integers(222, 256, size=3)))
+    image = PILImage.new("RGB", (width, height), tuple(int(v) for v in rng.integers(222, 256, size=3)))
     draw = ImageDraw.Draw(image)
     if i % 6 == 5:
         return Scene(image, _digit(draw, width, height, rng))

@@ -1,4 +1,4 @@
-"""The picture of the optimizer experiment: curves at each rate, and the final score over rates."""
+"""The figure of the optimizer experiment: curves at each rate, and the final score over rates."""
 
 from __future__ import annotations
 

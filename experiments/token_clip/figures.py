@@ -1,4 +1,4 @@
-"""The picture of the token-clip experiment: accuracy through training, and what was masked."""
+"""The figure of the token-clip experiment: accuracy through training, and what was masked."""
 
 from __future__ import annotations
 

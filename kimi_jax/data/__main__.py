@@ -1,7 +1,7 @@
 """python -m kimi_jax.data COMMAND: your data, before a run reads it.
 
   build       JSONL or parquet with media into sharded ArrayRecord files
-  inspect     what a run will see: counts, fill rates, mixture, and sample packs as a picture
+  inspect     what a run will see: counts, fill rates, mixture, and sample packs as a figure
   tokenizer   trains the byte-level vocabulary that a config names on the texts of its sources
 
 python -m kimi_jax.data COMMAND --help says what each takes.

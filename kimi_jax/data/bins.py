@@ -5,7 +5,7 @@ Source: docs/architecture.md section 3.
 P_k, v_k   patches of a bin of class k, bins of that class in a pack
 r          vision share of tokens asked for
 
-Bins that are short do not fail: pictures pile up in the packing buffer and the share of vision tokens falls for the
+Bins that are short do not fail: images pile up in the packing buffer and the share of vision tokens falls for the
 whole run. So a run is refused before its first pack. `check_bins` needs no data and counts still images, four patches a
 token. It cannot see that two images of 2,600 patches do not share a bin of 4,096; `check_sizes` packs examples of the
 run's own sources, and names bins that would do.

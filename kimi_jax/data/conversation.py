@@ -243,7 +243,7 @@ def _content(content: Any, where: str, media: Callable[[Mapping[str, Any]], Any]
         elif isinstance(part, Mapping) and isinstance(part.get("text"), str):
             pieces.append(part["text"])
         else:
-            raise MessageError(f"{where}[{i}]", f"is neither a text nor a picture: {part!r:.100}")
+            raise MessageError(f"{where}[{i}]", f"is neither a text nor an image: {part!r:.100}")
     return pieces
 
 

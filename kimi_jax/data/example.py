@@ -158,7 +158,7 @@ def place_items(sizes: Sequence[int], free: Sequence[Sequence[int]]) -> list[tup
 
 
 @dataclass(frozen=True)
-class _Picture:
+class _Visual:
     """An image, or a video, before anything is decoded: its size, and the frames of each of its items."""
 
     part: Image | Video
@@ -285,31 +285,31 @@ def _special_id(tokenizer: Tokenizer, name: str) -> int:
 def encode(example: Example, tokenizer: Tokenizer, limits: Limits | None = None, patch_size: int = 14) -> Encoded:
     """Tokens, loss weights and patches of an example.
 
-    Pictures that do not fit the limits are planned smaller, all of the example alike, never cut off. A plain text-only
+    Media that do not fit the limits are planned smaller, all of the example alike, never cut off. A plain text-only
     document may be longer than `limits.sequence_length` (see `split`). A conversation that does not fit loses turns, as
     few as possible, where its `turns` allow it.
-    Raises BadRecord: empty; too_long (the text leaves no room even for the smallest pictures, or a conversation has no
+    Raises BadRecord: empty; too_long (the text leaves no room even for the smallest images, or a conversation has no
     shorter form); those of decoding. Raises ValueError if the tokenizer lacks a special token of the example.
     """
     limits = limits or Limits()
-    pictures = [_picture(part, example.key) for part in example.parts if not isinstance(part, Text)]
-    stamps = [_stamps(picture.part) for picture in pictures]
+    visuals = [_visual(part, example.key) for part in example.parts if not isinstance(part, Text)]
+    stamps = [_stamps(visual.part) for visual in visuals]
     for part in example.parts:
         if isinstance(part, Text) and not 0 <= part.loss_weight < float("inf"):
             raise BadRecord("bad_json", example.key, f"a loss weight is {part.loss_weight}")
     spans = list(token_spans(example.parts, stamps, tokenizer))
     if example.turns is None:
         spans.append(Span([tokenizer.eos_id], _last_weight(example.parts), len(example.parts)))
-    if sum(len(span.ids) for span in spans) <= (example.turns is None) and not pictures:
+    if sum(len(span.ids) for span in spans) <= (example.turns is None) and not visuals:
         raise BadRecord("empty", example.key, "neither text nor media")
-    choice = _longest_that_fits(example, spans, pictures, limits, patch_size)
+    choice = _longest_that_fits(example, spans, visuals, limits, patch_size)
     media = tuple(
         item
-        for picture, plan in zip(choice.pictures, choice.plans, strict=True)
-        for item in picture.items(plan, patch_size, example.key)
+        for visual, plan in zip(choice.visuals, choice.plans, strict=True)
+        for item in visual.items(plan, patch_size, example.key)
     )
     tokens, weights = fill_pads(choice.spans, [item.grid for item in media], tokenizer.media_pad_id)
-    modality = 2 if any(isinstance(p.part, Video) for p in choice.pictures) else int(bool(choice.pictures))
+    modality = 2 if any(isinstance(p.part, Video) for p in choice.visuals) else int(bool(choice.visuals))
     encoded = Encoded(tokens, weights, media, modality, example.key, choice.dropped > 0)
     _check_pads(encoded, tokenizer.media_pad_id)
     return encoded
@@ -333,11 +333,11 @@ def split(encoded: Encoded, length: int) -> list[Encoded]:
     ]
 
 
-def _picture(part: Image | Video, key: str) -> _Picture:
+def _visual(part: Image | Video, key: str) -> _Visual:
     if isinstance(part, Image):
-        return _Picture(part, *image_size(part.image, key), (1,))
+        return _Visual(part, *image_size(part.image, key), (1,))
     if isinstance(part, Video):
-        return _Picture(part, *video_size(part, key), tuple(end - start for start, end in chunks(part)))
+        return _Visual(part, *video_size(part, key), tuple(end - start for start, end in chunks(part)))
     raise TypeError(f"example {key}: a part is {type(part).__name__}; parts are Text, Image or Video")
 
 
@@ -356,12 +356,12 @@ class _Choice(NamedTuple):
 
     dropped: int
     spans: Sequence[Span]
-    pictures: Sequence[_Picture]
+    visuals: Sequence[_Visual]
     plans: Sequence[ResizePlan]
 
 
 def _longest_that_fits(
-    example: Example, spans: Sequence[Span], pictures: Sequence[_Picture], limits: Limits, patch_size: int
+    example: Example, spans: Sequence[Span], visuals: Sequence[_Visual], limits: Limits, patch_size: int
 ) -> _Choice:
     """As many turns as fit, found by bisection: what is left of a conversation only gets smaller. Raises BadRecord."""
     places = [i for i, part in enumerate(example.parts) if not isinstance(part, Text)]
@@ -369,7 +369,7 @@ def _longest_that_fits(
     def without(dropped: int) -> _Choice:
         kept = _kept_parts(example, dropped)
         some = [span for span in spans if span.part in kept] if dropped else spans
-        shown = [picture for i, picture in zip(places, pictures, strict=True) if i in kept] if dropped else pictures
+        shown = [visual for i, visual in zip(places, visuals, strict=True) if i in kept] if dropped else visuals
         return _Choice(dropped, some, shown, _plan_together(shown, some, limits, patch_size, example))
 
     most = len(example.turns.ends) - 2 if example.turns and example.turns.keep != "all" else 0
@@ -399,37 +399,37 @@ def _kept_parts(example: Example, dropped: int) -> frozenset[int]:
 
 
 def _plan_together(
-    pictures: Sequence[_Picture], spans: Sequence[Span], limits: Limits, patch_size: int, example: Example
+    visuals: Sequence[_Visual], spans: Sequence[Span], limits: Limits, patch_size: int, example: Example
 ) -> list[ResizePlan]:
-    """Plans of all pictures of an example, shrunk by one common factor of area if they do not fit together.
+    """Plans of all visuals of an example, shrunk by one common factor of area if they do not fit together.
 
     Raises BadRecord(too_long).
     """
     fixed, key = sum(len(span.ids) for span in spans if not span.is_pads), example.key
     longest = limits.sequence_length
-    if not pictures and example.turns and longest is not None and fixed > longest:
+    if not visuals and example.turns and longest is not None and fixed > longest:
         raise BadRecord("too_long", key, f"a conversation of {fixed} tokens; a row has {longest}")
 
     def fits(plans: list[ResizePlan]) -> bool:
-        sizes = [plan.patches * t for picture, plan in zip(pictures, plans, strict=True) for t in picture.frames]
-        tokens = fixed + sum(plan.tokens * len(p.frames) for p, plan in zip(pictures, plans, strict=True))
+        sizes = [plan.patches * t for visual, plan in zip(visuals, plans, strict=True) for t in visual.frames]
+        tokens = fixed + sum(plan.tokens * len(p.frames) for p, plan in zip(visuals, plans, strict=True))
         if limits.sequence_length is not None and tokens > limits.sequence_length:
             return False
         return not limits.bins or place_items(sizes, [[size] * count for size, count in limits.bins]) is not None
 
-    alone = [picture.plan(limits, patch_size) for picture in pictures]
-    if not pictures or fits(alone):
+    alone = [visual.plan(limits, patch_size) for visual in visuals]
+    if not visuals or fits(alone):
         return alone
 
     def shrunk(factor: float) -> list[ResizePlan]:
-        return [p.plan(limits, patch_size, area=factor * a.patches) for p, a in zip(pictures, alone, strict=True)]
+        return [p.plan(limits, patch_size, area=factor * a.patches) for p, a in zip(visuals, alone, strict=True)]
 
     low, high = 0.0, 1.0
     if not fits(shrunk(low)):
         raise BadRecord(
             "too_long",
             key,
-            f"{fixed} tokens of text and {len(pictures)} pictures do not fit, however small the pictures",
+            f"{fixed} tokens of text and {len(visuals)} visuals do not fit, however small the visuals",
         )
     for _ in range(16):
         middle = (low + high) / 2

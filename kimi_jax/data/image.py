@@ -54,7 +54,7 @@ class Image:
 
 @dataclass(frozen=True)
 class ResizePlan:
-    """What becomes of a picture: resized to (width, height) pixels, padded to h by w patches."""
+    """What becomes of an image: resized to (width, height) pixels, padded to h by w patches."""
 
     width: int
     height: int
@@ -82,10 +82,10 @@ def plan_image(
     """The released size plan.
 
     patch_limit bounds the area before padding (padding may exceed it), side_limit each side; both in patches.
-    Raises ValueError for a picture without pixels.
+    Raises ValueError for an image without pixels.
     """
     if width < 1 or height < 1:
-        raise ValueError(f"picture of {width}x{height} pixels")
+        raise ValueError(f"image of {width}x{height} pixels")
     p = patch_size
     scale = min(
         1.0,
@@ -110,7 +110,7 @@ def largest(
     if max_patches is None or plan.patches <= max_patches:
         return plan
     if max_patches < 4:
-        raise ValueError(f"a picture takes at least 4 patches, only {max_patches} are allowed")
+        raise ValueError(f"an image takes at least 4 patches, only {max_patches} are allowed")
     low, high = 0.0, float(min(patch_limit, max_patches))
     if plan_with_limit(high).patches <= max_patches:
         return plan_with_limit(high)
@@ -133,7 +133,7 @@ def fit_image(
 
 
 def open_image(data: bytes | str | Path, key: str = "") -> PIL.Image.Image:
-    """Opens, and does not yet decode, an encoded picture.
+    """Opens, and does not yet decode, an encoded image.
 
     data: the bytes of the file, or its path. Raises BadRecord(missing_file | broken_image | absurd_size).
     """
@@ -172,7 +172,7 @@ def image_size(image: PIL.Image.Image | np.ndarray, key: str = "") -> tuple[int,
         width, height = image.shape[1], image.shape[0]
     else:
         if image.format == "EPS":
-            raise BadRecord("broken_image", key, "EPS is a program, not a picture; it is not run")
+            raise BadRecord("broken_image", key, "EPS is a program, not an image; it is not run")
         if image.mode == "F" or (
             image.mode.startswith("I") and image.mode[:4] != "I;16" and image.format not in SCALED
         ):
@@ -186,7 +186,7 @@ def image_size(image: PIL.Image.Image | np.ndarray, key: str = "") -> tuple[int,
 
 
 def decode(image: PIL.Image.Image | np.ndarray, key: str = "") -> PIL.Image.Image:
-    """The picture in RGB, first frame of an animation. Raises BadRecord(broken_image | absurd_size)."""
+    """The image in RGB, first frame of an animation. Raises BadRecord(broken_image | absurd_size)."""
     image_size(image, key)
     if isinstance(image, np.ndarray):
         return PIL.Image.fromarray(image)
@@ -202,7 +202,7 @@ def decode(image: PIL.Image.Image | np.ndarray, key: str = "") -> PIL.Image.Imag
 
 
 def image_patches_of(rgb: PIL.Image.Image, plan: ResizePlan, patch_size: int = 14) -> np.ndarray:
-    """Resizes, pads and cuts one RGB picture. Returns uint8 [h*w, C], rasters of (channel, y, x) patches."""
+    """Resizes, pads and cuts one RGB image. Returns uint8 [h*w, C], rasters of (channel, y, x) patches."""
     if rgb.size != (plan.width, plan.height):
         rgb = rgb.resize((plan.width, plan.height), PIL.Image.Resampling.BICUBIC)
     p = patch_size
@@ -222,7 +222,7 @@ def image_patches(
     patch_size: int = 14,
     key: str = "",
 ) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """Patches of one picture by `plan` (default: the released one).
+    """Patches of one image by `plan` (default: the released one).
 
     Returns (uint8 [N, C], grid (1, h, w)). Raises BadRecord(broken_image | absurd_size).
     """
@@ -248,15 +248,15 @@ def normalise(patches: np.ndarray, patch_size: int = 14) -> np.ndarray:
 
 
 def process_image(image: PIL.Image.Image | np.ndarray | bytes | str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """The released image processor for one picture, bit for bit.
+    """The released image processor for one image, bit for bit.
 
     image: a PIL image, uint8 [H, W, 3], the bytes of an image file, or its path.
-    Returns (pixel_values float32 [N, 3, 14, 14], grid_thw int64 [1, 3]). Raises BadRecord for a picture that cannot be
+    Returns (pixel_values float32 [N, 3, 14, 14], grid_thw int64 [1, 3]). Raises BadRecord for an image that cannot be
     decoded. Source: docs/released_model.md section 5.
     """
     if isinstance(image, (bytes, str, Path)):
         image = open_image(image, "" if isinstance(image, bytes) else str(image))
     if not isinstance(image, (PIL.Image.Image, np.ndarray)):
-        raise BadRecord("broken_image", "", f"a picture is a PIL image, an array or a file, not {type(image).__name__}")
+        raise BadRecord("broken_image", "", f"an image is a PIL image, an array or a file, not {type(image).__name__}")
     patches, grid = image_patches(image)
     return normalise(patches), np.array([grid], np.int64)

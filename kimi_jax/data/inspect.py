@@ -3,7 +3,7 @@
 Runs the real data stream of the config (same seed, so the very batches of the run) and prints token and patch counts,
 fill rates, the vision share asked for and reached, distinct grids, how many steps an epoch of each source takes, and
 bad records by reason. With --out it also draws the first packs of the first batch: rows as bars of segments with their
-text, and the vision bins beside them with the pictures that lie in them. With --text_out it draws the text of the first
+text, and the vision bins beside them with the images that lie in them. With --text_out it draws the text of the first
 documents with the loss mask over it.
 """
 

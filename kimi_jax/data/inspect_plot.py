@@ -1,6 +1,6 @@
-"""Sample packs as a picture: rows as bars of segments with their text, and the bins beside them with their pictures.
+"""Sample packs as a figure: rows as bars of segments with their text, and the bins beside them with their images.
 
-Everything is drawn from the batch itself, not from the examples: what is wrong in the batch is wrong in the picture.
+Everything is drawn from the batch itself, not from the examples: what is wrong in the batch is wrong in the figure.
 
 S   tokens of a row;  P patches of a bin;  p = patch_size;  C = 3*p*p
 """
@@ -23,7 +23,7 @@ EDGES = ("#2f6ea5", "#c46a00", "#00805a")
 NAMES = ("text only", "with images", "with video")
 PADDING = "#f2f2f2"
 LEARNED = "#333333"
-WIDTH, LEFT = 17.0, 0.6  # inches: the picture, and where the bars begin
+WIDTH, LEFT = 17.0, 0.6  # inches: the figure, and where the bars begin
 BAR = WIDTH - LEFT - 0.2
 ROW, BIN, GAP = 0.8, 1.2, 0.3  # inches: a row, a line of bins, between packs
 FONT = 5.8  # points
@@ -78,7 +78,7 @@ def draw(config: TrainConfig, batch: PackedBatch, tokenizer: Tokenizer, packs: i
 
 
 def _bin_lines(patches: int, count: int, bins: tuple) -> int:
-    """Lines that the bins of a class take, those of the largest class being as wide as the picture."""
+    """Lines that the bins of a class take, those of the largest class being as wide as the figure."""
     return -(-count // (bins[-1][0] // patches))
 
 
@@ -177,7 +177,7 @@ def _draw_row(axes: Any, batch: PackedBatch, tokenizer: Tokenizer, row: int) -> 
 
 
 def _number(axes: Any, document: int, start: int, end: int, length: int) -> None:
-    """The number of a document on its media tokens: its pictures in the bins carry the same one."""
+    """The number of a document on its media tokens: its images in the bins carry the same one."""
     if (end - start) / length * BAR > 0.1:
         style = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
         where = {"ha": "center", "va": "center", "fontsize": 7, "weight": "bold", "color": "#222222"}
@@ -209,7 +209,7 @@ def _runs(values: np.ndarray) -> list[tuple[int, int]]:
 def _draw_bin(
     axes: Any, bins: VisionBins, index: int, width: float, users: dict[int, tuple], first_feature: int, rows: int
 ) -> None:
-    """Draws one bin, `width` inches wide: each item a frame over the patches it takes, its pictures inside."""
+    """Draws one bin, `width` inches wide: each item a frame over the patches it takes, its images inside."""
     from matplotlib.patches import Rectangle
 
     length = bins.segment_ids.shape[1]

@@ -86,11 +86,11 @@ def _check_part(part: Any, where: str) -> None:
         base = kind.removesuffix("_url")
         _only(part, (*_OF_PART, kind if part.get(kind) is not None else base), where)
         if isinstance(part.get(kind), Mapping):
-            _only(part[kind], ("url", "detail"), f"{where}.{kind}")  # detail: pictures are always seen whole
+            _only(part[kind], ("url", "detail"), f"{where}.{kind}")  # detail: images are always seen whole
     elif isinstance(part, Mapping) and kind in (None, "text"):
         _only(part, (*_OF_PART, "text"), where)
     elif isinstance(part, Mapping) and part.get("text"):
-        raise MessageError(f"{where}.type", f"{kind!r:.60} is neither a text nor a picture")
+        raise MessageError(f"{where}.type", f"{kind!r:.60} is neither a text nor an image")
 
 
 def _only(fields: Mapping[str, Any], known: Iterable[str], where: str) -> None:

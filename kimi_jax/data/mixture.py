@@ -13,7 +13,7 @@ follows from the counters alone, which are the whole state. Schedules change r a
 and what is owed as they are. Draws that `min_per_pack` forces (kimi_jax.data.shard) are counted like all others, and
 made up for afterwards: by so many examples may e be off besides.
 
-When the bins cannot hold the share that is asked for, pictures pile up in the packing buffer. Then text is drawn
+When the bins cannot hold the share that is asked for, images pile up in the packing buffer. Then text is drawn
 although e < 0 (`text_only`, decided in kimi_jax.data.shard), so that rows stay full and the share delivered falls. What
 e then lacks is kept only up to `max_deficit` tokens: a shortage of long ago is not made up for when the ratio changes.
 Bins that are short for the sizes of the run's own images are refused before the first pack (kimi_jax.data.bins).
@@ -88,7 +88,7 @@ class Mixture:
             for vision in (vision for vision, some in self._sources.items() if some):
                 self._shares(vision, fraction)  # raises now what would end the run then
         vision_weights = [s.weight for s in self._sources[True].values()]
-        # long enough to meet every source with media twice, so that a rare one with large pictures is not missed
+        # long enough to meet every source with media twice, so that a rare one with large images is not missed
         self._patience = max(PATIENCE, *(2 * sum(vision_weights) / w for w in vision_weights), 0)
         self._deficit = dict.fromkeys(sources, 0.0)  # draws that are its share of those made, less its own
         self._max_deficit = max_deficit
@@ -149,7 +149,7 @@ class Mixture:
             raise DataError(
                 f"data.vision_ratio = {ratio:g} cannot be reached: media are only {share:.1%} of the tokens of the "
                 f"examples that have any (last {self._streak} of them); ask for at most {share:.3f}, or use larger or "
-                "more pictures an example"
+                "more images an example"
             )
 
     def delivered(self, source: str, tokens: int, ratio: float) -> None:

@@ -33,7 +33,7 @@ from kimi_jax.packed_batch import PackedBatch
 NAMED = 5  # bad records that are remembered by name, for each source
 QUARANTINED = 1000  # bad records of a source that a shard remembers, so as not to open them again
 MOST_DRAWS = 8  # for one example that `min_per_pack` asks for; with so many bad ones a pack goes without it
-MOST_PACKS = 2  # packs' bins that waiting pictures may fill while less text waits than as many packs' rows hold
+MOST_PACKS = 2  # packs' bins that waiting images may fill while less text waits than as many packs' rows hold
 JUDGED = 100  # draws after which the share of bad records of a source is judged; fewer if it has fewer records
 
 
@@ -249,7 +249,7 @@ class Shard:
         return self._step / max(1, self._total_steps)
 
     def _choose(self, fraction: float, ratio: float) -> str:
-        """The source to draw from; text when pictures for the bins of MOST_PACKS packs wait, and text for fewer."""
+        """The source to draw from; text when images for the bins of MOST_PACKS packs wait, and text for fewer."""
         rows = self._shape.rows * self._shape.sequence_length
         text = sum(len(w.example.tokens) for w in self._buffer if not self._data.sources[w.reference[0]].vision)
         patches = sum(len(item.patches) for waiting in self._buffer for item in waiting.example.media)

@@ -48,7 +48,7 @@ class VisionBudget:
         if self.left > MOST_BEHIND * max(ratio, 0.01) * self._positions:
             raise DataError(
                 f"data.vision_ratio = {ratio:g} cannot be reached: {self.left:.0f} vision tokens are missing. Use "
-                "larger or more pictures an example, more data.vision_bins, or a lower ratio"
+                "larger or more images an example, more data.vision_bins, or a lower ratio"
             )
         empty = 0
         while ratio and (

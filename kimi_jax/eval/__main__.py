@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from absl import app, flags
 from etils import epath
-from PIL import Image as Picture
+from PIL import Image as PILImage
 from rich.console import Console
 from rich.table import Table
 
@@ -57,7 +57,7 @@ def write_samples(samples: Sequence[Sample], folder: epath.PathLike) -> None:
         for k, pixels in enumerate(sample.media):
             names.append(f"{sample.task}_{i:03d}_{k}.png")
             with (folder / names[-1]).open("wb") as file:
-                Picture.fromarray(np.asarray(pixels)).save(file, format="PNG")
+                PILImage.fromarray(np.asarray(pixels)).save(file, format="PNG")
         entry = {f.name: getattr(sample, f.name) for f in dataclasses.fields(sample) if f.name != "media"}
         entries.append({**entry, "images": names})
     _write_text(folder / "samples.json", json.dumps(entries, indent=1, ensure_ascii=False))

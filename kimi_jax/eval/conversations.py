@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from absl import app, flags
 from etils import epath
-from PIL import Image as Picture
+from PIL import Image as PILImage
 from rich.console import Console
 from rich.table import Table
 
@@ -124,7 +124,7 @@ def page(scores: Sequence[Score], questions: Sequence[Question], answers: dict[s
 
 def _conversation(number: int, asked: Question, answers: dict[str, list[Answered]]) -> str:
     file = io.BytesIO()
-    Picture.fromarray(vqa_image("validation", asked.image)).save(file, "png")
+    PILImage.fromarray(vqa_image("validation", asked.image)).save(file, "png")
     uri = base64.b64encode(file.getvalue()).decode()
     message = html.escape(question_message(asked.question)["content"][0]["text"])
     lines = []

@@ -41,7 +41,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Sample:
-    """One question with what was answered, for people to look at. `media`: uint8 [h, w, 3] pictures or frames."""
+    """One question with what was answered, for people to look at. `media`: uint8 [h, w, 3] images or frames."""
 
     task: str
     question: str

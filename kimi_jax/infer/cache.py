@@ -35,7 +35,7 @@ def empty_cache(config: ModelConfig, num_pages: int, page_size: int) -> Cache:
 
 
 def media_digest(item: MediaItem) -> bytes:
-    """What tells one picture from another: grid, dtype and every patch."""
+    """What tells one image from another: grid, dtype and every patch."""
     patches = np.ascontiguousarray(item.patches)
     head = repr((tuple(map(int, item.grid)), patches.dtype.str)).encode()
     return hashlib.blake2b(patches.tobytes(), key=hashlib.blake2b(head, digest_size=32).digest()).digest()

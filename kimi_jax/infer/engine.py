@@ -2,7 +2,7 @@
 
 Source: docs/architecture.md section 9. What is compiled, and the arrays it takes, is `infer.programs`; here is who
 gets a slot, what is read, what is decoded. Nothing is compiled after each program has run once (`warmup` runs them);
-only the vision tower has programs for each class of picture sizes (`infer.pictures`).
+only the vision tower has programs for each class of image sizes (`infer.media`).
 
 Order: callers take turns, each first come, first served (`infer.line`). A step reads pieces of as many prompts as its
 budget of tokens allows, or decodes; where both wait the two take turns, so a long prompt does not stop the others. How
@@ -40,8 +40,8 @@ from kimi_jax import sharding
 from kimi_jax.infer.cache import Cache, PagePool, media_digest
 from kimi_jax.infer.checks import check_media, check_sampling, check_tokens
 from kimi_jax.infer.line import NOBODY, Caller, Line
+from kimi_jax.infer.media import encode_media
 from kimi_jax.infer.pages import Pages, Place
-from kimi_jax.infer.pictures import encode_pictures
 from kimi_jax.infer.programs import PrefillChunk, Programs, Sizes
 from kimi_jax.infer.request import Completion, Event, Grammar, GrammarError, Matcher, Request, Sampling, completion
 from kimi_jax.infer.sequence import Sequence as Answer
@@ -189,7 +189,7 @@ class Engine:
             _seed(sampling), caller, request.grammar, _begin(request.grammar),
         )  # fmt: skip
         if answer.matcher and owners[-1] >= 0:
-            raise ValueError("a prompt that ends with a picture cannot have a grammar")
+            raise ValueError("a prompt that ends with an image cannot have a grammar")
         answer.rewind(self.page_size)
         self._waiting.append(answer)
         return answer
@@ -322,7 +322,7 @@ class Engine:
         return [self._end(answer, "cancelled") for answer in gone]
 
     def _admit(self) -> list[Event]:
-        """Slots and pages for those who wait, as far as there are both; their pictures are encoded together."""
+        """Slots and pages for those who wait, as far as there are both; their images are encoded together."""
         if self._coming is not None or not self._waiting or None not in self._slots:
             return []
         joined, copies = [], []
@@ -358,12 +358,12 @@ class Engine:
         self._pages.begun(answer)
 
     def _encode_media(self, joined: Sequence[Answer]) -> list[Event]:
-        """The features of what they still have to read. Those whose pictures fail end."""
+        """The features of what they still have to read. Those whose images fail end."""
         seeing = [s for s in joined if (s.owners[s.filled :] >= 0).any()]
         if not seeing:
             return []
         items = {d: item for s in seeing for d, item in zip(s.digests, s.media, strict=True)}
-        features, failed = encode_pictures(self.model, items), []
+        features, failed = encode_media(self.model, items), []
         for answer in seeing:
             own = [features[digest] for digest in answer.digests]
             errors = [error for error in own if isinstance(error, Exception)]

@@ -34,7 +34,7 @@ class Chat:
 
     messages, tools: see `data.conversation`; tool calls may carry ids of any program, the model sees the released ones.
     thinking: whether the model reasons first. preserve_thinking: keeps the reasoning of earlier answers.
-    open_url: opens addresses of pictures that are not data URIs; without it those are refused.
+    open_url: opens addresses of images that are not data URIs; without it those are refused.
     limits: of the prompt, checked before media are decoded; None for no limits.
     sampled: by number, the messages of the assistant whose tokens are known: those of the completions that they were,
     to the last one. They are part of the prompt as they are, so that the history is what the model saw.
@@ -58,7 +58,7 @@ def chat_request(chat: Chat, tokenizer: Tokenizer, config: ModelConfig, sampling
     """What the sampler takes: ids with expanded pads, media as uint8 patches, the tokenizer's stop tokens.
 
     Nothing in a message becomes a special token, whatever it spells. Raises ValueError for a message of another form,
-    tokens that cannot be part of a prompt, or a picture for a text-only model, and BadRecord as
+    tokens that cannot be part of a prompt, or an image for a text-only model, and BadRecord as
     `data.processor.prepare` does.
     """
     prompt = prepare(
@@ -74,7 +74,7 @@ def chat_request(chat: Chat, tokenizer: Tokenizer, config: ModelConfig, sampling
     )
     if prompt.media:
         if config.vision is None:
-            raise ValueError("this model is text-only; it cannot take pictures")
+            raise ValueError("this model is text-only; it cannot take images")
         if tokenizer.media_pad_id != config.media_placeholder_token_id:
             raise ValueError(
                 f"the tokenizer's media pad is {tokenizer.media_pad_id}, the model's "
@@ -85,7 +85,7 @@ def chat_request(chat: Chat, tokenizer: Tokenizer, config: ModelConfig, sampling
 
 def _history_ids(ids: Sequence[int], where: str, tokenizer: Tokenizer) -> Sequence[int]:
     """The tokens of an answer without the <|im_end|>, which the template writes. Raises ValueError for media pads."""
-    if tokenizer.media_pad_id in ids:  # of which picture would it be?
+    if tokenizer.media_pad_id in ids:  # of which image would it be?
         raise ValueError(f"{where} holds the media pad {tokenizer.media_pad_id}, which no answer can be continued from")
     return ids[:-1] if ids and ids[-1] == tokenizer.special_id(END) else ids
 

@@ -1,6 +1,6 @@
 """What goes into the engine and what comes out: requests, events, completions. Tokens in, tokens out.
 
-Text, chat templates and pictures' preprocessing are `infer.generate`'s work.
+Text, chat templates and images' preprocessing are `infer.generate`'s work.
 
 n tokens of a prompt   k listed alternatives
 """
@@ -97,7 +97,7 @@ class Grammar(Protocol):
 class Request:
     """A prompt.
 
-    token_ids: int32 [n], every picture or video chunk as as many media pads as it has features. media: the items in
+    token_ids: int32 [n], every image or video chunk as as many media pads as it has features. media: the items in
     order of appearance; their patches [N, 3*p*p] in raster order, bytes, or floats already in [-1, 1].
     grammar: what the answer may say; its tokens are drawn one a call, of those that are allowed. Log-probabilities are
     those without it.

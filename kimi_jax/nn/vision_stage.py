@@ -1,4 +1,4 @@
-"""The Decoupled Encoder Process: all devices encode pictures, however the decoder is cut, and only features stay.
+"""The Decoupled Encoder Process: all devices encode images, however the decoder is cut, and only features stay.
 
 Source: docs/paper_notes.md section 3, "DEP"; docs/architecture.md section 3. The packer gives every device along the
 batch's axes bins of the same size beside its rows. Here the devices that share these rows (the axes of context and
@@ -33,7 +33,7 @@ def place_features(
 ) -> Float[Array, "B S D"]:
     """Early fusion: where feature_index >= 0, feature number feature_index of the row's group replaces the embedding.
 
-    Rows of a group are consecutive. An index beyond the features gives NaN rather than a silent wrong picture.
+    Rows of a group are consecutive. An index beyond the features gives NaN rather than a silent wrong image.
     """
     groups, width = features.shape[0], x.shape[-1]
     index = feature_index.reshape(groups, -1)

@@ -21,7 +21,7 @@ GIB = 2**30
 
 
 def full_counts(config: TrainConfig, devices: int) -> dict[str, float]:
-    """A device's share of a full batch (see `train.flops.batch_counts`): a row is one document, a bin one picture, and
+    """A device's share of a full batch (see `train.flops.batch_counts`): a row is one document, a bin one image, and
     every feature of the bins is placed."""
     data, bins = config.data, PackShape.of(config.data, config.model).bins
     groups = data.num_packs / devices

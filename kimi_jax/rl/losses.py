@@ -350,7 +350,7 @@ def policy_loss(
     logp_sampler: as the sampler recorded them when it drew the tokens (not recomputed: the difference between the two
                   programs is part of the drift that is bounded).
     advantage:    reward minus the mean reward of the prompt's group, not divided by a deviation.
-    mask:         nonzero for tokens that the policy generated. The others (prompt, tool results, pictures, padding)
+    mask:         nonzero for tokens that the policy generated. The others (prompt, tool results, images, padding)
                   count as exactly zero, whatever stands there: -inf and NaN too.
     num_tokens:   N, at least 1 in effect. Global, so that losses and gradients of microbatches and shards *add up* to
                   those of the whole.

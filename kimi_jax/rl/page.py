@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from absl import app, flags
 from etils import epath
-from PIL import Image as Picture
+from PIL import Image as PILImage
 from rich.console import Console
 from rich.table import Table
 
@@ -103,7 +103,7 @@ def _group(worker: RolloutWorker, group: PendingGroup, logp: Sequence[np.ndarray
     head = "<tr><th>tokens<th>reward<th>advantage<th>end</tr>"
     truth = html.escape(str(group.problem.truth))
     return (
-        f"<div class=p>{_pictures(_images(group.problem))}<div><div class=q>{html.escape(_question(group.problem))} "
+        f"<div class=p>{_image_tags(_images(group.problem))}<div><div class=q>{html.escape(_question(group.problem))} "
         f"({truth})</div><table>{head}{''.join(lines)}</table></div></div>"
     )
 
@@ -114,7 +114,7 @@ def _problem(before: Sample, after: Sample) -> str:
         for name, s in zip(NAMES, (before, after), strict=True)
     )
     return (
-        f"<div class=p>{_pictures(after.media)}<div><div class=q>{html.escape(after.question)} "
+        f"<div class=p>{_image_tags(after.media)}<div><div class=q>{html.escape(after.question)} "
         f"({html.escape(after.gold)})</div>{answers}</div></div>"
     )
 
@@ -127,11 +127,11 @@ def _images(problem: Problem) -> list[np.ndarray]:
     return [np.asarray(part.image) for part in problem.parts if isinstance(part, Image)]
 
 
-def _pictures(images: Sequence[np.ndarray]) -> str:
+def _image_tags(images: Sequence[np.ndarray]) -> str:
     out = []
     for image in images:
         file = io.BytesIO()
-        Picture.fromarray(image).save(file, "png")
+        PILImage.fromarray(image).save(file, "png")
         out.append(f'<img alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">')
     return "".join(out)
 

@@ -2,7 +2,7 @@
 
 A record may come from another host or an old file, so its size is checked before it is parsed, every field has one
 type, unknown and missing fields are refused, and what it says must satisfy `types`. Log-probabilities are float32 and
-survive exactly. Pictures and experts are base64 of little-endian arrays.
+survive exactly. Images and experts are base64 of little-endian arrays.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Source: Kimi K2.5 report (arXiv 2602.02276), section 5.1 and appendix D: token in, token out, and the log-probability of
 every sampled token is recorded. docs/rl.md section 3 explains the tree.
 
-n tokens of a segment   L MoE layers   k experts of a token   N patches of a picture   C = 3 * patch_size^2
+n tokens of a segment   L MoE layers   k experts of a token   N patches of an image   C = 3 * patch_size^2
 
 A *context* is a path of segments from one that has no parent to one that nothing continues: what the model had before
 it when it drew the last token. Branches share the beginning of their contexts, a subagent begins one of its own. Each
@@ -137,7 +137,7 @@ class Trajectory:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """The samples of one prompt. key: which prompt. media: its pictures, which all samples share."""
+    """The samples of one prompt. key: which prompt. media: its images, which all samples share."""
 
     key: str
     trajectories: tuple[Trajectory, ...]
@@ -145,10 +145,10 @@ class Group:
 
     def __post_init__(self) -> None:
         if len(self.trajectories) > MAX_TRAJECTORIES or len(self.media) > MAX_MEDIA:
-            raise TrajectoryError(f"a group has at most {MAX_TRAJECTORIES} samples and {MAX_MEDIA} pictures")
+            raise TrajectoryError(f"a group has at most {MAX_TRAJECTORIES} samples and {MAX_MEDIA} images")
         used = {i for trajectory in self.trajectories for segment in trajectory.segments for i in segment.media}
         if used and not (min(used) >= 0 and max(used) < len(self.media)):
-            raise TrajectoryError(f"group {self.key}: a segment shows picture {max(used)} of {len(self.media)}")
+            raise TrajectoryError(f"group {self.key}: a segment shows image {max(used)} of {len(self.media)}")
 
 
 class Sample(NamedTuple):
@@ -165,7 +165,7 @@ class Sample(NamedTuple):
 def samples(group: Group, advantages: Sequence[float], media_pad_id: int) -> list[Sample]:
     """The contexts of a group that hold a token to train on.
 
-    advantages: one for each trajectory. Raises TrajectoryError if media pads and pictures, or the shapes of recorded
+    advantages: one for each trajectory. Raises TrajectoryError if media pads and images, or the shapes of recorded
     experts, do not agree.
     """
     out = []
@@ -182,7 +182,7 @@ def samples(group: Group, advantages: Sequence[float], media_pad_id: int) -> lis
             media = tuple(group.media[i] for p in parts for i in p.media)
             pads = int(np.count_nonzero(tokens == media_pad_id))
             if pads != sum(num_features(item.grid) for item in media):
-                raise TrajectoryError(f"group {group.key}, sample {number}: {pads} media pads do not fit its pictures")
+                raise TrajectoryError(f"group {group.key}, sample {number}: {pads} media pads do not fit its images")
             modality = 2 if any(item.grid[0] > 1 for item in media) else int(bool(media))
             logp = np.where(mask, np.concatenate([p.logp for p in parts]), 0).astype(np.float32)
             encoded = Encoded(tokens, mask.astype(np.float32), media, modality, f"{group.key}#{number}")
@@ -207,7 +207,7 @@ def pack(items: Sequence[Sample], shape: packing.PackShape, num_packs: int) -> t
     """A batch of `num_packs` packs with the columns of COLUMNS, and the samples that found no room, both in order.
 
     With `shape.routing` the batch also holds `routed_experts`, which the training step then forces.
-    First fit, but a pack that holds a sample's pictures comes first, so that each picture lies once in as few packs as
+    First fit, but a pack that holds a sample's images comes first, so that each image lies once in as few packs as
     its group takes. Raises ValueError for a sample that does not fit an empty pack, or experts that the model cannot
     have.
     """

@@ -107,7 +107,7 @@ class RolloutWorker:
         self._mesh = mesh if mesh is not None and mesh.size > 1 else None
         self.tokenizer: Tokenizer = load_tokenizer(config.data.tokenizer)
         self._limits = Limits(config.data.sequence_length, config.data.vision_bins if config.model.vision else ())
-        # a pad stands for a feature of a picture: what is behind one that nobody gave could not be trained on
+        # a pad stands for a feature of an image: what is behind one that nobody gave could not be trained on
         self._pad_id = config.model.media_placeholder_token_id
         self._stop_ids = config.model.eos_token_id, self._pad_id
         self._engine: Engine | None = None

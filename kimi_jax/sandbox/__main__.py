@@ -1,6 +1,6 @@
 """python -m kimi_jax.sandbox: which walls hold on this machine, a self-check, and a small interpreter behind them.
 
-  python -m kimi_jax.sandbox                       a cell ends with an empty line; pictures are told by their size
+  python -m kimi_jax.sandbox                       a cell ends with an empty line; images are told by their size
   echo "1 + 1" | python -m kimi_jax.sandbox        what is piped in is one cell
   python -m kimi_jax.sandbox --check               only the self-check; status 1 if an attack succeeds
 
@@ -62,9 +62,9 @@ def cells(typed: bool) -> Iterator[str]:
 
 
 def show(result: Result) -> None:
-    """Prints texts as they are, and pictures by their size."""
+    """Prints texts as they are, and images by their size."""
     for part in result.parts:
-        height_width = "" if isinstance(part, str) else f"[picture {part.shape[1]}x{part.shape[0]}]"
+        height_width = "" if isinstance(part, str) else f"[image {part.shape[1]}x{part.shape[0]}]"
         print(part if isinstance(part, str) else height_width, end="" if isinstance(part, str) else "\n")
     if result.status not in ("ok", "error"):
         print(f"\n[{result.status}]")
@@ -74,7 +74,7 @@ def define_flags() -> None:
     """The command's flags."""
     flags.DEFINE_enum("sandbox", "auto", list(SANDBOXES), "Which walls; none is for code that you trust.")
     flags.DEFINE_bool("check", False, "Only the self-check.")
-    flags.DEFINE_multi_string("image", [], "A picture, which is put as image_1, image_2, ...")
+    flags.DEFINE_multi_string("image", [], "An image, which is put as image_1, image_2, ...")
     flags.DEFINE_float("timeout", 30.0, "Seconds of a cell.", 0.1, 86_400)
 
 

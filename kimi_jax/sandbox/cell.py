@@ -1,9 +1,9 @@
-"""Runs cells in one namespace and collects what they show: printed text, pictures, the value of the last expression.
+"""Runs cells in one namespace and collects what they show: printed text, images, the value of the last expression.
 
 This runs inside the sandbox beside code that may rewrite all of it, so nothing here is a wall: bounds are kept so that
 an honest reply fits, and the parent checks them again.
 
-h, w  height and width of a picture; pictures are uint8 [h, w, 3]
+h, w  height and width of an image; images are uint8 [h, w, 3]
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-SMALLEST_PICTURE = 16  # a two-dimensional uint8 array below this on a side is a table of numbers
+SMALLEST_IMAGE = 16  # a two-dimensional uint8 array below this on a side is a table of numbers
 REPEAT_SECONDS = 0.25  # an interrupt that the cell swallowed comes again
 TRACEBACK_CHARS = 4000
 
@@ -28,11 +28,11 @@ class CellTimeout(BaseException):
 
 
 class Shown:
-    """What a cell has shown so far, in its order: {"text": str} and {"image": [h, w]}, and the pictures' pixels."""
+    """What a cell has shown so far, in its order: {"text": str} and {"image": [h, w]}, and the images' pixels."""
 
     def __init__(self, limits: dict[str, Any]):
-        self._chars, self._pictures, self._pixels = (
-            limits["output_chars"], limits["pictures"], limits["picture_pixels"]
+        self._chars, self._images, self._pixels = (
+            limits["output_chars"], limits["output_images"], limits["output_image_pixels"]
         )  # fmt: skip
         self.parts: list[dict[str, Any]] = []
         self.bodies: list[bytes] = []
@@ -48,13 +48,13 @@ class Shown:
         elif kept:
             self.parts.append({"text": "", "pieces": [kept]})
 
-    def picture(self, pixels: Any) -> None:
-        """Adds a picture, uint8 [h, w, 3], or says in words why not."""
+    def image(self, pixels: Any) -> None:
+        """Adds an image, uint8 [h, w, 3], or says in words why not."""
         height, width = pixels.shape[:2]
-        if self._pictures < 1 or height * width > self._pixels:
-            self.text(f"[a picture of {width}x{height} pixels is not shown: too many or too large]\n")
+        if self._images < 1 or height * width > self._pixels:
+            self.text(f"[an image of {width}x{height} pixels is not shown: too many or too large]\n")
             return
-        self._pictures -= 1
+        self._images -= 1
         self._pixels -= height * width
         self.parts.append({"image": [height, width]})
         self.bodies.append(pixels.tobytes())
@@ -64,7 +64,7 @@ class Shown:
         self._chars = max(self._chars, chars)
 
     def finish(self) -> tuple[list[dict[str, Any]], bytes]:
-        """All parts, and the pixels of all pictures."""
+        """All parts, and the pixels of all images."""
         parts = [{"text": "".join(p["pieces"])} if "text" in p else p for p in self.parts]
         if self._dropped:
             parts.append({"text": f"\n[{self._dropped} more characters are not shown]"})
@@ -176,15 +176,15 @@ def _describe(error: BaseException) -> str:
 
 
 def _show(value: Any, shown: Shown) -> None:
-    pixels = _as_picture(value)
+    pixels = _as_image(value)
     if pixels is not None:
-        shown.picture(pixels)
+        shown.image(pixels)
     else:
         shown.text(f"{value!r}\n")
 
 
-def _as_picture(value: Any) -> Any:
-    """uint8 [h, w, 3] of an array or a PIL image that is a picture; None for anything else."""
+def _as_image(value: Any) -> Any:
+    """uint8 [h, w, 3] of an array or a PIL image that can be shown; None for anything else."""
     np, pil = sys.modules.get("numpy"), sys.modules.get("PIL.Image")
     figure = getattr(sys.modules.get("matplotlib.figure"), "Figure", ())
     if figure and isinstance(value, figure):
@@ -196,12 +196,12 @@ def _as_picture(value: Any) -> Any:
         value = sys.modules["numpy"].asarray(value.convert("RGB"))
     if np is None or not isinstance(value, np.ndarray) or value.dtype != np.uint8 or 0 in value.shape:
         return None
-    if value.ndim == 2 and min(value.shape) >= SMALLEST_PICTURE:
+    if value.ndim == 2 and min(value.shape) >= SMALLEST_IMAGE:
         return np.repeat(value[:, :, None], 3, axis=2)
     if value.ndim == 3 and value.shape[2] == 1:
         return np.repeat(value, 3, axis=2)
     if value.ndim == 3 and value.shape[2] == 4:
-        return _as_picture(pil.fromarray(np.ascontiguousarray(value))) if pil is not None else value[:, :, :3]
+        return _as_image(pil.fromarray(np.ascontiguousarray(value))) if pil is not None else value[:, :, :3]
     return value if value.ndim == 3 and value.shape[2] == 3 else None
 
 
@@ -217,4 +217,4 @@ def _show_figures(shown: Shown) -> None:
     """Draws and closes the open figures of matplotlib."""
     if pyplot := sys.modules.get("matplotlib.pyplot"):
         for number in pyplot.get_fignums():
-            shown.picture(_draw(pyplot.figure(number)))
+            shown.image(_draw(pyplot.figure(number)))

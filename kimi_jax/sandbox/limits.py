@@ -27,7 +27,7 @@ class Limits:
     open_files:      descriptors.
     file_mb:         one file (MiB); scratch_mb, scratch_files: the scratch folder, which is memory (MiB, inodes).
     output_chars:    printed text, the traceback and the last value together, in characters.
-    pictures, picture_pixels: that come back from one call, and their pixels together.
+    output_images, output_image_pixels: that come back from one call, and their pixels together.
     code_chars:      of one call.
     image_pixels:    of all images that one `put` hands in.
     """
@@ -43,8 +43,8 @@ class Limits:
     scratch_mb: Annotated[int, Range(1, 65_536)] = 128
     scratch_files: Annotated[int, Range(16, 1_000_000)] = 4096
     output_chars: Annotated[int, Range(100, 1_000_000)] = 20_000
-    pictures: Annotated[int, Range(0, 64)] = 8
-    picture_pixels: Annotated[int, Range(0, 67_108_864)] = 4_194_304
+    output_images: Annotated[int, Range(0, 64)] = 8
+    output_image_pixels: Annotated[int, Range(0, 67_108_864)] = 4_194_304
     code_chars: Annotated[int, Range(1, 1_000_000)] = 65_536
     image_pixels: Annotated[int, Range(1, 268_435_456)] = 67_108_864
 

@@ -1,12 +1,12 @@
 """Frames between the parent and the process inside the sandbox, over two pipes.
 
 A frame: magic, id (16 random bytes that the parent draws for each request and the reply repeats), the lengths of two
-parts, then a JSON object and raw bytes. Nothing is ever unpickled, and no image file decoded: pictures are uint8.
+parts, then a JSON object and raw bytes. Nothing is ever unpickled, and no image file decoded: images are uint8.
 
 What the parent reads was written by an enemy: lengths are compared with their limits before anything is read, and every
 step has a deadline. An id that cannot be guessed means that a reply forged ahead of its request is recognised.
 
-h, w  height and width of a picture in pixels; pictures are uint8 [h, w, 3]
+h, w  height and width of an image in pixels; images are uint8 [h, w, 3]
 """
 
 from __future__ import annotations

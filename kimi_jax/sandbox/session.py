@@ -40,12 +40,12 @@ BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from kimi_jax.sandbox.child
 MAX_NAME = 64
 MAX_REASON = 2000  # characters of a failed start
 STATUSES = ("ok", "error", "timeout")
-Part: TypeAlias = "str | np.ndarray"  # a text, or a picture uint8 [h, w, 3]
+Part: TypeAlias = "str | np.ndarray"  # a text, or an image uint8 [h, w, 3]
 
 
 @dataclass(frozen=True)
 class Result:
-    """parts: texts and pictures (uint8 [h, w, 3]) in their order. All of it is the word of model-written code.
+    """parts: texts and images (uint8 [h, w, 3]) in their order. All of it is the word of model-written code.
 
     status: ok, error (an exception), timeout (interrupted, names kept), or killed (the process was replaced).
     """
@@ -59,8 +59,8 @@ class Result:
         return "".join(part for part in self.parts if isinstance(part, str))
 
     @property
-    def pictures(self) -> list[np.ndarray]:
-        """All pictures, uint8 [h, w, 3]."""
+    def images(self) -> list[np.ndarray]:
+        """All images, uint8 [h, w, 3]."""
         return [part for part in self.parts if not isinstance(part, str)]
 
 
@@ -257,7 +257,7 @@ class Session:
         with self._awake():
             self._pipes.write(pack(request), deadline)
             max_json = 65_536 + 12 * (limits.output_chars + limits.code_chars)  # \ud83d\ude00 is one character
-            reply = read_frame(lambda size: self._pipes.read(size, deadline), max_json, 3 * limits.picture_pixels)
+            reply = read_frame(lambda size: self._pipes.read(size, deadline), max_json, 3 * limits.output_image_pixels)
         if reply.id != request.id:
             raise ProtocolError("a reply to another request")
         return read_result(reply, limits)
@@ -343,28 +343,28 @@ def read_result(reply: Frame, limits: Limits) -> Result:
     if not isinstance(status, str) or status not in STATUSES or not isinstance(parts, list):
         raise ProtocolError("a reply without status and parts")
     found: list[Part] = []
-    chars, pictures, offset = 0, 0, 0
+    chars, images, offset = 0, 0, 0
     for part in parts:
         if not isinstance(part, dict) or len(part) != 1:
-            raise ProtocolError("a part that is neither text nor picture")
+            raise ProtocolError("a part that is neither text nor image")
         if isinstance(text := part.get("text"), str):
             chars += len(text)
             found.append(text.encode("utf-8", "replace").decode())  # lone surrogates cannot be encoded later
             continue
-        height, width = _picture_size(part.get("image"))
-        pictures += 1
+        height, width = _image_size(part.get("image"))
+        images += 1
         size = 3 * height * width
-        if pictures > limits.pictures or offset + size > len(reply.body):
-            raise ProtocolError("more pictures than were sent or allowed")
+        if images > limits.output_images or offset + size > len(reply.body):
+            raise ProtocolError("more images than were sent or allowed")
         pixels = np.frombuffer(reply.body, np.uint8, size, offset)
         found.append(pixels.reshape(height, width, 3))
         offset += size
-    if chars > limits.output_chars + 8192 or len(found) > 2 * limits.pictures + 4 or offset != len(reply.body):
+    if chars > limits.output_chars + 8192 or len(found) > 2 * limits.output_images + 4 or offset != len(reply.body):
         raise ProtocolError("a reply above its limits")
     return Result(status, tuple(found))  # type: ignore[arg-type]  # checked above
 
 
-def _picture_size(value: Any) -> tuple[int, int]:
+def _image_size(value: Any) -> tuple[int, int]:
     if isinstance(value, list) and len(value) == 2 and all(type(n) is int and 1 <= n <= MAX_SIDE for n in value):
         return value[0], value[1]
-    raise ProtocolError("a picture without a size")
+    raise ProtocolError("an image without a size")

@@ -33,7 +33,7 @@ IPYTHON: dict[str, Any] = {
             "Run Python code. Names are kept from call to call. The images of the conversation are uint8 arrays of "
             "shape [height, width, 3], named image_1, image_2, ... in their order. What the code prints and the value "
             "of its last expression come back; display(x) shows an array, a PIL image or a matplotlib figure as a "
-            "picture. There is no network, and no other program can be started."
+            "image. There is no network, and no other program can be started."
         ),
         "parameters": {
             "type": "object",
@@ -75,7 +75,7 @@ def run_tool(session: Session, arguments: str | Mapping[str, Any]) -> list[dict[
 
 
 def message_parts(result: Result) -> list[dict[str, Any]]:
-    """Texts and pictures of a result as parts of a message (`data.conversation`); pictures are uint8 [h, w, 3]."""
+    """Texts and images of a result as parts of a message (`data.conversation`); images are uint8 [h, w, 3]."""
     parts: list[dict[str, Any]] = []
     for part in result.parts:
         is_text = isinstance(part, str)

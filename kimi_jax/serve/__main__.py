@@ -1,6 +1,6 @@
 """python -m kimi_jax.serve --model=DIR: an OpenAI-compatible server for a released checkpoint or one of our workdirs.
 
-  POST /v1/chat/completions   streaming, tools, pictures and videos as data URIs, logprobs, ids, stop, seed, usage,
+  POST /v1/chat/completions   streaming, tools, images and videos as data URIs, logprobs, ids, stop, seed, usage,
                               response_format (JSON by a schema), tool_choice (required, or a function)
   POST /v1/completions        text or token ids
   GET  /v1/models, /v1/models/{id}, /health, /metrics (Prometheus)
@@ -46,7 +46,7 @@ _GRAMMARS = flags.DEFINE_bool("warm_grammars", False, "Compile for schemas now, 
 _MESH = flags.DEFINE_bool("mesh", False, "Shard weights and cache over all devices.")
 _REMOTE = flags.DEFINE_bool("allow_remote_media", False, "Fetch http and https addresses on the public internet.")
 _NETWORKS = flags.DEFINE_list("allow_media_networks", [], "Other networks that may be fetched from: 10.1.0.0/16,...")
-_FOLDER = flags.DEFINE_string("allow_media_folder", "", "Open pictures below this folder by path.")
+_FOLDER = flags.DEFINE_string("allow_media_folder", "", "Open images below this folder by path.")
 _KEY = flags.DEFINE_string("api_key", "", "What clients must send; seen in the list of processes, unlike the next two.")
 _KEY_FILE = flags.DEFINE_string(
     "api_key_file", "", "A file that holds it; else KIMI_API_KEY of the environment counts."

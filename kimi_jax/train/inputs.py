@@ -100,11 +100,11 @@ def _of_example(example: Example, crc: int) -> int:
             text = json.dumps([part.text, float(part.loss_weight)])
             crc = zlib.crc32(text.encode(), crc)
             continue
-        picture = part.image if isinstance(part, Image) else part.frames[0]
+        image = part.image if isinstance(part, Image) else part.frames[0]
         count = 1 if isinstance(part, Image) else len(part.frames)
-        crc = zlib.crc32(repr((count, *image_size(picture))).encode(), crc)
+        crc = zlib.crc32(repr((count, *image_size(image))).encode(), crc)
         try:
-            crc = zlib.crc32(np.asarray(picture).tobytes(), crc)
+            crc = zlib.crc32(np.asarray(image).tobytes(), crc)
         except (OSError, ValueError, SyntaxError):  # damaged pixels: the data stream counts them
             crc = zlib.crc32(b"broken", crc)
     return crc

@@ -1,4 +1,4 @@
-"""A headless Chromium over its DevTools pipe: opens a page, evaluates, clicks, takes a picture."""
+"""A headless Chromium over its DevTools pipe: opens a page, evaluates, clicks, takes a screenshot."""
 
 import base64
 import json
@@ -90,7 +90,7 @@ class Browser:
             event = {"type": kind, "x": x, "y": y, "button": "left", "clickCount": 1}
             self.call("Input.dispatchMouseEvent", event)
 
-    def picture(self, path):
+    def screenshot(self, path):
         """A PNG of the page."""
         data = self.call("Page.captureScreenshot", {"format": "png"})["data"]
         Path(path).write_bytes(base64.b64decode(data))

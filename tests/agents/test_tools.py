@@ -107,7 +107,7 @@ def corpus(tmp_path_factory):
     lines = [{"title": "Peru", "text": "Lima is the capital of Peru."}, {"text": "Glaciers melt."}]
     (folder / "wiki.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (folder / "link.txt").symlink_to(outside)
-    (folder / "picture.png").write_bytes(b"\x89PNG")
+    (folder / "image.png").write_bytes(b"\x89PNG")
     return Corpus(folder)
 
 
@@ -148,7 +148,7 @@ def test_corpus_reads_on_from_an_offset(corpus):
     assert second.endswith(f"[characters 8000 to {len(whole)} of {len(whole)}]")
 
 
-@pytest.mark.parametrize("name", ["../secret.txt", "/etc/passwd", "link.txt", "picture.png", "", "wiki.jsonl#3"])
+@pytest.mark.parametrize("name", ["../secret.txt", "/etc/passwd", "link.txt", "image.png", "", "wiki.jsonl#3"])
 def test_corpus_reads_nothing_else(corpus, name):
     _, read = corpus.tools()
     result = call(read, {"document": name})

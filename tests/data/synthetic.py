@@ -1,4 +1,4 @@
-"""A made-up source and settings for the tests of the data core: text, pictures and clips without any file."""
+"""A made-up source and settings for the tests of the data core: text, images and clips without any file."""
 
 import dataclasses
 import re
@@ -39,12 +39,12 @@ class Synthetic:
             return Example((text,), f"text-{i}")
         if self.kind == "image":
             size = (int(rng.integers(20, 130)), int(rng.integers(20, 130)))
-            return Example((Image(picture(rng, *size)), Text(" question", 0.0), text), f"image-{i}")
-        frames = np.stack([picture(rng, 50, 70) for _ in range(int(rng.integers(1, 9)))])
+            return Example((Image(make_image(rng, *size)), Text(" question", 0.0), text), f"image-{i}")
+        frames = np.stack([make_image(rng, 50, 70) for _ in range(int(rng.integers(1, 9)))])
         return Example((Video(frames, tuple(j / 2 for j in range(len(frames)))), text), f"video-{i}")
 
 
-def picture(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
+def make_image(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
     return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 

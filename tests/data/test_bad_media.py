@@ -1,4 +1,4 @@
-"""Pictures and videos of strangers through the public functions: what the release does, or a typed error; never a
+"""Images and videos of strangers through the public functions: what the release does, or a typed error; never a
 crash, a hang, or a file or address that nobody asked for."""
 
 import io
@@ -36,7 +36,7 @@ def reason(function, *args, **options) -> str:
         (b"<html></html>", "broken_image"),
         (encoded(noise(), "PNG")[:200], "broken_image"),
         (encoded(noise(), "JPEG")[:300], "broken_image"),
-        (png_header(0, 10), "broken_image"),  # PIL itself refuses a picture without width
+        (png_header(0, 10), "broken_image"),  # PIL itself refuses an image without width
         (png_header(50_000, 50_000), "absurd_size"),
         (png_header(1, 100_000_000), "absurd_size"),
         (png_header(100_000_000, 1), "absurd_size"),
@@ -45,12 +45,12 @@ def reason(function, *args, **options) -> str:
 )
 def test_bytes_that_give_no_image(data, slug, tmp_path):
     assert reason(kimi.process_image, data) == slug
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     path.write_bytes(data)
     assert reason(kimi.process_image, path) == slug
 
 
-def test_no_program_is_run_for_a_picture_that_is_one():
+def test_no_program_is_run_for_an_image_that_is_one():
     """An endless EPS, opened by the caller with PIL itself: PIL would hand it to Ghostscript and wait."""
     data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{} loop\n"
     assert reason(kimi.process_image, PIL.Image.open(io.BytesIO(data))) == "broken_image"
@@ -101,7 +101,7 @@ def test_a_file_as_path_bytes_or_open(tmp_path):
     assert [c.seconds for c in from_path] == [0.0, 2.3]
 
 
-def test_frames_as_arrays_pictures_or_sampled():
+def test_frames_as_arrays_images_or_sampled():
     frames = np.random.default_rng(0).integers(0, 256, (10, 50, 70, 3), dtype=np.uint8)
     whole = kimi.process_video(frames)
     assert [c.grid_thw[0, 0] for c in whole] == [4, 4, 2] and [c.seconds for c in whole] == [0, 2, 4]
@@ -158,7 +158,7 @@ def sound_only() -> bytes:
     return buffer.getvalue()
 
 
-def test_sound_without_a_picture_and_a_video_without_frames():
+def test_sound_without_an_image_and_a_video_without_frames():
     assert reason(kimi.process_video, sound_only()) == "broken_video"
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="matroska") as container:
@@ -178,7 +178,7 @@ def test_pixels_decoded_of_one_video_are_bounded(monkeypatch):
 
 
 def test_frames_that_outgrow_their_header_are_refused_inside_the_decoder(monkeypatch):
-    """Motion JPEG declared as 64x48 whose second picture has 640x480: FFmpeg itself does not allocate it."""
+    """Motion JPEG declared as 64x48 whose second image has 640x480: FFmpeg itself does not allocate it."""
     file = io.BytesIO()
     with av.open(file, "w", format="avi") as container:
         stream = container.add_stream("mjpeg", rate=2)
@@ -200,7 +200,7 @@ def test_there_is_an_end_to_frames_and_memory():
     assert len(read_video(data, max_frames=30, max_bytes=6 * 64 * 48 * 3).frames) == 6
 
 
-@pytest.mark.parametrize("name", ["list.m3u8", "list.txt", "picture%03d.png"])
+@pytest.mark.parametrize("name", ["list.m3u8", "list.txt", "image%03d.png"])
 def test_a_list_of_other_files_is_not_followed(name, tmp_path):
     (tmp_path / "clip.mp4").write_bytes(movie(10, rate=10))
     target = tmp_path / "clip.mp4"

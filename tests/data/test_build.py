@@ -33,7 +33,7 @@ def _jsonl(folder: Path, count: int, bad: tuple[int, ...] = ()) -> Path:
     records = []
     for i in range(count):
         name = "gone.png" if i in bad else f"{i % 8}.png"
-        records.append({"id": f"r{i}", "text": f"picture <image> number {i}", "images": [name]})
+        records.append({"id": f"r{i}", "text": f"image <image> number {i}", "images": [name]})
     return write_jsonl(folder / "d.jsonl", records)
 
 
@@ -84,7 +84,7 @@ def test_token_and_patch_lengths(tmp_path):
     """Lengths are those that the pipeline's own `encode` finds at the released limits."""
     source = _jsonl(tmp_path, 12)
     tokenizer = str(tmp_path / "t.json")
-    train_tokenizer(["picture number"], 300, tokenizer)
+    train_tokenizer(["image number"], 300, tokenizer)
     manifest = build(str(source), str(tmp_path / "out"), tokenizer=tokenizer, workers=0, shard_size=5)
     stored = open_source(SourceConfig(kind="array_record", path=str(tmp_path / "out")))
     encoded = [encode(stored[i], load_tokenizer(tokenizer)) for i in range(12)]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from kimi_jax.data import BadRecord
 from kimi_jax.data.example import Example, Image, Limits, Text, Video, encode, place_items, split
 from kimi_jax.data.image import process_image
-from tests.data.synthetic import picture
+from tests.data.synthetic import make_image
 from tests.data.synthetic import tokenizer as train
 
 RNG = np.random.default_rng(0)
@@ -24,15 +24,15 @@ def weights_of(encoded, tokenizer) -> list[tuple[str, float]]:
 
 
 def test_image_stands_in_the_text_as_released(tokenizer):
-    picture_56 = picture(RNG, 56, 56)
-    encoded = encode(Example((Text("red", 0.0), Image(picture_56), Text(" blue", 0.5)), "k"), tokenizer)
+    image_56 = make_image(RNG, 56, 56)
+    encoded = encode(Example((Text("red", 0.0), Image(image_56), Text(" blue", 0.5)), "k"), tokenizer)
     assert tokenizer.decode(encoded.tokens) == (
         "red<|media_begin|>image<|media_content|>" + "<|media_pad|>" * 4 + "<|media_end|> blue[EOS]"
     )
     assert encoded.tokens.dtype == np.int32 and encoded.loss_weights.dtype == np.float32
     assert encoded.modality == 1 and encoded.key == "k"
     assert [w for t, w in weights_of(encoded, tokenizer) if w] == [0.5] * (len(tokenizer.encode(" blue")) + 1)
-    pixels, _ = process_image(picture_56)
+    pixels, _ = process_image(image_56)
     (item,) = encoded.media
     assert item.grid == (1, 4, 4) and item.patches.dtype == np.uint8
     floats = (item.patches / 255.0).astype(np.float32) * 2 - 1
@@ -40,7 +40,7 @@ def test_image_stands_in_the_text_as_released(tokenizer):
 
 
 def test_video_is_chunks_with_time_stamps(tokenizer):
-    frames = np.stack([picture(RNG, 40, 30) for _ in range(6)])
+    frames = np.stack([make_image(RNG, 40, 30) for _ in range(6)])
     encoded = encode(Example((Video(frames, tuple(i / 2 for i in range(6))), Text("town"))), tokenizer)
     block = "{}<|media_begin|>video<|media_content|>" + "<|media_pad|>" * 4 + "<|media_end|>"
     text = block.format("00:00:00.000") + block.format("00:00:02.000") + "town[EOS]"
@@ -58,11 +58,11 @@ def test_text_that_spells_a_pad_makes_no_pad(tokenizer):
 
 def test_end_of_document_has_the_weight_of_the_last_text(tokenizer):
     assert encode(Example((Text("a", 1.0), Text("b", 0.25))), tokenizer).loss_weights[-1] == 0.25
-    assert encode(Example((Image(picture(RNG, 28, 28)),)), tokenizer).loss_weights[-1] == 1.0
+    assert encode(Example((Image(make_image(RNG, 28, 28)),)), tokenizer).loss_weights[-1] == 1.0
 
 
 def test_image_larger_than_the_largest_bin_is_planned_smaller(tokenizer):
-    image = picture(RNG, 300, 200)
+    image = make_image(RNG, 300, 200)
     limits = Limits(512, ((64, 2), (160, 1)))
     (item,) = encode(Example((Image(image), Text("red"))), tokenizer, limits).media
     _, h, w = item.grid
@@ -72,7 +72,7 @@ def test_image_larger_than_the_largest_bin_is_planned_smaller(tokenizer):
 
 
 def test_images_of_one_example_shrink_together(tokenizer):
-    large, small = Image(picture(RNG, 420, 420)), Image(picture(RNG, 112, 112))
+    large, small = Image(make_image(RNG, 420, 420)), Image(make_image(RNG, 112, 112))
     example = Example((large, Text(" red "), large, small, Text("blue")))
     free = encode(example, tokenizer)
     assert [m.grid for m in free.media] == [(1, 30, 30), (1, 30, 30), (1, 8, 8)]
@@ -85,7 +85,7 @@ def test_images_of_one_example_shrink_together(tokenizer):
 
 def test_an_example_always_fits_an_empty_group(tokenizer):
     """Three images that fit alone, but not together, in the one bin there is."""
-    example = Example(tuple(Image(picture(RNG, 112, 112)) for _ in range(3)) + (Text("red"),))
+    example = Example(tuple(Image(make_image(RNG, 112, 112)) for _ in range(3)) + (Text("red"),))
     limits = Limits(512, ((64, 1),))
     encoded = encode(example, tokenizer, limits)
     assert sum(len(m.patches) for m in encoded.media) <= 64
@@ -125,7 +125,7 @@ def test_whatever_is_encoded_fits_its_limits(tokenizer, data):
 
 def test_media_whose_text_leaves_no_room_are_refused(tokenizer):
     with pytest.raises(BadRecord) as bad:
-        encode(Example((Image(picture(RNG, 28, 28)), Text("red " * 200)), "k"), tokenizer, Limits(64, ((64, 1),)))
+        encode(Example((Image(make_image(RNG, 28, 28)), Text("red " * 200)), "k"), tokenizer, Limits(64, ((64, 1),)))
     assert bad.value.reason == "too_long" and bad.value.key == "k"
 
 

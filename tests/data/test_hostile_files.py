@@ -257,7 +257,7 @@ def test_damaged_array_record_is_a_bad_record_by_name(tmp_path):
 
 
 def film(kind: str, codec: str, times: list[int], base: Fraction, rate: int) -> bytes:
-    """64 x 48; the left half of the picture is white, the right one a noise that grows."""
+    """64 x 48; the left half of the image is white, the right one a noise that grows."""
     buffer = io.BytesIO()
     rng = np.random.default_rng(0)
     with av.open(buffer, "w", format=kind) as container:

@@ -1,4 +1,4 @@
-"""Images: bit for bit the released processor on the fixtures, its size plan, and every kind of bad or odd picture."""
+"""Images: bit for bit the released processor on the fixtures, its size plan, and every kind of bad or odd image."""
 
 import hashlib
 import io
@@ -25,7 +25,7 @@ from tests.environment import FIXTURES
 
 
 def test_released_pixels_bit_for_bit():
-    """sha256 of the float32 bytes of the released `pixel_values`, for RGB, RGBA, palette and grey pictures."""
+    """sha256 of the float32 bytes of the released `pixel_values`, for RGB, RGBA, palette and grey images."""
     goldens = json.loads((FIXTURES / "images/goldens.json").read_text())
     assert len(goldens) >= 7
     for name, golden in goldens.items():
@@ -80,14 +80,14 @@ def test_every_byte_is_normalised_as_released():
 
 
 @pytest.mark.parametrize("size", [(56, 84), (60, 40), (5, 5), (8000, 30)])
-def test_an_array_is_as_good_as_a_picture(size):
-    """A whole grid, padded, tiny, resized; the picture given is left as it was."""
-    picture = noise(*size)
-    array = np.asarray(picture)
+def test_an_array_is_as_good_as_an_image(size):
+    """A whole grid, padded, tiny, resized; the image given is left as it was."""
+    image = noise(*size)
+    array = np.asarray(image)
     before = array.copy()
-    (a, grid_a), (b, grid_b) = process_image(picture), process_image(array)
+    (a, grid_a), (b, grid_b) = process_image(image), process_image(array)
     assert a.tobytes() == b.tobytes() and grid_a.tolist() == grid_b.tolist()
-    np.testing.assert_array_equal(np.asarray(picture), before)
+    np.testing.assert_array_equal(np.asarray(image), before)
     flipped, _ = process_image(array[:, ::-1])
     assert flipped.tobytes() == process_image(np.ascontiguousarray(array[:, ::-1]))[0].tobytes()
 
@@ -95,9 +95,9 @@ def test_an_array_is_as_good_as_a_picture(size):
 def test_padding_is_minus_one_right_and_below():
     pixels, grid = process_image(np.full((20, 30, 3), 255, np.uint8))
     _, h, w = grid[0]
-    picture = pixels.reshape(h, w, 3, 14, 14).transpose(2, 0, 3, 1, 4).reshape(3, h * 14, w * 14)
-    assert (picture[:, :20, :30] == 1).all()
-    assert (picture[:, 20:] == -1).all() and (picture[:, :, 30:] == -1).all()
+    image = pixels.reshape(h, w, 3, 14, 14).transpose(2, 0, 3, 1, 4).reshape(3, h * 14, w * 14)
+    assert (image[:, :20, :30] == 1).all()
+    assert (image[:, 20:] == -1).all() and (image[:, :, 30:] == -1).all()
 
 
 def encoded(image: PIL.Image.Image, kind: str, **options) -> bytes:
@@ -110,15 +110,15 @@ def noise(width: int = 60, height: int = 40) -> PIL.Image.Image:
     return PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-@pytest.mark.parametrize("data", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n" + b"\0" * 40, b"GIF89a"])
-def test_bytes_that_are_no_picture(data):
+@pytest.mark.parametrize("data", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + b"\0" * 40, b"GIF89a"])
+def test_bytes_that_are_no_image(data):
     with pytest.raises(BadRecord) as bad:
         open_image(data, "record 7")
     assert bad.value.reason == "broken_image" and bad.value.key == "record 7"
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_truncated_picture(kind):
+def test_truncated_image(kind):
     data = encoded(noise(), kind)
     with pytest.raises(BadRecord) as bad:
         image_patches(open_image(data[: len(data) * 2 // 3], "k"), key="k")
@@ -127,7 +127,7 @@ def test_truncated_picture(kind):
 
 @given(st.integers(0, 10**9), st.integers(1, 20), st.sampled_from(["PNG", "JPEG", "GIF"]))
 def test_damaged_bytes_never_crash(seed, count, kind):
-    """Either a picture comes out, or a BadRecord."""
+    """Either an image comes out, or a BadRecord."""
     rng = np.random.default_rng(seed)
     data = np.frombuffer(encoded(noise(), kind), np.uint8).copy()
     data[rng.integers(0, len(data), count)] = rng.integers(0, 256, count)
@@ -146,7 +146,7 @@ def test_missing_file(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3), (5, 0, 3)])
-def test_picture_without_pixels(shape):
+def test_image_without_pixels(shape):
     with pytest.raises(BadRecord) as bad:
         image_patches(np.zeros(shape, np.uint8))
     assert bad.value.reason == "absurd_size"

@@ -1,4 +1,4 @@
-"""`inspect` and `tokenizer`: the numbers are those of the batches, pictures come back from patches pixel for pixel."""
+"""`inspect` and `tokenizer`: the numbers are those of the batches, images come back from patches pixel for pixel."""
 
 import dataclasses
 import io
@@ -26,7 +26,7 @@ SIZES = [(28, 56), (56, 56), (84, 56), (112, 28)]
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """A run on two JSONL files: text with odd characters, and pictures of four sizes with a clip among them."""
+    """A run on two JSONL files: text with odd characters, and images of four sizes with a clip among them."""
     folder = tmp_path_factory.mktemp("inspect")
     (folder / "run.mp4").write_bytes(clip())
     text = [
@@ -70,8 +70,8 @@ def test_findings(config, looked):
     assert found.least_grids >= 2
 
 
-def test_pictures_come_back_pixel_for_pixel(looked):
-    """Un-patchified from the packed bins, every noise picture is one of the files."""
+def test_images_come_back_pixel_for_pixel(looked):
+    """Un-patchified from the packed bins, every noise image is one of the files."""
     _, first = looked
     known = {np.asarray(PIL.Image.open(io.BytesIO(png(w, h, seed=i)))).tobytes() for i, (w, h) in enumerate(SIZES)}
     items = [item for bins in first.vision for b in range(len(bins.segment_ids)) for item in items_of(bins, b)]
@@ -102,8 +102,8 @@ def test_tables_say_it_all(config, looked):
 
 
 @pytest.mark.parametrize("name", ["packs.png", "packs.svg"])
-def test_the_picture_is_drawn(config, looked, tmp_path, name):
-    """Text with dollars, backslashes and braces is no formula; the picture has ink of every modality's colour."""
+def test_figure_is_drawn(config, looked, tmp_path, name):
+    """Text with dollars, backslashes and braces is no formula; the figure has ink of every modality's colour."""
     draw(config, looked[1], load_tokenizer(config.data.tokenizer), 9, str(tmp_path / name))
     if name.endswith(".png"):
         pixels = np.asarray(PIL.Image.open(tmp_path / name).convert("RGB"))

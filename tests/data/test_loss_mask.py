@@ -14,7 +14,7 @@ from kimi_jax.data import BadRecord
 from kimi_jax.data.conversation import apply_chat_template, encode
 from kimi_jax.data.example import Example, Image, Limits, Text, Turns, Video
 from kimi_jax.data.example import encode as encode_example
-from tests.data.synthetic import picture
+from tests.data.synthetic import make_image
 from tests.serve.server import byte_tokenizer
 
 BYTES = byte_tokenizer()
@@ -93,7 +93,7 @@ def test_mask_of_a_turn_with_tool_calls_holds_calls_and_not_their_results(train_
 def test_mask_leaves_out_tools_media_and_a_question_behind_the_last_answer():
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
     parts = [
-        {"type": "image", "image": picture(RNG, 28, 28)},
+        {"type": "image", "image": make_image(RNG, 28, 28)},
         {"type": "text", "text": "and"},
         {"type": "video", "video": np.zeros((2, 28, 28, 3), np.uint8)},
     ]
@@ -180,7 +180,7 @@ def test_conversation_without_an_answer_is_no_data(messages, match):
 
 def test_default_media_are_opened():
     parts = [
-        {"type": "image", "image": picture(RNG, 30, 30)},
+        {"type": "image", "image": make_image(RNG, 30, 30)},
         {"type": "video", "video": np.zeros((1, 8, 8, 3), np.uint8)},
     ]
     example = encode([{"role": "user", "content": parts}])
@@ -243,8 +243,10 @@ def test_shortened_conversation_is_the_longest_that_fits(turns, length, keep):
     assert encoded.shortened == (n < turns)
 
 
-def test_shortened_conversation_loses_the_pictures_of_its_lost_turns():
-    messages = [{"role": "user", "content": [{"type": "image", "image": picture(RNG, 28 * n, 28)}]} for n in (1, 2, 3)]
+def test_shortened_conversation_loses_the_images_of_its_lost_turns():
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": make_image(RNG, 28 * n, 28)}]} for n in (1, 2, 3)
+    ]
     turns = [m for user in messages for m in (user, {"role": "assistant", "content": "a" * 20})]
     example = encode(turns, thinking=False, train_on="all")
     example = Example(example.parts, "k", Turns(example.turns.ends, "first"))

@@ -143,7 +143,7 @@ def test_a_ratio_just_within_reach_is_no_error():
 
 
 def test_scatter_is_not_taken_for_a_ratio_out_of_reach():
-    """Pictures of 4 to 60 tokens, 22 % of the tokens on average, and 20 % asked for: runs of small ones are chance."""
+    """Images of 4 to 60 tokens, 22 % of the tokens on average, and 20 % asked for: runs of small ones are chance."""
     rng = np.random.default_rng(0)
     mixture = Mixture(SOURCES, ((0.0, 0.2),))
     tokens = media = 0
@@ -166,7 +166,7 @@ def test_slightly_out_of_reach_is_noticed_in_the_end():
             draw(mixture, "vqa" if vision else "wiki", v + 47 if vision else 150, v, 0.24)
 
 
-def test_a_rare_source_with_large_pictures_is_waited_for():
+def test_a_rare_source_with_large_images_is_waited_for():
     sources = {
         "text": SourceConfig(),
         "small": SourceConfig(vision=True, weight=99.0),

@@ -1,4 +1,4 @@
-"""From messages with pictures to ids, pixels and grids; and what of an address is opened at all."""
+"""From messages with images to ids, pixels and grids; and what of an address is opened at all."""
 
 import base64
 import io
@@ -25,7 +25,7 @@ def tokenizer() -> KimiTokenizer:
     return KimiTokenizer(b"".join(base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256)))
 
 
-def picture(width: int = 60, height: int = 40) -> PIL.Image.Image:
+def make_image(width: int = 60, height: int = 40) -> PIL.Image.Image:
     return PIL.Image.fromarray(np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
@@ -48,7 +48,7 @@ def test_text_alone_has_no_pixels(tokenizer):
 
 def test_images_and_videos_in_reading_order(tokenizer):
     """Pads are expanded to (h/2)(w/2) an item; every chunk has its own stamp, wrapper and pads."""
-    image, data = picture(), movie(30, rate=10)
+    image, data = make_image(), movie(30, rate=10)
     messages = user(
         {"type": "image", "image": image},
         {"type": "text", "text": "then"},
@@ -72,8 +72,8 @@ def test_images_and_videos_in_reading_order(tokenizer):
     assert runs == features
 
 
-def test_every_way_to_give_a_picture_is_the_same(tokenizer):
-    image = picture()
+def test_every_way_to_give_an_image_is_the_same(tokenizer):
+    image = make_image()
     uri = "data:image/png;base64," + base64.b64encode(png(image)).decode()
     ways = [
         {"type": "image", "image": image},
@@ -114,7 +114,7 @@ def test_text_that_spells_a_pad_stays_text(tokenizer):
     assert tokenizer.media_pad_id not in prepare(messages, tokenizer).input_ids
 
 
-def test_a_part_without_its_picture(tokenizer):
+def test_a_part_without_its_image(tokenizer):
     with pytest.raises(ValueError, match="nothing under 'image_url'"):
         prepare(user({"type": "image_url"}), tokenizer)
 
@@ -127,6 +127,6 @@ def test_pads_take_the_features_of_a_frame_whatever_t():
 
 
 def test_with_the_released_vocabulary():
-    prompt = prepare(user({"type": "image", "image": picture()}), kimi.load_tokenizer(shared("kimi_tokenizer")))
+    prompt = prepare(user({"type": "image", "image": make_image()}), kimi.load_tokenizer(shared("kimi_tokenizer")))
     assert prompt.input_ids[:8].tolist() == [163587, 2482, 163601, 163602, 4017, 163603, 163605, 163605]
     assert (prompt.input_ids == 163605).sum() == 6

@@ -90,12 +90,12 @@ def test_results_are_cut_off_and_say_so():
     assert texts == ["y" * 30, "y" * 10 + "\n[cut off: 30 characters, 10 are shown]"]
 
 
-def test_pictures_come_back_as_parts_and_broken_ones_are_failures():
+def test_images_come_back_as_parts_and_broken_ones_are_failures():
     image = {"type": "image", "image": np.zeros((28, 28, 3), np.uint8)}
     tools = {
         "crop": lambda: [image, {"type": "text", "text": "t"}],
         "many": lambda: [image] * 9,
-        "bad": lambda: [{"type": "image", "image": b"no picture"}],
+        "bad": lambda: [{"type": "image", "image": b"no image"}],
         "path": lambda: [{"type": "image", "image": "/etc/passwd"}],
     }
     calls = calling(*(called(name, "{}", i) for i, name in enumerate(tools)))
@@ -183,8 +183,8 @@ def test_agent_on_the_tiny_real_engine(tmp_path):
     model = load_checkpoint(tmp_path / "tiny")
     engine = Engine(model, slots=1, max_sequence_length=512)
     sampling = Sampling(temperature=0.0, max_new_tokens=12)
-    picture = {"type": "image", "image": np.zeros((28, 28, 3), np.uint8)}
-    messages = [{"role": "user", "content": [picture, {"type": "text", "text": "What?"}]}]
+    image = {"type": "image", "image": np.zeros((28, 28, 3), np.uint8)}
+    messages = [{"role": "user", "content": [image, {"type": "text", "text": "What?"}]}]
     replies = engine_replies(engine, model.tokenizer, sampling, thinking=False)
     episodes = [run(replies, messages, {"add": add}, [TOOL], Limits(turns=2)) for _ in range(2)]
     assert episodes[0].outcome in (Outcome.CUT_OFF, Outcome.ANSWERED, Outcome.OUT_OF_TURNS)

@@ -68,7 +68,7 @@ def _brightness(batch, row, here):
 
 
 def colour_task(kind="choice", **changes):
-    """Pictures whose brightness names the colour; the question alone says nothing."""
+    """Images whose brightness names the colour; the question alone says nothing."""
 
     def build(limit):
         return [
@@ -89,7 +89,7 @@ def colour_task(kind="choice", **changes):
 
 
 def sighted(tokenizer, says=lambda brightness: NAMES[round(brightness / 60) % 4]):
-    """Knows the answer from the picture, token by token, then ends the line."""
+    """Knows the answer from the image, token by token, then ends the line."""
 
     def rule(brightness, text):
         if brightness is None or "A:" not in text:
@@ -205,7 +205,7 @@ def test_text_that_is_too_long_loses_its_beginning(tokenizer):
     assert len(document.tokens) == 64 and document.loss_weights.sum() == len(tokenizer.encode(" red"))
 
 
-def test_text_only_models_skip_tasks_with_pictures(tokenizer):
+def test_text_only_models_skip_tasks_with_images(tokenizer):
     blind = config(tokenizer)
     blind = dataclasses.replace(blind, model=dataclasses.replace(blind.model, vision=None))
     apply = lookup(lambda b, t: None, tokenizer)
@@ -215,7 +215,7 @@ def test_text_only_models_skip_tasks_with_pictures(tokenizer):
 def test_rows_and_samples_are_written_for_the_report(tokenizer, tmp_path):
     import json
 
-    from PIL import Image as Picture
+    from PIL import Image as PILImage
 
     scorer = packed.Scorer(None, config(tokenizer), tokenizer, lookup(sighted(tokenizer), tokenizer))
     samples = []
@@ -226,6 +226,6 @@ def test_rows_and_samples_are_written_for_the_report(tokenizer, tmp_path):
     assert {"task", "modality", "metric", "score", "stderr", "control", "chance"} <= set(row) and row["score"] == 1.0
     entries = json.loads((tmp_path / "samples" / "samples.json").read_text())
     assert entries[3]["gold"] == entries[3]["answer"] == "grey" and entries[3]["correct"] is True
-    with Picture.open(tmp_path / "samples" / entries[3]["images"][0]) as image:
+    with PILImage.open(tmp_path / "samples" / entries[3]["images"][0]) as image:
         assert image.size == (56, 28)
     assert table(rows).row_count == 1

@@ -40,7 +40,7 @@ def nbytes(tree):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_logits_are_those_of_the_dequantised_model(dtype, io):
-    """Through the public surface, pictures too. Bytes of the experts: 4 bits a weight and 16 for every 32 of them.
+    """Through the public surface, images too. Bytes of the experts: 4 bits a weight and 16 for every 32 of them.
 
     The matrices are equal to the bit (tests/kernels/moe/test_expert_weights.py). The programs are two, and the compiler
     may round a product before it adds it in one of them: a few units in the last place.

@@ -1,4 +1,4 @@
-"""Pages: never two owners who did not share a prefix, never lost; keys: equal exactly when tokens and pictures are."""
+"""Pages: never two owners who did not share a prefix, never lost; keys: equal exactly when tokens and images are."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_keys_are_equal_as_far_as_the_tokens_are(a, b):
     assert not set(one[same // SIZE :]) & set(other[same // SIZE :])
 
 
-def test_another_picture_is_another_page_from_its_first_pad_on():
+def test_another_image_is_another_page_from_its_first_pad_on():
     patches = np.zeros((4, 12), np.uint8)
     changed = patches.copy()
     changed[3, 11] = 1
@@ -44,7 +44,7 @@ def test_another_picture_is_another_page_from_its_first_pad_on():
     one, other = keys(tokens, owners, digests[:2]), keys(tokens, owners, [digests[0], digests[4]])
     assert one[0] == other[0]
     assert one[1] != other[1] and one[2] != other[2]
-    assert keys(tokens, owners, digests[:2]) != keys(tokens, owners, digests[1::-1])  # pictures in the other order
+    assert keys(tokens, owners, digests[:2]) != keys(tokens, owners, digests[1::-1])  # images in the other order
 
 
 def test_known_prefix_is_shared_and_unused_pages_go_oldest_and_last_first():

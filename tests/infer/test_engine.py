@@ -29,7 +29,7 @@ from tests.nn import tiny
 PAD = tiny.CONFIG.media_placeholder_token_id
 LENGTH = 64
 GREEDY = Sampling(temperature=0.0, max_new_tokens=5)
-GRID = (2, 4, 6)  # of every picture here, so that the tower is compiled once
+GRID = (2, 4, 6)  # of every image here, so that the tower is compiled once
 
 
 @functools.cache
@@ -60,11 +60,11 @@ def text(seed, n):
     return np.random.default_rng(seed).integers(10, tiny.CONFIG.vocab_size, n).astype(np.int32)
 
 
-def picture(seed):
+def make_image(seed):
     return MediaItem(np.random.default_rng(seed).integers(0, 256, (np.prod(GRID), 48)).astype(np.uint8), GRID)
 
 
-def with_picture(seed, before, item, after, sampling=GREEDY):
+def with_image(seed, before, item, after, sampling=GREEDY):
     pads = np.full(num_features(item.grid), PAD, np.int32)
     return Request(np.concatenate([text(seed, before), pads, text(seed + 1, after)]), (item,), sampling)
 
@@ -112,12 +112,12 @@ def ids(events):
     return tuple(event.token_id for event in events if event.token_id is not None)
 
 
-def test_greedy_is_repeated_full_forward_for_text_and_pictures(engine):
+def test_greedy_is_repeated_full_forward_for_text_and_images(engine):
     """Prompts of one token up to several chunks and pages, more of them than slots, answers of different lengths: so
-    requests join and leave while others run. One picture lies across chunks."""
+    requests join and leave while others run. One image lies across chunks."""
     lengths = [(1, 7), (4, 2), (5, 5), (23, 1), (40, 4)]
     requests = [Request(text(n, n), sampling=Sampling(0.0, max_new_tokens=new)) for n, new in lengths]
-    requests += [with_picture(3, 5, picture(1), 2), with_picture(4, 14, picture(2), 9)]
+    requests += [with_image(3, 5, make_image(1), 2), with_image(4, 14, make_image(2), 9)]
     for request, completion in zip(requests, engine.run(requests), strict=True):
         check(request, completion)
     assert engine.stats()["decode_tokens"] >= 20
@@ -167,8 +167,8 @@ def test_samples_of_one_prompt_share_it_while_they_run(engine):
     assert engine.stats()["prefill_tokens"] - before == 18 + 2 + 2
 
 
-def test_another_picture_is_no_prefix_hit(engine):
-    one, other = with_picture(7, 6, picture(1), 5), with_picture(7, 6, picture(2), 5)
+def test_another_image_is_no_prefix_hit(engine):
+    one, other = with_image(7, 6, make_image(1), 5), with_image(7, 6, make_image(2), 5)
     np.testing.assert_array_equal(one.token_ids, other.token_ids)
     first, second, again = (engine.run([request])[0] for request in (one, other, one))
     assert (first.cached_tokens, second.cached_tokens, again.cached_tokens) == (0, 4, 16)
@@ -248,7 +248,7 @@ def test_answers_end_at_the_longest_sequence(engine):
         (Request(np.array([-1])), "vocabulary has 0..63"),
         (Request(text(0, 64)), "at most 64"),
         (Request(np.array([PAD, 11])), "1 media pads .* 0 media items have 0 features"),
-        (Request(np.array([PAD, 11]), (picture(0),)), "have 6 features"),
+        (Request(np.array([PAD, 11]), (make_image(0),)), "have 6 features"),
         (Request(np.array([PAD]), (MediaItem(np.zeros((4, 12), np.uint8), (1, 2, 2)),)), "must be .4, 48."),
         (Request(np.array([PAD]), (MediaItem(np.zeros((3, 48), np.uint8), (1, 1, 3)),)), "even h, w"),
         (Request(text(0, 3), sampling=Sampling(temperature=-1)), "temperature"),
@@ -270,35 +270,35 @@ def test_what_can_never_fit_is_refused(engine, monkeypatch):
 
 
 def test_a_request_that_fails_does_not_touch_the_others(engine, monkeypatch):
-    """The tower fails for one picture: not for another that waits behind it, nor for text that is being decoded."""
-    see, cursed = engine.model.vision_features, picture(9)
+    """The tower fails for one image: not for another that waits behind it, nor for text that is being decoded."""
+    see, cursed = engine.model.vision_features, make_image(9)
 
     def broken(pixels, grids):
         if np.array_equal(pixels.reshape(cursed.patches.shape), cursed.patches):
-            raise MemoryError("no room for this picture")
+            raise MemoryError("no room for this image")
         return see(pixels, grids)
 
-    good, seen = Request(text(6, 6), sampling=Sampling(0.0, max_new_tokens=9)), with_picture(3, 5, picture(1), 2)
+    good, seen = Request(text(6, 6), sampling=Sampling(0.0, max_new_tokens=9)), with_image(3, 5, make_image(1), 2)
     wanted = reference(good)[0], reference(seen)[0]
     monkeypatch.setattr(engine.model, "vision_features", broken)
     first = engine.submit(good)
     events = [event for _ in range(3) for event in engine.step()]
-    bad, last = engine.submit(with_picture(1, 2, cursed, 2)), engine.submit(seen)
+    bad, last = engine.submit(with_image(1, 2, cursed, 2)), engine.submit(seen)
     found = drain(engine, events)
     assert [event.finish_reason for event in found[bad]] == ["error"]
-    assert found[bad][0].error == "vision: MemoryError: no room for this picture"
+    assert found[bad][0].error == "vision: MemoryError: no room for this image"
     assert (ids(found[first]), ids(found[last])) == wanted
     with pytest.raises(RuntimeError, match="no room"):
-        engine.run([with_picture(1, 2, cursed, 2)])
+        engine.run([with_image(1, 2, cursed, 2)])
 
 
 def test_nothing_is_compiled_in_steady_state(engine, caplog):
     """After `warmup` no request makes jax compile anything: neither the engine's programs nor a stray operation."""
     engine.warmup()
-    engine.run([with_picture(2, 3, picture(3), 3)])  # the tower's program for this size of picture
+    engine.run([with_image(2, 3, make_image(3), 3)])  # the tower's program for this size of image
     programs = engine.stats()["compilations"]
     assert programs == 3
-    requests = [with_picture(5, 9, picture(4), 6)]
+    requests = [with_image(5, 9, make_image(4), 6)]
     for n in (1, 3, 7, 16, 17, 33, 50):
         sampling = Sampling(n % 3 / 2, 1 - n / 99, max_new_tokens=n % 4 + 1, top_logprobs=n % 2)
         requests.append(Request(text(n, n), sampling=sampling))

@@ -147,7 +147,7 @@ def test_an_answer_follows_even_an_answer():
     assert TOKENIZER.decode(request([{"role": "assistant", "content": "a"}]).token_ids).endswith("<think>")
 
 
-def test_pictures_and_videos_come_one_by_one():
+def test_images_and_videos_come_one_by_one():
     image = PIL.Image.new("RGB", (60, 30), "red")
     frames = [np.full((28, 28, 3), i, np.uint8) for i in range(6)]
     parts = [{"type": "video", "video": frames}, {"type": "image", "image": image}]
@@ -161,11 +161,11 @@ def test_pictures_and_videos_come_one_by_one():
 
 
 def test_what_cannot_be_asked():
-    picture = [{"role": "user", "content": [{"type": "image", "image": PIL.Image.new("RGB", (28, 28))}]}]
+    image = [{"role": "user", "content": [{"type": "image", "image": PIL.Image.new("RGB", (28, 28))}]}]
     with pytest.raises(ValueError, match="text-only"):
-        request(picture, vision=False)
+        request(image, vision=False)
     with pytest.raises(ValueError, match="do not belong together"):
-        chat_request(Chat(picture), TOKENIZER, preset("demo"), Sampling())
+        chat_request(Chat(image), TOKENIZER, preset("demo"), Sampling())
     with pytest.raises(BadRecord, match="refused"):
         request([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x/y.png"}}]}])
     for message in ({"role": "user", "name": 5}, {"role": "user", "content": 5}, {"content": "x"}):
@@ -194,7 +194,7 @@ def model(tmp_path_factory):
 
 
 def test_generate_is_the_models_own_greedy_text(model):
-    """Token by token the most probable one of `model.logits`, a picture included."""
+    """Token by token the most probable one of `model.logits`, an image included."""
     image = PIL.Image.new("RGB", (40, 30), (200, 30, 30))
     messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What?"}]}]
     reply = model.generate(messages, max_new_tokens=6, temperature=0, thinking=False)

@@ -15,7 +15,7 @@ from kimi_jax.infer.engine import Engine
 from kimi_jax.infer.request import GrammarError, Request, Sampling, completion
 from kimi_jax.infer.sampler import nucleus, sample
 from tests.infer.engines import eight_a_call, fresh, one_by_one
-from tests.infer.test_engine import drain, model, picture, text, with_picture
+from tests.infer.test_engine import drain, make_image, model, text, with_image
 from tests.infer.test_sampler import V, logits, rows, softmax
 from tests.nn import tiny
 
@@ -96,12 +96,12 @@ def test_masked_greedy_is_the_best_of_what_is_allowed_and_other_rows_are_untouch
 
 @pytest.mark.parametrize("make", [one_by_one, eight_a_call])
 def test_answers_follow_their_grammar_and_neighbours_do_not_notice(make):
-    """A picture in the prompt, a prompt of one token, one that is cached; beside them answers without a grammar, which
+    """An image in the prompt, a prompt of one token, one that is cached; beside them answers without a grammar, which
     get the tokens that they get alone."""
     free = [Request(text(i, 6 + i), sampling=dataclasses.replace(DRAWN, seed=i)) for i in range(3)]
     alone = fresh(make()).run(free)
     engine = fresh(make())
-    prompts = [Request(text(9, 14)), Request(text(8, 1)), with_picture(3, 5, picture(1), 2)]
+    prompts = [Request(text(9, 14)), Request(text(8, 1)), with_image(3, 5, make_image(1), 2)]
     bound = [dataclasses.replace(prompt, sampling=DRAWN, grammar=Rising()) for prompt in prompts]
     found = engine.run([bound[0], free[0], bound[1], free[1], bound[2], free[2]])
     assert [each.token_ids for each in found[1::2]] == [each.token_ids for each in alone]
@@ -173,8 +173,8 @@ def test_answer_with_a_grammar_goes_on_after_new_weights_and_in_another_engine()
     assert all(map(rises, answers)) and len(set(answers)) == 3
 
 
-def test_prompt_that_ends_with_a_picture_cannot_have_a_grammar():
-    request = dataclasses.replace(with_picture(3, 5, picture(1), 0, DRAWN), grammar=Rising())
-    with pytest.raises(ValueError, match="ends with a picture"):
+def test_prompt_that_ends_with_an_image_cannot_have_a_grammar():
+    request = dataclasses.replace(with_image(3, 5, make_image(1), 0, DRAWN), grammar=Rising())
+    with pytest.raises(ValueError, match="ends with an image"):
         fresh(one_by_one()).submit(request)
     assert fresh(one_by_one()).idle

@@ -10,7 +10,7 @@ import pytest
 from kimi_jax.infer.engine import Engine
 from kimi_jax.infer.request import Request, Sampling, completion
 from tests.infer.engines import SIZES, eight_a_call, fresh, one_by_one
-from tests.infer.test_engine import PAD, drain, ids, model, picture, text, with_picture
+from tests.infer.test_engine import PAD, drain, ids, make_image, model, text, with_image
 
 SAMPLED = Sampling(1.0, 0.9, max_new_tokens=6)
 
@@ -34,12 +34,12 @@ def test_group_gives_the_answers_of_single_requests_and_reads_once(length):
         np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-4)
 
 
-def test_group_encodes_its_picture_once(monkeypatch):
+def test_group_encodes_its_image_once(monkeypatch):
     engine = fresh(eight_a_call())
     calls = []
     real = engine.model.vision_features
     monkeypatch.setattr(engine.model, "vision_features", lambda p, g: (calls.append(len(g)), real(p, g))[1])
-    request = with_picture(3, 2, picture(1), 1, SAMPLED)
+    request = with_image(3, 2, make_image(1), 1, SAMPLED)
     numbers = engine.submit_group(request, range(4))
     found = drain(engine)
     assert calls == [1]
@@ -48,10 +48,10 @@ def test_group_encodes_its_picture_once(monkeypatch):
         assert ids(found[number]) == want.token_ids
 
 
-def test_group_whose_prompt_ends_with_a_picture_is_answered_as_single_requests():
+def test_group_whose_prompt_ends_with_an_image_is_answered_as_single_requests():
     """Its last token is a feature, which no member may take for a token."""
     engine = fresh(eight_a_call())
-    item = picture(2)
+    item = make_image(2)
     tokens = np.concatenate([text(1, 3), np.full(6, PAD, np.int32)])
     request = Request(tokens, (item,), dataclasses.replace(SAMPLED, temperature=0.0))
     found = drain(engine, engine.step()) if engine.submit_group(request, [0, 1]) else {}

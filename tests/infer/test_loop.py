@@ -11,17 +11,17 @@ import pytest
 from kimi_jax.infer.engine import Engine
 from kimi_jax.infer.request import Request, Sampling
 from tests.infer.engines import SIZES, eight_a_call, one_by_one
-from tests.infer.test_engine import drain, ids, model, picture, text, with_picture
+from tests.infer.test_engine import drain, ids, make_image, model, text, with_image
 
 
 def requests(temperature, stop_ids):
-    """More than slots, of different lengths, one with a picture; answers from one token to more than two calls."""
+    """More than slots, of different lengths, one with an image; answers from one token to more than two calls."""
     found = []
     for n, new in ((1, 19), (5, 1), (9, 8), (17, 3), (2, 12)):
         sampling = Sampling(temperature, 0.9 if n % 2 else 1.0, n, new, stop_ids, top_logprobs=n % 3)
         found.append(Request(text(n, n), sampling=sampling))
     sampling = Sampling(temperature, 1.0, 7, 9, stop_ids)
-    return [*found, with_picture(3, 5, picture(1), 2, sampling)]
+    return [*found, with_image(3, 5, make_image(1), 2, sampling)]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_jax.infer.engine import Engine
-from kimi_jax.infer.pictures import TOGETHER, encode_pictures
+from kimi_jax.infer.media import TOGETHER, encode_media
 from kimi_jax.infer.request import Request, Sampling
 from tests.infer.engines import SIZES, eight_a_call, fresh, one_by_one
-from tests.infer.test_engine import GREEDY, check, drain, ids, model, picture, text, with_picture
+from tests.infer.test_engine import GREEDY, check, drain, ids, make_image, model, text, with_image
 
 
 @functools.cache
@@ -79,26 +79,26 @@ def test_prefill_of_equal_beginnings_waits_for_who_reads_them():
         check(request, completion)
 
 
-def test_pictures_of_many_requests_are_encoded_together_and_each_once(monkeypatch):
+def test_images_of_many_requests_are_encoded_together_and_each_once(monkeypatch):
     """Nine different ones of one size and one twice: a call of eight and one of one; features as one by one."""
     shown = model().with_params(model().params)
     calls = []
     real = shown.vision_features
     monkeypatch.setattr(shown, "vision_features", lambda p, g: (calls.append(len(g)), real(p, g))[1])
-    items = {bytes([i]): picture(i) for i in range(TOGETHER + 1)}
-    found = encode_pictures(shown, items)
+    items = {bytes([i]): make_image(i) for i in range(TOGETHER + 1)}
+    found = encode_media(shown, items)
     assert calls == [TOGETHER, 1]
     for key, item in items.items():
         want = real(item.patches.reshape(-1, 3, 4, 4), [item.grid])
         np.testing.assert_allclose(found[key], want, atol=1e-5 * np.abs(want).max())
 
 
-def test_pictures_of_requests_that_come_together_are_encoded_once(monkeypatch):
+def test_images_of_requests_that_come_together_are_encoded_once(monkeypatch):
     engine = fresh(eight_a_call())
     calls = []
     real = engine.model.vision_features
     monkeypatch.setattr(engine.model, "vision_features", lambda p, g: (calls.append(len(g)), real(p, g))[1])
-    requests = [with_picture(n, 3, picture(1), 2) for n in range(3)]
+    requests = [with_image(n, 3, make_image(1), 2) for n in range(3)]
     found = engine.run(requests)
     assert calls == [1]
     for request, completion in zip(requests, found, strict=True):

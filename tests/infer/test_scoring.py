@@ -13,7 +13,7 @@ import pytest
 
 from kimi_jax.infer.request import Request, Sampling, completion
 from tests.infer.engines import eight_a_call, fresh, one_by_one
-from tests.infer.test_engine import drain, model, next_logits, picture, text, with_picture
+from tests.infer.test_engine import drain, make_image, model, next_logits, text, with_image
 from tests.nn import tiny
 
 CONFIG = tiny.CONFIG
@@ -52,12 +52,12 @@ def test_scores_of_a_whole_prompt_are_those_of_full_forward_passes():
 
 @pytest.mark.parametrize("engine", [one_by_one, eight_a_call])
 def test_experts_are_those_of_the_packed_model(engine):
-    """Of prompt and answer, for a picture too, with a prefix that another request recorded, and beside one that does
+    """Of prompt and answer, for an image too, with a prefix that another request recorded, and beside one that does
     not ask. The packed model, its experts pinned to the recorded ones, gives the log-probabilities of the answer, and
     other ones with another choice pinned."""
     engine = fresh(engine())
     sampling = Sampling(0.0, max_new_tokens=11, routed_experts=True)
-    requests = [with_picture(3, 5, picture(1), 9, sampling), Request(text(5, 7), sampling=Sampling(0.0, seed=1))]
+    requests = [with_image(3, 5, make_image(1), 9, sampling), Request(text(5, 7), sampling=Sampling(0.0, seed=1))]
     requests.append(dataclasses.replace(requests[0], sampling=dataclasses.replace(sampling, seed=2)))
     first, plain, second = engine.run(requests)
     assert plain.experts is None and second.cached_tokens == 16

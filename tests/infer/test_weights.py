@@ -21,7 +21,7 @@ from kimi_jax.infer.request import Request, Sampling, completion
 from kimi_jax.infer.unfinished import Unfinished
 from kimi_jax.model import Model
 from tests.infer.engines import SIZES, eight_a_call, fresh, one_by_one
-from tests.infer.test_engine import GRID, check, drain, ids, model, picture, text, with_picture
+from tests.infer.test_engine import GRID, check, drain, ids, make_image, model, text, with_image
 from tests.nn import tiny
 
 GREEDY = Sampling(0.0, max_new_tokens=9)
@@ -61,10 +61,10 @@ def test_drain_that_nobody_waits_for_changes_the_weights_at_the_last_token():
 
 
 def test_recompute_goes_on_as_the_new_weights_would():
-    """The rest of every answer is what the new weights make of prompt and beginning, a picture's new features too; one
+    """The rest of every answer is what the new weights make of prompt and beginning, an image's new features too; one
     still reads its prompt, one waits."""
     engine = fresh(eight_a_call())
-    requests = [with_picture(3, 5, picture(1), 9, GREEDY), Request(text(1, 6), sampling=GREEDY),
+    requests = [with_image(3, 5, make_image(1), 9, GREEDY), Request(text(1, 6), sampling=GREEDY),
                 Request(text(2, 9), sampling=GREEDY), Request(text(3, 30), sampling=GREEDY)]  # fmt: skip
     numbers, events = begun(engine, requests, 4)
     new = other()
@@ -110,7 +110,7 @@ def test_keep_makes_a_group_read_its_prompt_again():
 
 def test_new_weights_are_the_vision_towers_too():
     """The decoder's stay, the tower's change: another answer's log-probabilities, those of the model with both."""
-    engine, request = fresh(one_by_one()), with_picture(3, 5, picture(1), 2, GREEDY)
+    engine, request = fresh(one_by_one()), with_image(3, 5, make_image(1), 2, GREEDY)
     (before,) = engine.run([request])
     mixed = model().params | {"vision": other().params["vision"]}
     engine.set_params(mixed)
@@ -122,7 +122,7 @@ def test_new_weights_are_the_vision_towers_too():
 
 def test_new_weights_compile_nothing_and_old_ones_are_freed():
     engine = fresh(one_by_one())
-    request = with_picture(3, 5, picture(1), 2, GREEDY)
+    request = with_image(3, 5, make_image(1), 2, GREEDY)
     engine.run([request])
     engine.set_params(jax.tree.map(lambda a: a + 0, model().params))
     engine.run([request])
@@ -159,9 +159,9 @@ def test_ways_to_treat_answers_that_nobody_knows_are_refused():
 
 
 def test_unfinished_answers_go_on_elsewhere_as_if_nothing_had_happened():
-    """Through JSON, into another engine: sampled tokens, log-probabilities, versions, scores, experts, a picture."""
+    """Through JSON, into another engine: sampled tokens, log-probabilities, versions, scores, experts, an image."""
     sampling = Sampling(1.0, 0.9, max_new_tokens=9, top_logprobs=2, routed_experts=True, score_from=2)
-    requests = [with_picture(3, 5, picture(1), 9, sampling), Request(text(1, 6), sampling=Sampling(max_new_tokens=9)),
+    requests = [with_image(3, 5, make_image(1), 9, sampling), Request(text(1, 6), sampling=Sampling(max_new_tokens=9)),
                 Request(text(2, 9), sampling=GREEDY), Request(text(3, 30), sampling=sampling)]  # fmt: skip
     engine = fresh(eight_a_call())
     numbers, _ = begun(engine, requests, 4)

@@ -36,7 +36,7 @@ def test_a_planned_batch_is_a_packed_batch(mesh):
     )
 
 
-def test_rows_a_device_take_their_share_of_the_pictures(mesh):
+def test_rows_a_device_take_their_share_of_the_images(mesh):
     data = dataclasses.replace(CONFIG.data, num_packs=4, rows_per_pack=8, vision_bins=((16, 4), (64, 1)))
     config = dataclasses.replace(CONFIG, data=data)
     small = program.scaled(config, mesh, 2).data

@@ -216,7 +216,7 @@ ODD = st.sampled_from([np.nan, np.inf, -np.inf, 1e30, 0.0])
 @given(st.data())
 @settings(max_examples=20)
 def test_masked_tokens_change_nothing_whatever_they_hold(data):
-    """Prompt, tool results, pictures, padding: the same bits as with zeros, for every objective, weights included."""
+    """Prompt, tool results, images, padding: the same bits as with zeros, for every objective, weights included."""
     columns, _ = packed()
     mask, sequences = columns[3], jnp.asarray(columns[4])
     odd = [np.where(mask, c, np.float32(data.draw(ODD))) for c in columns[:3]]

@@ -22,7 +22,7 @@ from kimi_jax.rl.types import Group, Segment, Trajectory, TrajectoryError, pack,
 from kimi_jax.train.step import loss_fn
 from tests.nn import tiny
 
-NO_PAD = 64  # outside the vocabulary: what the engine draws is never a picture
+NO_PAD = 64  # outside the vocabulary: what the engine draws is never an image
 CONFIG = tiny.replace(
     vision=None, num_hidden_layers=4, media_placeholder_token_id=NO_PAD,
     moe=MoEConfig(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=16, routed_scaling_factor=1.5),

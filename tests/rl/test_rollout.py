@@ -187,7 +187,7 @@ def test_source_goes_on_from_its_state_with_the_same_batches(folder, worker, tex
         assert_equal(run(open_source(config, worker, state), range(stop, 7)), expected[stop:])
 
 
-def test_pictures_of_a_group_lie_in_the_batch_once(folder):
+def test_images_of_a_group_lie_in_the_batch_once(folder):
     config = settings(folder, kind="count", model=VISION)
     worker = worker_of(config)
     (batch,) = batches_of(open_source(config, worker), params_of(VISION), 1)

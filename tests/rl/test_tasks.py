@@ -51,12 +51,12 @@ def test_rendered_discs_can_be_counted(count):
     from scipy import ndimage
 
     for seed in range(20):
-        picture = demo_count.render_blobs(count, np.random.default_rng(seed))
-        assert picture.shape == (demo_count.SIDE, demo_count.SIDE, 3) and picture.dtype == np.uint8
-        assert ndimage.label((picture < 150).all(-1))[1] == count
+        image = demo_count.render_blobs(count, np.random.default_rng(seed))
+        assert image.shape == (demo_count.SIDE, demo_count.SIDE, 3) and image.dtype == np.uint8
+        assert ndimage.label((image < 150).all(-1))[1] == count
 
 
-def test_blank_takes_only_the_picture_away():
+def test_blank_takes_only_the_image_away():
     problem = LADDER["count"][5]
     control = tasks.blank(problem)
     assert (np.asarray(control.parts[0].image) == 255).all() and control.parts[1:] == problem.parts[1:]

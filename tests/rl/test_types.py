@@ -1,4 +1,4 @@
-"""Trajectories to batches: tokens trained on are those sampled, once each; pictures lie once; JSON is strict."""
+"""Trajectories to batches: tokens trained on are those sampled, once each; images lie once; JSON is strict."""
 
 import json
 
@@ -21,7 +21,7 @@ SHAPE = PackShape(rows=2, sequence_length=64, bins=((32, 2),), pad_id=PAD, media
 GRID = (1, 4, 4)  # 16 patches, 4 features
 
 
-def picture(seed=0):
+def make_image(seed=0):
     return MediaItem(np.random.default_rng(seed).integers(0, 256, (16, 12), dtype=np.uint8), GRID)
 
 
@@ -29,14 +29,14 @@ PROMPT = [11, *[MEDIA_PAD] * 4, 12]
 
 
 @st.composite
-def trees(draw, with_picture=False):
+def trees(draw, with_image=False):
     """A random tree: a prompt, then replies and tool results after any earlier segment, some of them frozen.
 
     Token ids are unique in a trajectory, so a token that is trained on tells where it came from.
     """
     ids = iter(range(1000, 5000))
-    prompt = PROMPT if with_picture else [next(ids)]
-    segments = [Segment.given(prompt, media=(0,) if with_picture else ())]
+    prompt = PROMPT if with_image else [next(ids)]
+    segments = [Segment.given(prompt, media=(0,) if with_image else ())]
     for i in range(draw(st.integers(1, 6))):
         parent = draw(st.integers(0, i))
         n = draw(st.integers(1, 3))
@@ -109,7 +109,7 @@ def test_branches_train_their_common_beginning_once_and_length_counts_it_once():
     assert staleness([Group("g", (trajectory,))], 2).tolist() == [0, 2, 2]
 
 
-# ------------------------------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------------------------------- images
 
 
 def vision_group(count=6, seed=0):
@@ -120,12 +120,12 @@ def vision_group(count=6, seed=0):
         return Segment.drawn(rng.integers(20, 40, n), -rng.random(n), [0] * n, 0)
 
     return Group(
-        "p", tuple(Trajectory((prompt, drawn(int(rng.integers(2, 5)))), 1.0) for _ in range(count)), (picture(),)
+        "p", tuple(Trajectory((prompt, drawn(int(rng.integers(2, 5)))), 1.0) for _ in range(count)), (make_image(),)
     )
 
 
-def test_a_picture_of_a_group_lies_once_in_a_pack_and_all_samples_see_it():
-    """Six samples with one picture of 16 patches: one item in the bins, and each document unpacks to that picture."""
+def test_an_image_of_a_group_lies_once_in_a_pack_and_all_samples_see_it():
+    """Six samples with one image of 16 patches: one item in the bins, and each document unpacks to that image."""
     group = vision_group()
     batch, left = pack(samples(group, [1.0] * 6, MEDIA_PAD), SHAPE, 2)
     assert not left
@@ -137,14 +137,14 @@ def test_a_picture_of_a_group_lies_once_in_a_pack_and_all_samples_see_it():
         np.testing.assert_array_equal(document.media[0].patches, group.media[0].patches)
 
 
-def test_equal_pictures_of_different_groups_stay_apart():
-    """Sharing goes by the object, never by comparing pixels: two groups with equal pictures take two places."""
+def test_equal_images_of_different_groups_stay_apart():
+    """Sharing goes by the object, never by comparing pixels: two groups with equal images take two places."""
     items = [s for seed in (0, 1) for s in samples(vision_group(2, seed), [1.0, -1.0], MEDIA_PAD)]
     batch, left = pack(items, SHAPE, 1)
     assert not left and int((batch.vision[0].segment_ids > 0).sum()) == 32
 
 
-def test_features_of_a_shared_picture_get_the_sum_of_its_samples_gradients():
+def test_features_of_a_shared_image_get_the_sum_of_its_samples_gradients():
     """Early fusion of the batch, and its gradient, against NumPy's repeated addition."""
     batch, _ = pack(samples(vision_group(), [1.0] * 6, MEDIA_PAD), SHAPE, 1)
     rng = np.random.default_rng(1)
@@ -160,8 +160,8 @@ def test_features_of_a_shared_picture_get_the_sum_of_its_samples_gradients():
 
 
 @pytest.mark.slow
-def test_sharing_a_picture_changes_neither_loss_nor_gradient():
-    """The tiny model on three samples that share a picture, against each with a picture of its own: 2e-5."""
+def test_sharing_an_image_changes_neither_loss_nor_gradient():
+    """The tiny model on three samples that share an image, against each with an image of its own: 2e-5."""
     model_shape = PackShape(2, 64, ((tiny.BIN, 4),), PAD, MEDIA_PAD, patch_size=4)
     rng = np.random.default_rng(0)
     patches = rng.integers(0, 256, (16, 48), dtype=np.uint8)
@@ -198,10 +198,10 @@ def test_what_does_not_fit_is_left_in_order():
     assert numbers == sorted(numbers) and len(left) + len(list(unpack(batch))) == 40 and left
 
 
-def test_pads_without_their_picture_are_refused():
+def test_pads_without_their_image_are_refused():
     with pytest.raises(TrajectoryError, match="media pads"):
         samples(
-            Group("p", vision_group().trajectories[:1], (MediaItem(picture().patches[:4], (1, 2, 2)),)),
+            Group("p", vision_group().trajectories[:1], (MediaItem(make_image().patches[:4], (1, 2, 2)),)),
             [1.0],
             MEDIA_PAD,
         )
@@ -214,10 +214,10 @@ def plain(group):
     return json.loads(record.dump(group))
 
 
-@given(st.lists(trees(with_picture=True), min_size=1, max_size=2))
+@given(st.lists(trees(with_image=True), min_size=1, max_size=2))
 @settings(max_examples=25)
 def test_json_comes_back_bit_for_bit(trajectories):
-    group = Group("name\u2028", tuple(trajectories), (picture(),))
+    group = Group("name\u2028", tuple(trajectories), (make_image(),))
     again = record.load(record.dump(group))
     assert plain(again) == plain(group)
     for a, b in zip(again.trajectories[0].segments, group.trajectories[0].segments, strict=True):
@@ -323,5 +323,5 @@ def test_trees_that_are_none_are_refused():
         Trajectory((Segment(drawn.tokens, drawn.logp, drawn.sampled, drawn.versions),))
     with pytest.raises(TrajectoryError, match="reward"):
         Trajectory((given,), float("nan"))
-    with pytest.raises(TrajectoryError, match="picture 0 of 0"):
+    with pytest.raises(TrajectoryError, match="image 0 of 0"):
         Group("g", (Trajectory((Segment.given(PROMPT, media=(0,)),)),))

@@ -80,14 +80,14 @@ FORGERIES = {
     "status of another type": "forge({'status': ['ok'], 'parts': []})",
     "parts of another type": "forge({'status': 'ok', 'parts': 'text'})",
     "a pickle as a part": "forge({'status': 'ok', 'parts': [{'pickle': 'gASV'}]})",
-    "a picture of no size": "forge({'status': 'ok', 'parts': [{'image': [0, 5]}]})",
-    "a picture of negative size": "forge({'status': 'ok', 'parts': [{'image': [-1, -1]}]}, b'abc')",
-    "a picture of floats": "forge({'status': 'ok', 'parts': [{'image': [1.0, 1.0]}]}, b'abc')",
-    "a picture of booleans": "forge({'status': 'ok', 'parts': [{'image': [True, True]}]}, b'abc')",
-    "a picture without pixels": "forge({'status': 'ok', 'parts': [{'image': [16384, 16384]}]})",
-    "a picture bomb": "forge({'status': 'ok', 'parts': [{'image': [10**9, 10**9]}]})",
-    "a thousand pictures": "forge({'status': 'ok', 'parts': [{'image': [1, 1]}] * 1000}, b'abc' * 1000)",
-    "pixels of no picture": "forge({'status': 'ok', 'parts': []}, b'abc')",
+    "an image of no size": "forge({'status': 'ok', 'parts': [{'image': [0, 5]}]})",
+    "an image of negative size": "forge({'status': 'ok', 'parts': [{'image': [-1, -1]}]}, b'abc')",
+    "an image of floats": "forge({'status': 'ok', 'parts': [{'image': [1.0, 1.0]}]}, b'abc')",
+    "an image of booleans": "forge({'status': 'ok', 'parts': [{'image': [True, True]}]}, b'abc')",
+    "an image without pixels": "forge({'status': 'ok', 'parts': [{'image': [16384, 16384]}]})",
+    "an image bomb": "forge({'status': 'ok', 'parts': [{'image': [10**9, 10**9]}]})",
+    "a thousand images": "forge({'status': 'ok', 'parts': [{'image': [1, 1]}] * 1000}, b'abc' * 1000)",
+    "pixels of no image": "forge({'status': 'ok', 'parts': []}, b'abc')",
     "much text": "forge({'status': 'ok', 'parts': [{'text': 'x' * 100000}]})",
     "many texts": "forge({'status': 'ok', 'parts': [{'text': ''}] * 10000})",
     "another id": "forge({'status': 'ok', 'parts': []}, id=bytes(16))",
@@ -161,9 +161,9 @@ def test_exit_and_crash_are_told_and_survived(session: Session):
 
 def test_image_bomb_as_a_value_is_told_in_words(session: Session):
     result = attack(session, "import PIL.Image\nPIL.Image.new('L', (4000, 4000))")
-    assert not result.pictures and "4000x4000 pixels is not shown" in result.text
+    assert not result.images and "4000x4000 pixels is not shown" in result.text
     many = attack(session, "import numpy as np\nfor i in range(100): display(np.zeros((20, 20), np.uint8))")
-    assert len(many.pictures) == SMALL.pictures
+    assert len(many.images) == SMALL.output_images
 
 
 class Bomb:
@@ -193,7 +193,7 @@ def test_pickles_and_object_arrays_are_never_loaded(session: Session, tmp_path: 
     assert not marker.exists()
 
 
-def test_parent_imports_nothing_that_unpickles_or_decodes_pictures():
+def test_parent_imports_nothing_that_unpickles_or_decodes_images():
     for path in (REPO / "kimi_jax/sandbox").glob("*.py"):
         names = set()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -244,8 +244,8 @@ def test_any_head_is_a_bounded_result_or_a_protocol_error(head: dict, body: byte
     except ProtocolError:
         return
     assert result.status == "ok"
-    assert sum(picture.size for picture in result.pictures) == len(body)
-    assert all(picture.dtype == np.uint8 and picture.shape[2] == 3 for picture in result.pictures)
+    assert sum(image.size for image in result.images) == len(body)
+    assert all(image.dtype == np.uint8 and image.shape[2] == 3 for image in result.images)
 
 
 @given(st.binary(max_size=200))

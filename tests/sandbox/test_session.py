@@ -30,7 +30,7 @@ def test_session_keeps_its_names(session: Session):
     assert session.run("_ * 2").text == "42\n"
 
 
-def test_session_shows_text_pictures_and_value_in_their_order(session: Session):
+def test_session_shows_text_images_and_value_in_their_order(session: Session):
     result = session.run(
         "import numpy as np\nfrom PIL import Image\nprint('before')\n"
         "display(np.full((20, 30), 7, np.uint8))\nprint('after')\n"
@@ -42,7 +42,7 @@ def test_session_shows_text_pictures_and_value_in_their_order(session: Session):
         "after\n",
         (5, 4, 3),
     ]
-    grey, red = result.pictures
+    grey, red = result.images
     assert (grey == 7).all()
     assert red[0, 0].tolist() == [255, 127, 127]  # over white, as a page shows it
 
@@ -59,9 +59,9 @@ def test_session_shows_text_pictures_and_value_in_their_order(session: Session):
         ("Image.new('I;16', (6, 7))", (7, 6, 3)),
     ],
 )
-def test_arrays_and_images_come_back_as_pictures(session: Session, code: str, shape: tuple):
+def test_arrays_and_pil_images_come_back_as_pixels(session: Session, code: str, shape: tuple):
     result = session.run(f"import numpy as np\nfrom PIL import Image\n{code}")
-    assert [picture.shape for picture in result.pictures] == [shape], result
+    assert [image.shape for image in result.images] == [shape], result
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_arrays_and_images_come_back_as_pictures(session: Session, code: str, sh
 )
 def test_other_values_come_back_as_text(session: Session, code: str):
     result = session.run(f"import numpy as np\n{code}")
-    assert not result.pictures and result.text
+    assert not result.images and result.text
 
 
 def test_errors_show_the_line_of_the_cell(session: Session):
@@ -94,10 +94,10 @@ def test_images_are_writable_arrays_by_name_and_survive_a_restart(session: Sessi
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)
     session.put({"image_1": image, "mask": image[:, :, 0]})
-    assert (session.run("image_1").pictures[0] == image).all()
+    assert (session.run("image_1").images[0] == image).all()
     assert session.run("image_1[0] = 0\nmask.shape").text == "(40, 60)\n"
     assert session.run("import os; os._exit(1)").status == "killed"
-    assert (session.run("image_1").pictures[0] == image).all()
+    assert (session.run("image_1").images[0] == image).all()
 
 
 @pytest.mark.parametrize("name", ["", "a b", "1x", "import", "x" * 65, "a;b"])
@@ -149,8 +149,8 @@ def test_figures_come_back_once_and_are_closed(configuration: str):
     with Session(walls_or_skip(configuration), Limits(), (*PRELOAD, "matplotlib.pyplot")) as plotting:
         code = "import matplotlib.pyplot as plt\nfig, ax = plt.subplots(figsize=(2, 1), dpi=100)\nax.plot([1, 2])\nfig"
         result = plotting.run(code)
-        assert [picture.shape for picture in result.pictures] == [(100, 200, 3)], result
-        assert not plotting.run("1").pictures
+        assert [image.shape for image in result.images] == [(100, 200, 3)], result
+        assert not plotting.run("1").images
 
 
 def test_files_that_packages_bring_can_be_read(session: Session):

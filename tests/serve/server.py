@@ -69,7 +69,7 @@ def load_checkpoint(folder: Path) -> Model:
     return model
 
 
-def picture_uri(width: int = 40, height: int = 30, value: int = 90) -> str:
+def image_uri(width: int = 40, height: int = 30, value: int = 90) -> str:
     """A PNG of one colour."""
     file = io.BytesIO()
     PIL.Image.fromarray(np.full((height, width, 3), value, np.uint8)).save(file, "png")

@@ -22,7 +22,7 @@ import pytest
 from kimi_jax.config import preset
 from kimi_jax.data.conversation import ARGUMENTS, CALL, CALL_END, CALLS, CALLS_END
 from tests.data.test_image import png_header
-from tests.serve.server import PATIENCE, ScriptedEngine, byte_tokenizer, client, picture_uri, serving, video_bytes
+from tests.serve.server import PATIENCE, ScriptedEngine, byte_tokenizer, client, image_uri, serving, video_bytes
 
 TOKENIZER = byte_tokenizer()
 HELLO = [{"role": "user", "content": "hello"}]
@@ -250,11 +250,11 @@ def test_several_choices(ask, engine):
     assert texts == dict.fromkeys(range(3), "Grüße 😀!")
 
 
-# ------------------------------------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------------------------------------ images
 
 
-def test_pictures_reach_the_engine(ask, engine):
-    parts = [{"type": "image_url", "image_url": {"url": picture_uri()}}, {"type": "text", "text": "hello"}]
+def test_images_reach_the_engine(ask, engine):
+    parts = [{"type": "image_url", "image_url": {"url": image_uri()}}, {"type": "text", "text": "hello"}]
     assert ask(user(parts)).choices[0].message.content == "Grüße 😀!"
     request = engine.requests[max(engine.requests)]
     assert [item.grid for item in request.media] == [(1, 4, 4)]
@@ -275,7 +275,7 @@ def test_videos_too(ask, engine):
     [
         ("data:image/png;base64,AAAA", "broken_image"),
         ("data:image/png;base64,%%%", "broken_image"),
-        (picture_uri()[:-40], "broken_image"),
+        (image_uri()[:-40], "broken_image"),
         ("data:image/png;base64," + base64.b64encode(png_header(50_000, 50_000)).decode(), "absurd_size"),
         ("data:video/mp4;base64," + base64.b64encode(video_bytes()[:900]).decode(), "broken_video"),
         ("http://127.0.0.1:1/a.png", "refused"),
@@ -284,7 +284,7 @@ def test_videos_too(ask, engine):
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_bad_pictures_and_addresses_are_the_clients_fault(ask, url, code, stream):
+def test_bad_images_and_addresses_are_the_clients_fault(ask, url, code, stream):
     with pytest.raises(openai.BadRequestError) as error:
         kind = "video_url" if url.startswith("data:video") else "image_url"
         ask(user([{"type": kind, kind: {"url": url}}]), stream=stream)
@@ -458,7 +458,7 @@ def test_an_engine_that_fails_is_said_and_the_server_lives():
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_request_that_fails_does_so_alone(stream):
-    """An engine that cannot see the picture of one: a 500 with the reason for it, whole answers for its neighbours."""
+    """An engine that cannot see the image of one: a 500 with the reason for it, whole answers for its neighbours."""
     engine = ScriptedEngine(TOKENIZER, script, patient=True)
     with serving(engine, TOKENIZER, config()) as address, client(address) as api:
         with concurrent.futures.ThreadPoolExecutor(2) as pool:

@@ -13,14 +13,14 @@ import PIL.Image
 import pytest
 
 from tests.environment import REPO
-from tests.serve.server import PATIENCE, checkpoint, client, picture_uri
+from tests.serve.server import PATIENCE, checkpoint, client, image_uri
 from tests.serve.test_app import WEATHER, user
 
 pytestmark = pytest.mark.slow
 
 
-def test_streams_tools_and_pictures_32_at_once(tmp_path):
-    """Pictures as data URIs and, as the flag allows, from a folder; an address is still refused. Ctrl-C ends it."""
+def test_streams_tools_and_images_32_at_once(tmp_path):
+    """Images as data URIs and, as the flag allows, from a folder; an address is still refused. Ctrl-C ends it."""
     model = checkpoint(tmp_path / "tiny")
     (tmp_path / "media").mkdir()
     PIL.Image.new("RGB", (30, 40), "red").save(tmp_path / "media" / "red.png")
@@ -45,7 +45,7 @@ def test_streams_tools_and_pictures_32_at_once(tmp_path):
                         stream_options={"include_usage": True},
                     ))  # fmt: skip
 
-                for pieces in pool.map(ask, [picture_uri(value=i) if i % 2 else "red.png" for i in range(32)]):
+                for pieces in pool.map(ask, [image_uri(value=i) if i % 2 else "red.png" for i in range(32)]):
                     assert 1 <= pieces[-1].usage.completion_tokens <= 4
                     assert pieces[-2].choices[0].finish_reason in ("length", "stop")
                 with pytest.raises(openai.BadRequestError, match="allow_remote_media"):

@@ -16,7 +16,7 @@ from kimi_jax.data.media_part import read_data_uri
 from kimi_jax.serve import protocol
 from kimi_jax.serve.body import count_values, parse_json
 from kimi_jax.serve.protocol import ApiError
-from tests.serve.server import PATIENCE, ScriptedEngine, picture_uri, serving, video_bytes
+from tests.serve.server import PATIENCE, ScriptedEngine, image_uri, serving, video_bytes
 from tests.serve.test_app import TOKENIZER, config, script
 
 PIECES = [
@@ -42,7 +42,7 @@ KNOWN = [
     "role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "type", "text", "image_url", "url",
     "video_url", "function", "arguments", "parameters", "properties", "enum", "$ref", "anyOf", "items",
 ]  # fmt: skip
-MEDIA = [picture_uri(), "data:video/mp4;base64," + base64.b64encode(video_bytes()).decode()]
+MEDIA = [image_uri(), "data:video/mp4;base64," + base64.b64encode(video_bytes()).decode()]
 
 keys = st.one_of(st.sampled_from(KNOWN), st.text(max_size=8))
 leaves = st.one_of(

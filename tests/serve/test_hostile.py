@@ -23,7 +23,7 @@ from kimi_jax.serve.body import MAX_LEVELS, MAX_VALUES, count_values
 from kimi_jax.serve.budget import MemoryBudget
 from kimi_jax.serve.protocol import ApiError, public_text
 from kimi_jax.serve.worker import Overloaded
-from tests.serve.server import PATIENCE, ScriptedEngine, client, picture_uri, serving, video_bytes
+from tests.serve.server import PATIENCE, ScriptedEngine, client, image_uri, serving, video_bytes
 from tests.serve.test_app import HELLO, TOKENIZER, config, get, post, script, user
 
 CHAT = "/v1/chat/completions"
@@ -135,7 +135,7 @@ def test_pixels_stay_bytes_up_to_the_engine():
     engine = ScriptedEngine(TOKENIZER, script)
     video = {"type": "video_url", "video_url": "data:video/mp4;base64," + base64.b64encode(video_bytes()).decode()}
     with serving(engine, TOKENIZER, config()) as address:
-        assert ask(address, [image(picture_uri()), video])[0] == 200
+        assert ask(address, [image(image_uri()), video])[0] == 200
     assert [item.patches.dtype for item in engine.requests[0].media] == [np.uint8] * 3
 
 

@@ -17,7 +17,7 @@ import openai
 import pytest
 
 from kimi_jax.infer.engine import Engine
-from tests.serve.server import PATIENCE, client, load_checkpoint, picture_uri, serving
+from tests.serve.server import PATIENCE, client, image_uri, load_checkpoint, serving
 from tests.serve.test_app import WEATHER, user
 
 SLOTS, LENGTH = 4, 512
@@ -71,11 +71,11 @@ def test_seeds_and_choices(ask):
     assert three[0] != three[1] != three[2]
 
 
-def test_a_picture_is_seen(ask):
-    """Same words, other colours, other answer; the same picture, the same answer."""
+def test_an_image_is_seen(ask):
+    """Same words, other colours, other answer; the same image, the same answer."""
 
     def about(value):
-        image = {"type": "image_url", "image_url": {"url": picture_uri(value=value)}}
+        image = {"type": "image_url", "image_url": {"url": image_uri(value=value)}}
         return ask([image, {"type": "text", "text": "?"}], seed=1, logprobs=True).choices[0].logprobs.content
 
     bright, dark = about(255), about(0)
@@ -100,12 +100,12 @@ def test_a_stream_with_tools_is_the_whole_answer(ask):
 
 
 def test_32_at_once_each_get_their_own_answer(address, ask):
-    """More than there are slots; texts and pictures, streamed or not. Then everything is free again."""
+    """More than there are slots; texts and images, streamed or not. Then everything is free again."""
     alone = [tokens(ask(f"question {i % 4}", seed=i % 4)) for i in range(4)]
 
     def one(i):
         if i % 8 == 7:
-            image = {"type": "image_url", "image_url": {"url": picture_uri(value=i)}}
+            image = {"type": "image_url", "image_url": {"url": image_uri(value=i)}}
             return tokens(ask([image], seed=i))
         if i % 2:
             pieces = list(ask(f"question {i % 4}", seed=i % 4, stream=True))
@@ -144,7 +144,7 @@ def test_usage_says_how_many_tokens_of_the_prompt_were_cached(ask):
 def test_too_long_is_the_clients_fault(ask):
     with pytest.raises(openai.BadRequestError, match=f"at most {LENGTH}"):
         ask("x" * LENGTH)
-    image = {"type": "image_url", "image_url": {"url": picture_uri(width=1200, height=1200)}}
+    image = {"type": "image_url", "image_url": {"url": image_uri(width=1200, height=1200)}}
     with pytest.raises(openai.BadRequestError, match="the prompt has"):
         ask([image])
     answer = ask("x" * (LENGTH - 60), max_tokens=500, temperature=0)

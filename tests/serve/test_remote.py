@@ -14,7 +14,7 @@ from kimi_jax.config import preset
 from kimi_jax.data import BadRecord
 from kimi_jax.serve.app import MAX_REMOTE
 from kimi_jax.serve.remote import Fetcher, is_public
-from tests.serve.server import ScriptedEngine, byte_tokenizer, client, picture_uri, serving
+from tests.serve.server import ScriptedEngine, byte_tokenizer, client, image_uri, serving
 
 LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"),)
 PATIENCE = 60
@@ -212,10 +212,10 @@ def ask(address, urls):
         return api.chat.completions.create(model="tiny", messages=messages, max_tokens=32)
 
 
-def test_request_with_a_remote_picture_is_answered_only_by_a_server_that_allows_its_network(site):
+def test_request_with_a_remote_image_is_answered_only_by_a_server_that_allows_its_network(site):
     """From request to prompt: the same bytes as a data URI give the same prompt; nothing is fetched where it is not
     allowed, and more addresses than a call may have are refused before any is."""
-    data_uri = picture_uri()
+    data_uri = image_uri()
     site.answers = {"/a.png": response(body=base64.b64decode(data_uri.partition(",")[2]))}
     tokenizer = byte_tokenizer()
     config = dataclasses.replace(preset("demo"), media_placeholder_token_id=tokenizer.media_pad_id)

@@ -80,13 +80,13 @@ def _prepare(name: str, folder, file_format: str = "array_record") -> str:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """Pictures and text, in ArrayRecord format."""
+    """Images and text, in ArrayRecord format."""
     return _prepare("Boxes", tmp_path_factory.mktemp("boxes"))
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """Pictures, clips and text, in ArrayRecord format."""
+    """Images, clips and text, in ArrayRecord format."""
     return _prepare("Clips", tmp_path_factory.mktemp("clips"))
 
 
@@ -157,7 +157,7 @@ def test_tfds_mistakes(prepared, tmp_path):
 
 @pytest.mark.tfds
 def test_tfds_becomes_batches(prepared, clips, tmp_path):
-    """Pictures and clips arrive in the vision bins, read by a worker process."""
+    """Images and clips arrive in the vision bins, read by a worker process."""
     path = f"{clips}?template={{image}}{{clip}}{{question}}{{loss=1}} {{answer}}"
     with_media = SourceConfig(kind="tfds", path=path, vision=True)
     text = SourceConfig(kind="tfds", path=f"{prepared}?template={{question}} {{answer}}")
@@ -172,7 +172,7 @@ def test_tfds_becomes_batches(prepared, clips, tmp_path):
 
 @pytest.mark.seqio
 def test_seqio_multimodal():
-    """A task with pictures and clips, in the task's own order."""
+    """A task with images and clips, in the task's own order."""
     _needs("seqio")
     source = _seqio("boxes_vqa?template={image}{clip}{question}{loss=1} {answer}")
     assert len(source) == 30
@@ -223,9 +223,9 @@ def test_seqio_mistakes(monkeypatch):
 def test_seqio_becomes_batches(tmp_path):
     _needs("seqio")
     module = "tests.slow.tfds_dataset.tasks"
-    pictures = SourceConfig(kind="seqio", path=f"{module}:boxes_vqa?template={TEMPLATE}", vision=True)
+    images = SourceConfig(kind="seqio", path=f"{module}:boxes_vqa?template={TEMPLATE}", vision=True)
     text = SourceConfig(kind="seqio", path=f"{module}:boxes_tokens")
-    batch, report = _packed(tmp_path, boxes=pictures, text=text)
+    batch, report = _packed(tmp_path, boxes=images, text=text)
     assert (batch.feature_index >= 0).sum() > 0
     assert set(np.unique(batch.modality[batch.segment_ids > 0])) == {0, 1}
     assert not report["bad"]

@@ -376,7 +376,7 @@ def answers(model, ids, pixels, grids, picks=None):
 
 
 @pytest.mark.parametrize("model_type", VISUAL)
-def test_pictures_and_video_in_float32(model_type, tmp_path):
+def test_images_and_video_in_float32(model_type, tmp_path):
     """Features of items of many sizes in one call, and multimodal logits, free and pinned."""
     config, grids = VISUAL[model_type]
     ids, *media = multimodal(grids)
@@ -389,7 +389,7 @@ def test_pictures_and_video_in_float32(model_type, tmp_path):
 
 
 @pytest.mark.parametrize("model_type", VISUAL)
-def test_pictures_and_video_in_bfloat16(model_type, tmp_path):
+def test_images_and_video_in_bfloat16(model_type, tmp_path):
     """As for text. The experts are pinned to those of float32."""
     config, grids = VISUAL[model_type]
     ids, *media = multimodal(grids)

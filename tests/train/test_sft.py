@@ -20,7 +20,7 @@ COLOURS = ("red", "green", "blue", "white")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Conversations with and without pictures, some longer than a row, and a tokenizer."""
+    """Conversations with and without images, some longer than a row, and a tokenizer."""
     folder = tmp_path_factory.mktemp("chat")
     (folder / "a.png").write_bytes(png(28, 28))
     rows = []

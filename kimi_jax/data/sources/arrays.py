@@ -42,10 +42,10 @@ def media_value(value: Any, kind: str, name: str, key: str) -> Any:
     if not value.size:
         return None
     if kind == "image":
-        return Image(_picture(value))
-    frames = np.stack([np.asarray(_picture(f).convert("RGB")) for f in value])
+        return Image(_pil_image(value))
+    frames = np.stack([np.asarray(_pil_image(f).convert("RGB")) for f in value])
     return Video(frames, [i / VIDEO_FPS for i in range(len(frames))])
 
 
-def _picture(pixels: np.ndarray) -> PIL.Image.Image:
+def _pil_image(pixels: np.ndarray) -> PIL.Image.Image:
     return PIL.Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)

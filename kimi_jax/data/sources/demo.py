@@ -45,7 +45,7 @@ OPENERS: dict[str, Callable[[str], Any]] = {
 def open_demo(path: str, split: str) -> Any:
     """The source named `path` for `split` ("train" or "validation"): `len(source)`, `source[i] -> Example`, picklable.
 
-    Those with pictures also have `record(i)`: the same example without its pictures, which take time to draw.
+    Those with images also have `record(i)`: the same example without its images, which take time to draw.
 
     Raises ConfigError for an unknown name or split, MissingDemoPackage when its package is not installed.
     """

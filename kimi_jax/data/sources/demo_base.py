@@ -17,7 +17,7 @@ from kimi_jax.data.example import Text
 
 SEED = 20260127
 SPLITS = ("train", "validation")
-# Loss weights of documents with an image or video. Only the words of an answer need the picture, and they are one token
+# Loss weights of documents with an image or video. Only the words of an answer need the image, and they are one token
 # in forty: at weight 1 they would be a few per cent of the loss, and the demo too short to learn to look.
 QUESTION_WEIGHT = 0.1
 ANSWER_WEIGHT = 8.0

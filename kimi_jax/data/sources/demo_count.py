@@ -17,15 +17,15 @@ def render_blobs(count: int, rng: np.random.Generator) -> np.ndarray:
     """uint8 [SIDE, SIDE, 3]: `count` discs of random colour and size, each in a cell of its own, on a light ground."""
     side = SIDE // CELL
     ground = rng.integers(200, 256, 3)
-    picture = np.tile(ground.astype(np.uint8), (SIDE, SIDE, 1))
+    image = np.tile(ground.astype(np.uint8), (SIDE, SIDE, 1))
     y, x = np.mgrid[:CELL, :CELL]
     for cell in rng.choice(side * side, count, replace=False):
         radius = rng.uniform(3.5, 5.0)
         centre = CELL / 2 - 0.5 + rng.uniform(-1, 1, 2)
         inside = (y - centre[0]) ** 2 + (x - centre[1]) ** 2 <= radius**2
         top, left = CELL * (cell // side), CELL * (cell % side)
-        picture[top : top + CELL, left : left + CELL][inside] = rng.integers(0, 140, 3)
-    return picture
+        image[top : top + CELL, left : left + CELL][inside] = rng.integers(0, 140, 3)
+    return image
 
 
 def draw_count(name: str, split: str, index: int) -> tuple[int, np.random.Generator]:
@@ -49,6 +49,6 @@ class Counting:
         return Example((Text(QUESTION, 0.0), Text(f" {count}")), f"count/{self.split}/{index}")
 
     def __getitem__(self, index: int) -> Example:
-        picture = render_blobs(*draw_count("count", self.split, index))
+        image = render_blobs(*draw_count("count", self.split, index))
         record = self.record(index)
-        return Example((Image(picture), *record.parts), record.key)
+        return Example((Image(image), *record.parts), record.key)

@@ -16,7 +16,7 @@ import json
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image as Picture
+from PIL import Image as PILImage
 
 from kimi_jax.data.example import Example, Image, Text
 from kimi_jax.data.sources.demo_base import generator, held_out, package_file, question_parts
@@ -57,7 +57,7 @@ def vqa_records(split: str) -> tuple[VQARecord, ...]:
 def vqa_image(split: str, number: int) -> np.ndarray:
     """One scene, uint8 [64, 64, 3]."""
     folder = "train" if split == "train" else "test"
-    with Picture.open(package_file("easy_vqa", "easy-vqa", f"data/{folder}/images/{number}.png")) as image:
+    with PILImage.open(package_file("easy_vqa", "easy-vqa", f"data/{folder}/images/{number}.png")) as image:
         pixels = np.asarray(image.convert("RGB"))
     pixels.setflags(write=False)
     return pixels
@@ -70,7 +70,7 @@ def tokens_of(h: int, w: int) -> int:
 
 def resize(pixels: np.ndarray, h: int, w: int) -> np.ndarray:
     """Bicubic resize of uint8 [.., .., 3] to [h, w, 3]."""
-    return np.asarray(Picture.fromarray(pixels).resize((w, h), Picture.Resampling.BICUBIC))
+    return np.asarray(PILImage.fromarray(pixels).resize((w, h), PILImage.Resampling.BICUBIC))
 
 
 def _background(pixels: np.ndarray) -> np.ndarray:
@@ -189,7 +189,7 @@ def draw_digits(glyphs: np.ndarray, cell: int, gap: int, dark_ink: bool) -> np.n
     n = len(glyphs)
     strip = np.zeros((cell, n * cell + (n - 1) * gap), np.uint8)
     for k, glyph in enumerate(glyphs):
-        big = Picture.fromarray(glyph).resize((cell, cell), Picture.Resampling.BICUBIC)
+        big = PILImage.fromarray(glyph).resize((cell, cell), PILImage.Resampling.BICUBIC)
         strip[:, k * (cell + gap) : k * (cell + gap) + cell] = np.asarray(big)
     return np.repeat((255 - strip if dark_ink else strip)[..., None], 3, axis=2)
 
@@ -213,7 +213,7 @@ class Digits:
     def __len__(self) -> int:
         return len(digits(self.split)[1]) * (DRAWS if self.split == "train" else 1)
 
-    def _picture(self, glyphs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _image(self, glyphs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         dark_ink = bool(rng.random() < 0.5)
         strip = draw_digits(glyphs, int(rng.integers(28, 43)), int(rng.integers(0, 9)), dark_ink)
         h, w = (side + int(rng.integers(0, 15)) for side in strip.shape[:2])
@@ -242,7 +242,7 @@ class Digits:
         parts: list[Text | Image] = []
         for chosen, asked in self._asked(i):
             if with_images:
-                parts.append(Image(self._picture(glyphs[chosen], rng)))
+                parts.append(Image(self._image(glyphs[chosen], rng)))
             parts += [Text("\n", 0.0), *(part for pair in asked for part in question_parts(*pair))]
         return Example(tuple(parts), f"digits/{self.split}/{i}")
 

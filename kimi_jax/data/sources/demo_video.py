@@ -1,7 +1,7 @@
 """Video of the demo: a handwritten digit on a white card moves over frames of a real clip; which way does it go?
 
 The first frame shows the digit anywhere, whatever the direction, so one frame can only be guessed at; from there the
-digit goes its way and may leave the picture. So where it is seen mostly tells the way, even without the order of the
+digit goes its way and may leave the image. So where it is seen mostly tells the way, even without the order of the
 frames. (A digit that comes back on the other side needs the order: training of this length learns only its axis.)
 
 n      frames (4 to 7: chunks of one to four frames)
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import av
 import numpy as np
-from PIL import Image as Picture
+from PIL import Image as PILImage
 
 from kimi_jax.data.example import Example, Text, Video
 from kimi_jax.data.sources.demo_base import generator, package_file, question_parts
@@ -81,8 +81,8 @@ def _background_frames(background: np.ndarray, n: int, size: tuple[int, int], rn
     side_h = min(kept.shape[1], int(h * rng.uniform(1.0, kept.shape[1] / max(h, w))))
     side_w = min(kept.shape[2], side_h * w // h)
     top, left = int(rng.integers(0, kept.shape[1] - side_h + 1)), int(rng.integers(0, kept.shape[2] - side_w + 1))
-    views = (Picture.fromarray(view) for view in kept[:, top : top + side_h, left : left + side_w])
-    bright = np.stack([np.asarray(view.resize((w, h), Picture.Resampling.BICUBIC)) for view in views])
+    views = (PILImage.fromarray(view) for view in kept[:, top : top + side_h, left : left + side_w])
+    bright = np.stack([np.asarray(view.resize((w, h), PILImage.Resampling.BICUBIC)) for view in views])
     return (bright * DIMMED).astype(np.uint8)
 
 

@@ -1,4 +1,4 @@
-"""Small media for the tests of sources: pictures and clips as files."""
+"""Small media for the tests of sources: images and clips as files."""
 
 import io
 import json

@@ -105,10 +105,10 @@ def test_tools_and_calls_read_as_the_released_template_writes_them(tmp_path, kin
 
 def test_media_of_every_spelling(tmp_path):
     """Paths, data URIs, placeholders with a list, parts without a value, parts with a number; bytes in parquet."""
-    picture, movie = png(28, 28), clip(frames=2)
-    (tmp_path / "a.png").write_bytes(picture)
+    image, movie = png(28, 28), clip(frames=2)
+    (tmp_path / "a.png").write_bytes(image)
     (tmp_path / "m.mp4").write_bytes(movie)
-    uri = "data:image/png;base64," + base64.b64encode(picture).decode()
+    uri = "data:image/png;base64," + base64.b64encode(image).decode()
     answer = {"role": "assistant", "content": "ok"}
     ask = {"type": "text", "text": "what?"}
     own = [{"type": "image", "image": "a.png"}, {"type": "video", "video": "m.mp4"}, ask]
@@ -123,7 +123,7 @@ def test_media_of_every_spelling(tmp_path):
     inside = [
         {"messages": [{"role": "user", "content": numbered},
                       {"role": "assistant", "content": [{"type": "text", "text": "ok", "index": None}]}],
-         "images": [{"bytes": picture, "path": "a.png"}], "videos": [movie]},
+         "images": [{"bytes": image, "path": "a.png"}], "videos": [movie]},
     ]  # fmt: skip
     sources = [opened(tmp_path, beside, "jsonl"), opened(tmp_path, inside, "parquet")]
     for source in sources:

@@ -12,7 +12,7 @@ from kimi_jax.data.example import Image, Text, Video
 from kimi_jax.data.sources import demo, demo_base, demo_image, demo_text, demo_video, open_source
 
 NAMES = tuple(demo.OPENERS)
-PICTURES = ("easyvqa", "digits", "video")
+IMAGES = ("easyvqa", "digits", "video")
 
 
 def text_of(example):
@@ -49,15 +49,15 @@ def test_items_are_deterministic_and_survive_pickling(name, split):
             np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("name", PICTURES)
-def test_a_record_is_the_example_without_pictures(name):
+@pytest.mark.parametrize("name", IMAGES)
+def test_a_record_is_the_example_without_images(name):
     source = demo.open_demo(name, "train")
     for i in indices(source, 40):
         parts = tuple(p for p in source[i].parts if isinstance(p, Text))
         assert source.record(i).parts == parts
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", IMAGES)
 def test_answers_carry_the_loss_and_questions_little(name):
     source = demo.open_demo(name, "train")
     for i in indices(source, 40):

@@ -102,7 +102,7 @@ def test_bad_lines_have_a_reason(values, reason):
 
 def test_media_that_do_not_read(tmp_path):
     """A missing, a broken and an absurd file show when the example is asked for, named by record and file."""
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "bad.png").write_bytes(b"no image")
     (tmp_path / "bad.mp4").write_bytes(b"no clip")
     header = png(1, 1)[:16] + (100_000).to_bytes(4, "big") * 2 + png(1, 1)[24:]  # says 100,000 x 100,000
     (tmp_path / "huge.png").write_bytes(header)

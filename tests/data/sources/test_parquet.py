@@ -92,7 +92,7 @@ def test_mistakes_of_the_config(folder):
 
 
 def test_nlvr():
-    """The real file: 5,934 statements about pictures of 400 x 100 pixels."""
+    """The real file: 5,934 statements about images of 400 x 100 pixels."""
     file = shared("data/nlvr_dev.parquet")
     source = _open(f"{file}?template={{image}}{{statement}} True or false?{{loss=1}} {{label}}")
     assert len(source) == 5934

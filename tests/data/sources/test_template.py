@@ -27,9 +27,9 @@ def test_without_a_mark_everything_counts():
 
 
 def test_lists_of_media_stand_in_turn():
-    template = parse_template("{pictures}.")
+    template = parse_template("{images}.")
     photos = [Media("image", str(i), data=b"") for i in range(3)]
-    assert template.fill({Column("pictures"): photos}) == (*photos, Text(".", 1.0))
+    assert template.fill({Column("images"): photos}) == (*photos, Text(".", 1.0))
 
 
 @given(st.text())

@@ -15,7 +15,7 @@ def box(index: int, width: int, height: int) -> np.ndarray:
 
 
 def row(index: int) -> dict:
-    """Example `index`: pictures of changing size, none to two pages, a clip of one to five frames."""
+    """Example `index`: images of changing size, none to two pages, a clip of one to five frames."""
     return {
         "image": box(index, 24 + 4 * (index % 5), 30),
         "question": f"Which colour has box {index}?",
@@ -51,7 +51,7 @@ def _features(clip: bool) -> dict:
 
 
 class Boxes(tfds.core.GeneratorBasedBuilder):
-    """Pictures and text."""
+    """Images and text."""
 
     VERSION = tfds.core.Version("1.0.0")
 

@@ -1,4 +1,4 @@
-"""seqio tasks over the same rows: one with pictures, one of tokens, one too large, and a mixture."""
+"""seqio tasks over the same rows: one with images, one of tokens, one too large, and a mixture."""
 
 import functools
 
@@ -12,7 +12,7 @@ BYTES = seqio.ByteVocabulary()
 ROWS = {"train": (0, 30), "validation": (30, 36)}
 
 
-def _pictures(split: str, shuffle_files: bool = False, seed: int | None = None) -> tf.data.Dataset:
+def _images(split: str, shuffle_files: bool = False, seed: int | None = None) -> tf.data.Dataset:
     def generate():
         for i in range(*ROWS[split]):
             r = row(i)
@@ -34,15 +34,15 @@ _TOKENS = {
     "inputs": seqio.Feature(BYTES, add_eos=False),
     "targets": seqio.Feature(BYTES, add_eos=True),
 }
-_PICTURES = {
+_IMAGES = {
     "image": seqio.Feature(seqio.PassThroughVocabulary(256), add_eos=False, rank=3, dtype=np.uint8),
 }
 
 seqio.TaskRegistry.add(
     "boxes_vqa",
-    source=seqio.FunctionDataSource(_pictures, splits=tuple(ROWS)),
+    source=seqio.FunctionDataSource(_images, splits=tuple(ROWS)),
     preprocessors=[],
-    output_features=_PICTURES,
+    output_features=_IMAGES,
 )
 for name, keep in (("boxes_tokens", False), ("boxes_pretokenized", True)):
     seqio.TaskRegistry.add(

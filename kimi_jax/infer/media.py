@@ -1,7 +1,7 @@
-"""Pictures of many requests in one call of the vision tower, each of them once.
+"""Images of many requests in one call of the vision tower, each of them once.
 
-The tower has a program for each class of picture sizes and each number of pictures in a call. So that few are ever
-compiled, pictures of a class go TOGETHER at a time, and what is left of them one by one.
+The tower has a program for each class of image sizes and each number of images in a call. So that few are ever
+compiled, images of a class go TOGETHER at a time, and what is left of them one by one.
 
 F features of an item   D width   p patch size
 """
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from kimi_jax.model import Model
 
 TOGETHER = 8
-MOST_PATCHES = 8192  # of a call: larger pictures go one by one
+MOST_PATCHES = 8192  # of a call: larger images go one by one
 
 
-def encode_pictures(model: Model, items: Mapping[bytes, MediaItem]) -> dict[bytes, np.ndarray | Exception]:
-    """The features float32 [F, D] of each item, or why there are none: one picture that fails does not end the others.
+def encode_media(model: Model, items: Mapping[bytes, MediaItem]) -> dict[bytes, np.ndarray | Exception]:
+    """The features float32 [F, D] of each item, or why there are none: one image that fails does not end the others.
 
     items: by what tells them apart (`cache.media_digest`); patches [N, 3*p*p], bytes or floats in [-1, 1].
     """
@@ -49,7 +49,7 @@ def _encode(model: Model, items: dict[bytes, MediaItem]) -> dict[bytes, np.ndarr
     try:
         pixels = np.concatenate([item.patches.reshape(-1, 3, size, size) for item in items.values()])
         features = model.vision_features(pixels, [item.grid for item in items.values()])
-    except Exception as error:  # whatever it is: it is told to the request whose picture it was
+    except Exception as error:  # whatever it is: it is told to the request whose image it was
         if len(items) == 1:
             return dict.fromkeys(items, error)
         return {k: v for key, item in items.items() for k, v in _encode(model, {key: item}).items()}
