@@ -127,7 +127,7 @@ class Model:
 
         messages: as in `data.conversation`, with images and videos in their parts (`data.media_part`). temperature 0
         is greedy; the defaults are the release's for thinking (0.6 without). seed: the same one gives the same answer.
-        stop: strings that end the answer and are not part of it. open_url: opens addresses that are not data URIs.
+        stop: strings that end the answer and are not part of it. open_url: opens URLs that are not data URIs.
         Raises ValueError, BadRecord for what cannot be answered, FileNotFoundError without a tokenizer.
 
         One conversation at a time; `kimi_jax.infer.engine.Engine` runs many.

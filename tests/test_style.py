@@ -1,4 +1,4 @@
-"""House rules that a linter does not know: file length, which room may import which, no machine paths."""
+"""Style that a linter does not know: file length, which package may import which, no machine paths."""
 
 import ast
 import re
@@ -11,19 +11,19 @@ from tests.environment import REPO
 
 MAX_LINES = 500
 PACKAGE = sorted((REPO / "kimi_jax").rglob("*.py"))
-# room -> modules of kimi_jax that its files may not import
+# package -> modules of kimi_jax that its files may not import
 FORBIDDEN = {
     "nn": ("data", "train", "eval", "optim", "sharding", "hf", "infer", "rl", "agents", "cli", "report"),
     "kernels": ("nn", "data", "train", "eval", "optim", "sharding", "cli", "report"),
     "data": ("nn", "train", "eval", "optim", "kernels", "sharding"),
     "optim": ("train", "eval", "data", "cli", "report"),
 }
-# third-party packages that a room may not import, not even inside a function
+# third-party packages that a package may not import, not even inside a function
 FORBIDDEN_LIBRARIES = {
     "data": ("jax", "flax", "optax", "orbax", "torch"),
     "nn": ("torch", "tensorflow", "grain", "etils"),
 }
-# the only rooms that may import an optional extra
+# the only packages that may import an optional extra
 EXTRAS = {
     "tensorflow": "data/sources",
     "tensorflow_datasets": "data/sources",
@@ -60,7 +60,7 @@ def imports(path: Path) -> list[str]:
     return found
 
 
-def room(path: Path) -> str:
+def package(path: Path) -> str:
     return path.relative_to(REPO / "kimi_jax").parts[0]
 
 
@@ -76,20 +76,20 @@ def test_no_long_file():
 
 
 @pytest.mark.parametrize("path", PACKAGE, ids=rel)
-def test_rooms_import_downwards_only(path):
+def test_packages_import_downwards_only(path):
     names = imports(path)
-    for module in FORBIDDEN.get(room(path), ()):
+    for module in FORBIDDEN.get(package(path), ()):
         bad = [n for n in names if starts(n, f"kimi_jax.{module}")]
         assert not bad, (
             f"{rel(path)} must not import {bad[0]}: dependencies point one way (docs/architecture.md section 1)"
         )
-    for library in FORBIDDEN_LIBRARIES.get(room(path), ()):
+    for library in FORBIDDEN_LIBRARIES.get(package(path), ()):
         bad = [n for n in names if starts(n, library)]
         assert not bad, f"{rel(path)} must not import {bad[0]}"
 
 
 @pytest.mark.parametrize("path", PACKAGE, ids=rel)
-def test_extras_stay_in_their_rooms(path):
+def test_extras_stay_in_their_packages(path):
     for library, home in EXTRAS.items():
         if any(starts(n, library) for n in imports(path)):
             assert rel(path).startswith(f"kimi_jax/{home}/"), f"{library} belongs to kimi_jax/{home}"

@@ -10,7 +10,7 @@ class BadRecord(Exception):
     """One record cannot be used. The pipeline counts it by source and reason, remembers the first few and goes on.
 
     reason: a short slug: broken_image, broken_video, missing_file, absurd_size, placeholder_mismatch, too_long,
-            bad_json, bad_messages, damaged_file, empty, refused (an address that may not be opened).
+            bad_json, bad_messages, damaged_file, empty, refused (a URL that may not be opened).
     key:    which record (file name, line, identifier).
     detail: what exactly was wrong, for a person.
     """

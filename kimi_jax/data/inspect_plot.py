@@ -198,7 +198,7 @@ def _write(axes: Any, text: str, start: int, end: int, length: int) -> None:
 
 
 def _runs(values: np.ndarray) -> list[tuple[int, int]]:
-    """(start, end) of the stretches of equal values."""
+    """(start, end) of the runs of equal values."""
     cuts = np.flatnonzero(np.diff(values)) + 1
     return list(zip([0, *cuts.tolist()], [*cuts.tolist(), len(values)], strict=True))
 
@@ -237,7 +237,7 @@ def _draw_bin(
 
 
 def _inline(axes: Any, item: Item, start: int, count: int, per_inch: float) -> None:
-    """The frames of an item beside each other, true to shape and as large as its stretch allows."""
+    """The frames of an item beside each other, true to shape and as large as its span allows."""
     t, height, width = item.frames.shape[:3]
     bottom, tall = 0.14, 0.82  # of the bar's height
     scale = min((count / per_inch - 0.06) / (t * width), tall * (BIN - 0.12) / height)  # inches a pixel

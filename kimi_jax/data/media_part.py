@@ -3,7 +3,7 @@
   {"type": "image", "image": VALUE}     the type is image, image_url, video or video_url, the value under its name
   {"type": "image_url", "image_url": {"url": ADDRESS, "detail": ...}}
 
-VALUE is a PIL image, an array, frames, the bytes of a file, or an address. Data URIs are read here; any other address
+VALUE is a PIL image, an array, frames, the bytes of a file, or a URL. Data URIs are read here; any other URL
 goes to a function that the caller gives, and is refused without one.
 """
 
@@ -31,14 +31,14 @@ _WHITESPACE = b" \t\r\n\f\v"
 
 
 def media_value(part: Mapping[str, Any]) -> Any:
-    """What a media part holds: an address in its bare form, anything else as it stands; None for nothing."""
+    """What a media part holds: a URL in its bare form, anything else as it stands; None for nothing."""
     kind = part["type"]
     value = part.get(kind, part.get(kind.removesuffix("_url")))
     return value.get("url") if isinstance(value, Mapping) else value
 
 
 def media_urls(messages: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Whatever stands as a string where a media part has its address, in order; other parts are passed over."""
+    """Whatever stands as a string where a media part has its URL, in order; other parts are passed over."""
     found = []
     for message in messages:
         content = message.get("content")
@@ -49,9 +49,9 @@ def media_urls(messages: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def read_part(part: Mapping[str, Any], open_url: Callable[[str], bytes] | None = None) -> tuple[Any, str]:
-    """(what a media part holds, addresses replaced by the bytes behind them; how messages call it).
+    """(what a media part holds, URLs replaced by the bytes behind them; how messages call it).
 
-    Raises ValueError for a part that holds nothing, and BadRecord: refused (an address without `open_url`),
+    Raises ValueError for a part that holds nothing, and BadRecord: refused (a URL without `open_url`),
     broken_image (a malformed data URI), and what `open_url` raises.
     """
     kind, value = part["type"], media_value(part)
@@ -63,7 +63,7 @@ def read_part(part: Mapping[str, Any], open_url: Callable[[str], bytes] | None =
     if value[:5].lower() == "data:":
         return read_data_uri(value, shown), shown
     if open_url is None:
-        raise BadRecord("refused", shown, "only data URIs are opened here, neither files nor remote addresses")
+        raise BadRecord("refused", shown, "only data URIs are opened here, neither files nor remote URLs")
     return open_url(value), shown
 
 

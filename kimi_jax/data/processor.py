@@ -96,7 +96,7 @@ def prepare(
 ) -> Prompt:
     """Encodes a conversation (see `conversation.encode`), opens its media and expands their pads.
 
-    An image stands in its part as `media_part` says. Data URIs are read here; any other address goes to `open_url`,
+    An image stands in its part as `media_part` says. Data URIs are read here; any other URL goes to `open_url`,
     and is refused without one. limits: checked before media are decoded; None for no limits. sampled: see
     `conversation.encode`.
     Raises BadRecord: those of `plan_media` and `MediaPlan.decode`; refused. Raises ValueError for a message of another

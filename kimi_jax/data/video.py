@@ -12,7 +12,7 @@ applied to the times in the stream: as many frames as it keeps at N / duration a
 at most once. Videos that a phone marks as rotated are turned upright, as the decoders that engines use for the release
 (OpenCV, torchcodec) do; mirroring and pixels that are not square are left as they are. A file that is cut short counts
 as broken (container.py).
-Files are strangers' files: only plain containers are opened (a play list would name further files and addresses), and
+Files are strangers' files: only plain containers are opened (a play list would name further files and URLs), and
 there is an end to the frames that are decoded and to the memory that they take.
 """
 
@@ -218,7 +218,7 @@ def read_video(
     if isinstance(source, bytes):
         source = io.BytesIO(source)
     elif isinstance(source, (str, Path)):
-        try:  # neither an address nor a device, which ffmpeg would open too
+        try:  # neither a URL nor a device, which ffmpeg would open too
             opened = open_regular(Path(source), MAX_FILE_BYTES)
         except OSError as error:
             raise BadRecord(bad_file_reason(error), key, f"{name}: {error.strerror or error}") from error

@@ -34,7 +34,7 @@ class Chat:
 
     messages, tools: see `data.conversation`; tool calls may carry ids of any program, the model sees the released ones.
     thinking: whether the model reasons first. preserve_thinking: keeps the reasoning of earlier answers.
-    open_url: opens addresses of images that are not data URIs; without it those are refused.
+    open_url: opens URLs of images that are not data URIs; without it those are refused.
     limits: of the prompt, checked before media are decoded; None for no limits.
     sampled: by number, the messages of the assistant whose tokens are known: those of the completions that they were,
     to the last one. They are part of the prompt as they are, so that the history is what the model saw.

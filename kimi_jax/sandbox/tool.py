@@ -87,7 +87,7 @@ def conversation_images(messages: Sequence[Mapping[str, Any]]) -> dict[str, np.n
     """The images of a conversation by the names that the tool gives them: image_1, ... to uint8 [h, w, 3].
 
     They stand in their parts as for `data.processor.prepare`: PIL images, arrays, bytes of a file, data URIs. Videos
-    are left out. Raises BadRecord for what cannot be decoded here, and for any other address.
+    are left out. Raises BadRecord for what cannot be decoded here, and for any other URL.
     """
     found: dict[str, np.ndarray] = {}
     for message in messages:
@@ -105,6 +105,6 @@ def _open(part: Mapping[str, Any], name: str) -> Any:
     value = value.get("url") if isinstance(value, Mapping) else value
     if isinstance(value, str):
         if value[:5].lower() != "data:":
-            raise BadRecord("refused", name, "only data URIs are opened here, neither files nor remote addresses")
+            raise BadRecord("refused", name, "only data URIs are opened here, neither files nor remote URLs")
         value = read_data_uri(value, name)
     return open_image(value, name) if isinstance(value, bytes) else value

@@ -44,7 +44,7 @@ _CONVERSATIONS = flags.DEFINE_integer(
 )
 _GRAMMARS = flags.DEFINE_bool("warm_grammars", False, "Compile for schemas now, not at the first call that has one.")
 _MESH = flags.DEFINE_bool("mesh", False, "Shard weights and cache over all devices.")
-_REMOTE = flags.DEFINE_bool("allow_remote_media", False, "Fetch http and https addresses on the public internet.")
+_REMOTE = flags.DEFINE_bool("allow_remote_media", False, "Fetch http and https URLs on the public internet.")
 _NETWORKS = flags.DEFINE_list("allow_media_networks", [], "Other networks that may be fetched from: 10.1.0.0/16,...")
 _FOLDER = flags.DEFINE_string("allow_media_folder", "", "Open images below this folder by path.")
 _KEY = flags.DEFINE_string("api_key", "", "What clients must send; seen in the list of processes, unlike the next two.")

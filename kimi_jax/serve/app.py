@@ -50,7 +50,7 @@ from kimi_jax.serve.worker import EngineFailed, EngineWorker, Overloaded, Reques
 
 GONE = 499  # what proxies call a client that did not wait
 PREPARING_THREADS = 4  # that parse bodies and decode media; others wait
-MAX_REMOTE = 32  # remote addresses in one call
+MAX_REMOTE = 32  # remote URLs in one call
 T = TypeVar("T")
 
 
@@ -59,7 +59,7 @@ class Server:
     """What the routes share.
 
     name: of the model, as clients call it. max_sequence_length: of the engine. media_folder: images and videos below it
-    may be named by path; "" for none. remote: whether http addresses are fetched; allowed_networks: which of the
+    may be named by path; "" for none. remote: whether http URLs are fetched; allowed_networks: which of the
     networks that are not public those may reach. api_key: "" for none. max_body: bytes of a request's body.
     max_memory: bytes for the bodies and media of all requests. body_seconds: for a body to arrive.
     """
@@ -198,7 +198,7 @@ class Endpoint:
         raise NotImplementedError
 
     def requests(self, call: Any, fetched: Mapping[str, bytes], memory: Reservation) -> list[Request]:
-        """What the call asks of the sampler, choice by choice. fetched: the bytes of its remote addresses.
+        """What the call asks of the sampler, choice by choice. fetched: the bytes of its remote URLs.
 
         Raises ValueError, BadRecord, Overloaded.
         """
@@ -267,16 +267,16 @@ class Endpoint:
         await (_send_done(send) if call.stream else _send_whole(send, answer.whole()))
 
     async def _fetch(self, call: Call, memory: Reservation) -> dict[str, bytes]:
-        """The bytes of the call's remote addresses. Raises BadRecord, ApiError, Overloaded."""
+        """The bytes of the call's remote URLs. Raises BadRecord, ApiError, Overloaded."""
         fetcher = self._server.fetcher
         if not fetcher or not isinstance(call, ChatCall):
             return {}
-        addresses = list(dict.fromkeys(filter(is_remote, media_urls(call.messages))))
-        if len(addresses) > MAX_REMOTE:
-            raise ApiError(400, f"more than {MAX_REMOTE} remote addresses in one call", "messages")
-        tasks = [asyncio.ensure_future(fetcher.fetch(address, memory.change)) for address in addresses]
+        urls = list(dict.fromkeys(filter(is_remote, media_urls(call.messages))))
+        if len(urls) > MAX_REMOTE:
+            raise ApiError(400, f"more than {MAX_REMOTE} remote URLs in one call", "messages")
+        tasks = [asyncio.ensure_future(fetcher.fetch(url, memory.change)) for url in urls]
         try:
-            return dict(zip(addresses, await asyncio.gather(*tasks), strict=True))
+            return dict(zip(urls, await asyncio.gather(*tasks), strict=True))
         finally:
             for task in tasks:
                 task.cancel()

@@ -1,4 +1,4 @@
-"""Images and videos that a server fetches from http and https addresses, as strangers name them.
+"""Images and videos that a server fetches from http and https URLs, as strangers name them.
 
 A server stands where its clients do not: beside private services and the metadata address of its machine. So a name is
 resolved first, every address that it resolves to is checked, and the connection is made to the checked address itself,
@@ -24,11 +24,11 @@ from kimi_jax.data import BadRecord
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-SECONDS = 20.0  # for one address in all: the wait for a place, names, redirections, the last byte
+SECONDS = 20.0  # for one URL in all: the wait for a place, names, redirections, the last byte
 MAX_BYTES = 64 << 20
 MAX_REDIRECTIONS = 3
 MAX_AT_ONCE = 8
-MAX_ADDRESS = 8192  # characters
+MAX_URL = 8192  # characters
 MAX_HEADER_BYTES = 32 << 10
 # beside what the standard library knows as not global: metadata services of Azure, 6to4 relays, Teredo and 6to4
 _NEVER = tuple(map(ipaddress.ip_network, (
@@ -53,9 +53,9 @@ def is_public(address: IPAddress) -> bool:
 
 @dataclass(eq=False)
 class Fetcher:
-    """Fetches addresses for one event loop.
+    """Fetches URLs for one event loop.
 
-    allowed: networks that may be reached although they are not public. seconds, max_bytes: of one address in all.
+    allowed: networks that may be reached although they are not public. seconds, max_bytes: of one URL in all.
     """
 
     allowed: Sequence[IPNetwork] = ()
@@ -69,34 +69,34 @@ class Fetcher:
         self._pool = concurrent.futures.ThreadPoolExecutor(MAX_AT_ONCE, "resolve")
         self._places = asyncio.Semaphore(MAX_AT_ONCE)
 
-    async def fetch(self, address: str, reserve: Callable[[int], None]) -> bytes:
-        """The bytes at an address. reserve: takes memory for them as they arrive; what it raises is passed on.
+    async def fetch(self, url: str, reserve: Callable[[int], None]) -> bytes:
+        """The bytes at a URL. reserve: takes memory for them as they arrive; what it raises is passed on.
 
         Raises BadRecord(refused), the same for every reason; the log has the reason.
         """
         try:
             async with asyncio.timeout(self.seconds):
                 async with self._places:
-                    return await self._follow(address, reserve)
+                    return await self._follow(url, reserve)
         except (OSError, ValueError, EOFError, TimeoutError, h11.ProtocolError) as error:
-            logging.info("a remote address was not fetched: %.200r: %s: %s", address, type(error).__name__, error)
-            raise BadRecord("refused", address[:80], "the address cannot be fetched") from error
+            logging.info("a remote URL was not fetched: %.200r: %s: %s", url, type(error).__name__, error)
+            raise BadRecord("refused", url[:80], "the URL cannot be fetched") from error
 
     def close(self) -> None:
         """Lets the threads go."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def _follow(self, address: str, reserve: Callable[[int], None]) -> bytes:
+    async def _follow(self, url: str, reserve: Callable[[int], None]) -> bytes:
         for _ in range(MAX_REDIRECTIONS + 1):
-            parts = urlsplit(address[: MAX_ADDRESS + 1])
-            if len(address) > MAX_ADDRESS or len(parts.hostname or "") > 253:
-                raise ValueError("the address is too long")
+            parts = urlsplit(url[: MAX_URL + 1])
+            if len(url) > MAX_URL or len(parts.hostname or "") > 253:
+                raise ValueError("the URL is too long")
             if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
-                raise ValueError("not a plain http or https address")
+                raise ValueError("not a plain http or https URL")
             moved, data = await self._get(parts, reserve)
             if moved is None:
                 return data
-            address = urljoin(address, moved)
+            url = urljoin(url, moved)
         raise ValueError("too many redirections")
 
     async def _resolve(self, host: str, port: int) -> str:

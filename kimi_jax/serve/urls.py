@@ -1,7 +1,7 @@
 """Images and videos by path, which a server opens only below the folder that its flag allows.
 
 A client that could name any file could read what only the server may see. So by default none is opened; data URIs,
-which bring their own bytes, always are (`data.processor`), and http addresses have a file of their own (`remote`).
+which bring their own bytes, always are (`data.processor`), and http URLs have a file of their own (`remote`).
 """
 
 from __future__ import annotations
@@ -17,40 +17,40 @@ from kimi_jax.data import BadRecord
 MAX_BYTES = 64 << 20
 
 
-def is_remote(address: str) -> bool:
-    """Whether it is an http or https address."""
-    return address[:8].lower().startswith(("http://", "https://"))
+def is_remote(url: str) -> bool:
+    """Whether it is an http or https URL."""
+    return url[:8].lower().startswith(("http://", "https://"))
 
 
 def opener(
     folder: str, fetched: Mapping[str, bytes], reserve: Callable[[int], None] = lambda count: None
 ) -> Callable[[str], bytes]:
-    """What `Chat.open_url` takes: a function from an address to bytes.
+    """What `Chat.open_url` takes: a function from a URL to bytes.
 
-    folder: file: addresses and paths below it are opened; "" for none. fetched: the bytes of remote addresses. reserve:
+    folder: file: URLs and paths below it are opened; "" for none. fetched: the bytes of remote URLs. reserve:
     takes the memory for a file before it is read.
     The function raises BadRecord: refused, missing_file, too_long.
     """
 
-    def open_url(address: str) -> bytes:
-        shown = address[:80]
-        if address in fetched:
-            return fetched[address]
-        if is_remote(address):
-            raise BadRecord("refused", shown, "this server opens no remote addresses (--allow_remote_media)")
+    def open_url(url: str) -> bytes:
+        shown = url[:80]
+        if url in fetched:
+            return fetched[url]
+        if is_remote(url):
+            raise BadRecord("refused", shown, "this server opens no remote URLs (--allow_remote_media)")
         try:
-            parts = urlsplit(address)
+            parts = urlsplit(url)
         except ValueError as error:
-            raise BadRecord("refused", shown, "this server does not open such addresses") from error
+            raise BadRecord("refused", shown, "this server does not open such URLs") from error
         if parts.scheme in ("", "file") and folder:
             return _read(Path(unquote(parts.path)), Path(folder), shown, reserve)
-        raise BadRecord("refused", shown, "this server does not open such addresses")
+        raise BadRecord("refused", shown, "this server does not open such URLs")
 
     return open_url
 
 
 def _read(path: Path, folder: Path, shown: str, reserve: Callable[[int], None]) -> bytes:
-    """Errors name the address as the client wrote it, never the path on the server."""
+    """Errors name the URL as the client wrote it, never the path on the server."""
     root = folder.resolve()
     try:
         file = (root / path).resolve()  # links are followed first, so that none leads out

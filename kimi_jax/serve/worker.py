@@ -1,6 +1,6 @@
 """The engine in a thread of its own, and what the event loop hands it and hears from it.
 
-The engine is synchronous and knows one thread. Here the loop puts errands into an inbox, the thread does them between
+The engine is synchronous and knows one thread. Here the loop puts tasks into an inbox, the thread does them between
 two steps, and what a step yields goes back to the loop in one call. So a slow step (a program that is compiled) never
 stops the server from answering, and nothing is locked.
 """
@@ -175,7 +175,7 @@ class EngineWorker:
         while not self._stopping:
             with contextlib.suppress(queue.Empty):
                 self._inbox.get(block=bool(self.failure) or self._engine.idle)()
-                continue  # all errands first
+                continue  # all tasks first
             try:
                 self._deliver(self._engine.step())
                 self.stats = self._engine.stats()

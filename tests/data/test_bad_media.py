@@ -1,5 +1,5 @@
 """Images and videos of strangers through the public functions: what the release does, or a typed error; never a
-crash, a hang, or a file or address that nobody asked for."""
+crash, a hang, or a file or URL that nobody asked for."""
 
 import io
 import os

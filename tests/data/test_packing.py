@@ -218,7 +218,7 @@ def test_nobody_waits_for_more_groups_than_the_pool_has_places():
 
 
 def test_bins_that_are_full_let_text_fill_the_rows():
-    """A stretch of large images in front of text: images wait, text goes ahead, order of the images is kept."""
+    """A run of large images in front of text: images wait, text goes ahead, order of the images is kept."""
     rng = np.random.default_rng(0)
     images = [example(rng, 12, [(1, 4, 8)], key=f"image-{i}") for i in range(10)]
     stream = iter([*images, *(example(rng, 7, key="text") for _ in range(200))])

@@ -1,4 +1,4 @@
-"""From messages with images to ids, pixels and grids; and what of an address is opened at all."""
+"""From messages with images to ids, pixels and grids; and which URLs are opened at all."""
 
 import base64
 import io
@@ -83,17 +83,17 @@ def test_every_way_to_give_an_image_is_the_same(tokenizer):
         {"type": "image_url", "image_url": uri},
         {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}},
     ]
-    prompts = [prepare(user(way), tokenizer, open_url=lambda address: png(image)) for way in ways]
+    prompts = [prepare(user(way), tokenizer, open_url=lambda url: png(image)) for way in ways]
     for prompt in prompts[1:]:
         assert np.array_equal(prompt.input_ids, prompts[0].input_ids)
         assert np.array_equal(prompt.pixel_values, prompts[0].pixel_values)
 
 
-@pytest.mark.parametrize("address", ["https://example.com/a.png", "file:///etc/passwd", "/etc/passwd", "a.png", ""])
+@pytest.mark.parametrize("url", ["https://example.com/a.png", "file:///etc/passwd", "/etc/passwd", "a.png", ""])
 @pytest.mark.parametrize("kind", ["image_url", "video_url", "image", "video"])
-def test_addresses_are_refused_unless_someone_opens_them(tokenizer, address, kind):
+def test_urls_are_refused_unless_someone_opens_them(tokenizer, url, kind):
     with pytest.raises(BadRecord) as bad:
-        prepare(user({"type": kind, kind: {"url": address}}), tokenizer)
+        prepare(user({"type": kind, kind: {"url": url}}), tokenizer)
     assert bad.value.reason == "refused"
 
 

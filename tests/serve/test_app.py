@@ -284,7 +284,7 @@ def test_videos_too(ask, engine):
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_bad_images_and_addresses_are_the_clients_fault(ask, url, code, stream):
+def test_bad_images_and_urls_are_the_clients_fault(ask, url, code, stream):
     with pytest.raises(openai.BadRequestError) as error:
         kind = "video_url" if url.startswith("data:video") else "image_url"
         ask(user([{"type": kind, kind: {"url": url}}]), stream=stream)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_streams_tools_and_images_32_at_once(tmp_path):
-    """Images as data URIs and, as the flag allows, from a folder; an address is still refused. Ctrl-C ends it."""
+    """Images as data URIs and, as the flag allows, from a folder; a URL is still refused. Ctrl-C ends it."""
     model = checkpoint(tmp_path / "tiny")
     (tmp_path / "media").mkdir()
     PIL.Image.new("RGB", (30, 40), "red").save(tmp_path / "media" / "red.png")

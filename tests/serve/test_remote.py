@@ -181,7 +181,7 @@ def test_redirections_are_checked_and_failures_are_told_alike(site, caplog):
                     "http://" + "ü" * 3000 + "/"):  # fmt: skip
         error = failure(address, max_bytes=4096)
         details.add((error.reason, error.detail))
-    assert details == {("refused", "the address cannot be fetched")}
+    assert details == {("refused", "the URL cannot be fetched")}
 
 
 def test_time_limit_of_remote_media_is_in_total(site):
@@ -214,7 +214,7 @@ def ask(address, urls):
 
 def test_request_with_a_remote_image_is_answered_only_by_a_server_that_allows_its_network(site):
     """From request to prompt: the same bytes as a data URI give the same prompt; nothing is fetched where it is not
-    allowed, and more addresses than a call may have are refused before any is."""
+    allowed, and more URLs than a call may have are refused before any is."""
     data_uri = image_uri()
     site.answers = {"/a.png": response(body=base64.b64decode(data_uri.partition(",")[2]))}
     tokenizer = byte_tokenizer()
@@ -226,7 +226,7 @@ def test_request_with_a_remote_image_is_answered_only_by_a_server_that_allows_it
         ask(address, [data_uri])
         assert list(engine.requests[0].token_ids) == list(engine.requests[1].token_ids)
         assert len(site.requests) == 1
-        with pytest.raises(openai.BadRequestError, match=f"more than {MAX_REMOTE} remote addresses"):
+        with pytest.raises(openai.BadRequestError, match=f"more than {MAX_REMOTE} remote URLs"):
             ask(address, [f"{url}?{i}" for i in range(MAX_REMOTE + 1)])
     with serving(engine, tokenizer, config, remote=True) as address:
         with pytest.raises(openai.BadRequestError):

@@ -1,4 +1,4 @@
-"""What a server opens by address: nothing, unless it is allowed, and then nothing beside it."""
+"""What a server opens by URL: nothing, unless it is allowed, and then nothing beside it."""
 
 import os
 
@@ -18,30 +18,30 @@ def folder(tmp_path):
 
 
 def test_nothing_by_default(folder):
-    for address in (f"{folder}/a b.png", "a b.png", "http://127.0.0.1/", "file:///etc/passwd", "http://[", ""):
+    for url in (f"{folder}/a b.png", "a b.png", "http://127.0.0.1/", "file:///etc/passwd", "http://[", ""):
         with pytest.raises(BadRecord, match="refused"):
-            opener("", {})(address)
+            opener("", {})(url)
 
 
 def test_files_below_the_folder_only(folder):
     open_url = opener(str(folder), {})
     assert open_url("a b.png") == b"inside"
     assert open_url(f"file://{folder}/a%20b.png") == b"inside"
-    for address in ("../secret.txt", f"{folder.parent}/secret.txt", "link.png", "http://127.0.0.1/", "ftp://x/y"):
+    for url in ("../secret.txt", f"{folder.parent}/secret.txt", "link.png", "http://127.0.0.1/", "ftp://x/y"):
         with pytest.raises(BadRecord, match="refused"):
-            open_url(address)
+            open_url(url)
     (folder / "circle.png").symlink_to(folder / "circle.png")
     os.mkfifo(folder / "pipe.png")
-    for address in ("none.png", "x" * 5000, "a%00b", "circle.png", "pipe.png", "."):
+    for url in ("none.png", "x" * 5000, "a%00b", "circle.png", "pipe.png", "."):
         with pytest.raises(BadRecord, match="missing_file"):
-            open_url(address)
+            open_url(url)
 
 
 def test_errors_of_files_name_no_folder_of_the_server(folder):
     open_url = opener(str(folder), {})
-    for address in ("none.png", "../secret.txt", "x" * 5000, "."):
+    for url in ("none.png", "../secret.txt", "x" * 5000, "."):
         with pytest.raises(BadRecord) as error:
-            open_url(address)
+            open_url(url)
         assert str(folder.parent) not in str(error.value)
 
 
@@ -51,7 +51,7 @@ def test_files_take_their_memory_before_they_are_read(folder):
     assert taken == [6]
 
 
-def test_remote_addresses_come_from_what_was_fetched():
+def test_remote_urls_come_from_what_was_fetched():
     open_url = opener("", {"http://host/a": b"fetched"})
     assert open_url("http://host/a") == b"fetched"
     with pytest.raises(BadRecord, match="refused"):

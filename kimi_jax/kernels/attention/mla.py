@@ -1,9 +1,9 @@
 """MLA's attention over a mesh: rows and heads are distributed to devices, and so are the tokens of long rows.
 
 Source: docs/architecture.md section 9 (gather the latent, not keys and values: 302 MB a layer at 262,144 tokens). Every
-device of the `context` axis has a stretch of each row. It gathers the latents of all stretches, makes keys and values
-of one stretch at a time, and joins the pieces by their log-sum-exp: its own stretch causally, earlier ones wholly,
-later ones not at all (so devices with late stretches work most, up to twice the mean). Backward goes over the same
+device of the `context` axis has a sequence shard of each row. It gathers all latents, makes keys and values
+of one shard at a time, and joins the pieces by their log-sum-exp: its own shard causally, earlier ones wholly,
+later ones not at all (so devices with late shards work most, up to twice the mean). Backward goes over the same
 pieces with the joint log-sum-exp, and the latents' gradient is scattered back. Without a context axis there is one
 piece.
 
@@ -12,8 +12,8 @@ Queries, keys and values are made here as well, one product each, so that on TPU
 cos + x' sin, has x' from columns of its own: the matrix' columns are swapped, not the lanes of all queries.
 
 B rows   S tokens   H heads   I input of queries   C latent with rotary key   L its rank   d, v widths of keys, values
-r rotary width   p = r / 2   n = d - r   w = n + 2 r and u = n + v columns of a head   t tokens of a stretch
-X stretches
+r rotary width   p = r / 2   n = d - r   w = n + 2 r and u = n + v columns of a head   t tokens of a sequence shard
+X sequence shards
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def _supports(call: _Call, q: Array, cos: Array, sin: Array, kv: Array, rope: Ar
 
 
 def _gather(sharding: AttentionSharding, x: Array) -> Array:
-    """[X, B, t, ...]: the stretches of all devices."""
+    """[X, B, t, ...]: the sequence shards of all devices."""
     return lax.all_gather(x, sharding.context) if sharding.context else x[None]
 
 
