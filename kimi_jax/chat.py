@@ -135,7 +135,7 @@ def _answer(conversation: Conversation, text: str, out: Output, notes: Output, c
                 break
     print(PLAIN if reasoning else "", file=out, flush=True)
     if conversation.finish_reason == "length":
-        print("cut off: --max_new_tokens or --max_sequence_length", file=notes, flush=True)
+        print("truncated: --max_new_tokens or --max_sequence_length", file=notes, flush=True)
 
 
 @contextlib.contextmanager

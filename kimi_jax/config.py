@@ -267,7 +267,7 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """What is traded for room on a device. What is recomputed: `ModelConfig.remat`, `remat_policy`."""
+    """Memory and compute trade-offs. What is recomputed: `ModelConfig.remat`, `remat_policy`."""
 
     microbatches: Count = 1  # parts of a batch that are computed one after the other, their gradients added up
     expert_capacity_factor: Positive = 1.25  # of arriving rows over the mean; what overflows takes another round

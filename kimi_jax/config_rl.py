@@ -58,7 +58,7 @@ class RolloutConfig:
     prompts: Count = 64  # groups that an iteration trains on
     samples: Annotated[int, Range(2, 4096)] = 8  # answers to a prompt, a group
     max_new_tokens: Count = 64  # of an answer, over all its parts
-    # an answer that is longer goes on in the next iteration, with its weights (a partial rollout); 0: never cut
+    # an answer that is longer goes on in the next iteration, with its weights (a partial rollout); 0: never interrupted
     tokens_per_iteration: Natural = 0
     max_staleness: Natural = 0  # eta: answers may be begun so many iterations before they are needed
     updates: Count = 1  # training steps that share an iteration's groups between them
@@ -68,7 +68,7 @@ class RolloutConfig:
     max_draws: Annotated[float, Range(1.0, 1e6)] = 3.0  # times `prompts` that an iteration may draw in all
     replay_experts: bool = False  # training routes every token to the experts that the sampler chose for it
     # reward of an answer that reached max_new_tokens; None: it is scored as it stands
-    cut_penalty: Annotated[float, Range(-1e6, 0.0)] | None = None
+    truncation_penalty: Annotated[float, Range(-1e6, 0.0)] | None = None
     repeat_period: Natural = 16  # an answer ends that repeats up to so many tokens ...
     repeat_times: Annotated[int, Range(2, 1 << 20)] = 16  # ... so many times; period 0: never
     slots: Count = 64  # answers that are decoded together
@@ -80,7 +80,7 @@ class RolloutConfig:
         if self.page_size & (self.page_size - 1):
             return f"page_size = {self.page_size} is no power of two"
         if self.tokens_per_iteration and not self.max_staleness:
-            return "tokens_per_iteration cuts answers, so max_staleness must be at least 1"
+            return "tokens_per_iteration interrupts answers, so max_staleness must be at least 1"
         return ""
 
 

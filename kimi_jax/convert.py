@@ -8,7 +8,7 @@ called again; TARGET appears when it is whole. Both may be gs://... (extra [tpu]
 place, its last file says that it is whole, and to-hf needs room for one file in $TMPDIR. Of a run with `config.lora`
 to-hf merges the adapters into their base.
 
-from-hf --mesh=fsdp=64 cuts the checkpoint for the devices that will restore it; any other mesh can restore it too.
+from-hf --mesh=fsdp=64 shards the checkpoint for the devices that will restore it; any other mesh can restore it too.
 """
 
 from __future__ import annotations

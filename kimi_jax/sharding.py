@@ -5,10 +5,10 @@ the model names those of activations at the edges of blocks; this file decides w
 (`nn.layout.Layout` applies it). Five axes:
 
     replica   copies of all weights, the only axis across slices: one all-reduce of the gradients a step on the slow net
-    fsdp      cuts rows of the batch and every weight
-    expert    cuts rows of the batch too; the routed experts live on it and tokens are sent to them
-    context   cuts the tokens of a row (long sequences); keys' latents are gathered
-    tensor    cuts heads and inner widths; activations at block edges are whole
+    fsdp      shards rows of the batch and every weight
+    expert    shards rows of the batch too; the routed experts live on it and tokens are sent to them
+    context   shards the tokens of a row (long sequences); keys' latents are gathered
+    tensor    shards heads and inner widths; activations at block edges are whole
 
 Rows and the vision bins beside them are sharded by whole packs, so no feature crosses devices.
 
@@ -35,13 +35,13 @@ AXES = ("replica", "fsdp", "expert", "context", "tensor")  # outermost first: ne
 FSDP_AXES = ("fsdp", "expert", "context")  # what a weight may be sharded by just to need less room
 
 # Logical name -> mesh axes. The order is a preference: of the axes of one array that want the same mesh axis, the first
-# entry whose size divides gets it. (): never cut.
+# entry whose size divides gets it. (): never sharded.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("replica", "fsdp", "expert"),
     "bins": ("replica", "fsdp", "expert", "context", "tensor"),  # `nn.vision_stage`
     "sequence": ("context",),
     "expert": ("expert",),
-    # a matrix is cut along both sides: in 512 along one, parts would be no whole tiles, and the TPU compiler sums
+    # a matrix is sharded along both sides: in 512 along one, parts would be no whole tiles, and the TPU compiler sums
     # matrices that are zero elsewhere instead of gathering such parts, which sends twice as much
     "embed": ("fsdp", "context"),
     "heads": ("tensor", "expert"),
@@ -61,7 +61,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "pixels": (),
     "qkv": (),
     "grid": (),
-    "vision_position": (),  # cut, the compiler would rather gather what reads the table, for the images of all chips
+    "vision_position": (),  # else the compiler would rather gather what reads the table, for the images of all chips
     "layers": (),
     "lora": (),
 }
@@ -111,7 +111,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def serving_mesh() -> Mesh:
-    """All devices along the expert axis, which cuts every weight as fsdp does; but no expert is gathered."""
+    """All devices along the expert axis, which shards every weight as fsdp does; but no expert is gathered."""
     return make_mesh(MeshConfig(fsdp=1, expert=-1))
 
 
@@ -121,7 +121,7 @@ def layout(mesh: Mesh | AbstractMesh, **settings: Any) -> Layout:
 
 
 def spec(info: ParamInfo, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """How one parameter is cut, see `Layout.spec`. Raises ShardingError as it does."""
+    """How one parameter is sharded, see `Layout.spec`. Raises ShardingError as it does."""
     return layout(mesh).spec(info.axes, shape)
 
 
@@ -147,7 +147,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def batch_parts(mesh: Mesh | AbstractMesh) -> int:
-    """In how many parts the mesh cuts a batch."""
+    """In how many parts the mesh divides a batch."""
     return layout(mesh).parts("batch")
 
 
@@ -164,8 +164,8 @@ def check_packs(num_packs: int, mesh: Mesh | AbstractMesh, microbatches: int = 1
 
 def local_packs(num_packs: int, mesh: Mesh) -> list[int]:
     """The groups of a batch that the devices of this host hold, ascending: what its part of the data stream makes."""
-    cut = batch_sharding(mesh).addressable_devices_indices_map((num_packs,))
-    return sorted({group for (part,) in cut.values() for group in range(num_packs)[part]})
+    placement = batch_sharding(mesh).addressable_devices_indices_map((num_packs,))
+    return sorted({group for (part,) in placement.values() for group in range(num_packs)[part]})
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:

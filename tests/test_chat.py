@@ -91,7 +91,7 @@ def test_what_cannot_be_answered_is_said_and_forgotten(run, engine, tmp_path):
 
 def test_a_cut_off_answer_says_so(run):
     out, notes, _ = run("x" * 200)
-    assert "cut off" in notes
+    assert "truncated" in notes
 
 
 def test_ctrl_c_ends_the_answer_and_keeps_what_there_is(run, engine):

@@ -1,4 +1,4 @@
-"""One table decides how every array is cut: no name without a rule, no rule without a name, nothing cut twice."""
+"""One table says how every array is sharded: no name without a rule, no rule without a name, nothing twice."""
 
 import jax
 import numpy as np
@@ -53,30 +53,30 @@ def test_slices_hold_whole_replicas():
 
 
 def test_an_array_is_cut_once_by_preference_and_only_where_it_divides(mesh):
-    def cut(axes, shape):
+    def spec_of(axes, shape):
         return sharding.spec(ParamInfo(axes, Muon()), shape, mesh)
 
-    assert cut(("embed", "mlp"), (16, 32)) == P("fsdp", None)
-    assert cut(("mlp", "embed"), (32, 16)) == P(None, "fsdp")
-    assert cut(("embed", "mlp"), (12, 32)) == P(None, "fsdp")  # 12 does not divide by 8
-    assert cut(("embed", "mlp"), (12, 12)) == P(None, None)
-    assert cut(("layers", "norm"), (8, 16)) == P(None, None)
+    assert spec_of(("embed", "mlp"), (16, 32)) == P("fsdp", None)
+    assert spec_of(("mlp", "embed"), (32, 16)) == P(None, "fsdp")
+    assert spec_of(("embed", "mlp"), (12, 32)) == P(None, "fsdp")  # 12 does not divide by 8
+    assert spec_of(("embed", "mlp"), (12, 12)) == P(None, None)
+    assert spec_of(("layers", "norm"), (8, 16)) == P(None, None)
 
 
 def test_axes_share_an_array_by_preference():
-    """A expert weight lives on `expert`; the rest of it is cut like any weight. One mesh axis never cuts an array
+    """An expert weight lives on `expert`; the rest of it is sharded like any weight. No mesh axis shards an array
     twice."""
     mesh = sharding.make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
 
-    def cut(axes, shape):
+    def spec_of(axes, shape):
         return sharding.spec(ParamInfo(axes, Muon()), shape, mesh)
 
-    assert cut(("layers", "expert", "embed", "expert_mlp"), (3, 4, 8, 8)) == P(None, "expert", "fsdp", "tensor")
-    assert cut(("expert", "expert_mlp", "embed"), (3, 8, 8)) == P(None, ("tensor", "expert"), "fsdp")
-    assert cut(("embed", "heads", "head_dim"), (8, 4, 4)) == P("fsdp", ("tensor", "expert"), None)
-    assert cut(("embed", "q_lora"), (8, 8)) == P("fsdp", "expert")
-    assert cut(("q_lora", "heads", "head_dim"), (8, 2, 4)) == P(("expert", "fsdp"), "tensor", None)
-    assert cut(("embed", "norm"), (7, 8)) == P(None, None)
+    assert spec_of(("layers", "expert", "embed", "expert_mlp"), (3, 4, 8, 8)) == P(None, "expert", "fsdp", "tensor")
+    assert spec_of(("expert", "expert_mlp", "embed"), (3, 8, 8)) == P(None, ("tensor", "expert"), "fsdp")
+    assert spec_of(("embed", "heads", "head_dim"), (8, 4, 4)) == P("fsdp", ("tensor", "expert"), None)
+    assert spec_of(("embed", "q_lora"), (8, 8)) == P("fsdp", "expert")
+    assert spec_of(("q_lora", "heads", "head_dim"), (8, 2, 4)) == P(("expert", "fsdp"), "tensor", None)
+    assert spec_of(("embed", "norm"), (7, 8)) == P(None, None)
 
 
 def test_name_without_a_rule_is_an_error(mesh):
@@ -129,8 +129,8 @@ def test_weights_do_not_depend_on_the_mesh():
 
     def make(num_devices):
         mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:num_devices])
-        cuts = jax.tree.map(lambda x: x.sharding, state_lib.abstract_params(MODEL, mesh))
-        return jax.jit(lambda: unbox(init_params(MODEL, jax.random.key(3))), out_shardings=cuts)()
+        placements = jax.tree.map(lambda x: x.sharding, state_lib.abstract_params(MODEL, mesh))
+        return jax.jit(lambda: unbox(init_params(MODEL, jax.random.key(3))), out_shardings=placements)()
 
     for a, b in zip(jax.tree.leaves(make(1)), jax.tree.leaves(make(8)), strict=True):
         np.testing.assert_allclose(a, b, rtol=5e-7, atol=0)

@@ -45,7 +45,7 @@ def page_data(meta: dict[str, Any], events: Sequence[Event]) -> dict[str, Any]:
     slots = meta.get("max_parallel")
     failed = sum(agent["status"] != "ok" for agent in agents)
     return {
-        "question": _cut(str(meta.get("question", ""))),
+        "question": _shortened(str(meta.get("question", ""))),
         "summary": f"{root['status'] if root else 'running'} · {_count(len(agents), 'agent')}, {failed} not ok · "
         f"model {str(meta.get('model', '?'))[:100]}",
         "measures": measures(events, slots if isinstance(slots, int) and slots > 0 else None),
@@ -122,13 +122,13 @@ def _agent(name: str, own: Sequence[Event], spawn: Event | None) -> dict[str, An
         "name": name,
         "depth": name.count("/"),
         "agent": str(begin.detail.get("agent", "")) if begin else "",
-        "brief": _cut(str(begin.detail.get("brief", ""))) if begin else "",
+        "brief": _shortened(str(begin.detail.get("brief", ""))) if begin else "",
         "spawn": begin.time if begin else 0.0,
         "start": start.time if start else None,
         "end": end.time if end else max((e.time for e in own), default=0.0),
         "status": status,
         "facts": " · ".join(facts),
-        "summary": _cut(str(end.detail.get("summary", ""))) if end else "",
+        "summary": _shortened(str(end.detail.get("summary", ""))) if end else "",
         "turns": [_turn(e) for e in own if e.kind in ("step", "tool")],
     }
 
@@ -150,7 +150,7 @@ def _turn(event: Event) -> dict[str, Any]:
         "duration": event.duration,
         "status": event.status,
         "tokens": tokens,
-        "texts": [_cut(str(text)) for text in texts if text],
+        "texts": [_shortened(str(text)) for text in texts if text],
     }
 
 
@@ -158,5 +158,5 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}" + ("" if number == 1 else "s")
 
 
-def _cut(text: str) -> str:
+def _shortened(text: str) -> str:
     return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} ... ({len(text)} characters)"

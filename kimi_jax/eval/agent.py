@@ -160,7 +160,7 @@ def _content(value: Any, limits: Limits) -> Any:
 
 def _text(text: str, limits: Limits, room: int | None = None) -> str:
     room = limits.characters if room is None else room
-    return text if len(text) <= room else f"{text[:room]}\n[cut off: {len(text):,} characters, {room:,} are shown]"
+    return text if len(text) <= room else f"{text[:room]}\n[truncated: {len(text):,} characters, {room:,} are shown]"
 
 
 def engine_replies(

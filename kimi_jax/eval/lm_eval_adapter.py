@@ -54,7 +54,7 @@ class KimiLM(LM):
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of each whole text; the first token follows the end-of-document token.
 
-        A text that is longer than a row is cut into rows; each begins with the last token of the one before.
+        A text that is longer than a row is split into rows; each begins with the last token of the one before.
         """
         documents: list[Encoded] = []
         owners: list[int] = []

@@ -93,9 +93,9 @@ def make_apply(config: ModelConfig, num_packs: int, mesh_config: MeshConfig) -> 
     return run
 
 
-def _place(batch: PackedBatch, cut: Any) -> PackedBatch:
+def _place(batch: PackedBatch, placement: Any) -> PackedBatch:
     """Host arrays that every process holds whole, as global arrays sharded by packs."""
-    return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, cut, lambda index: a[index]), batch)
+    return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, placement, lambda index: a[index]), batch)
 
 
 # -------------------------------------------------------------------------------------------------------------- scoring
@@ -226,7 +226,7 @@ class Scorer:
                     made[i].append(self.tokenizer.eos_id)  # no room for more
                 else:
                     documents[i] = self.from_tokens(tokens, np.zeros(len(tokens)), documents[i])
-        return [_cut_at(self._text(ids), stop) for ids in made]
+        return [_until(self._text(ids), stop) for ids in made]
 
     def _text(self, ids: list[int]) -> str:
         ids = ids[: ids.index(self.tokenizer.eos_id)] if self.tokenizer.eos_id in ids else ids
@@ -237,7 +237,7 @@ class Scorer:
         return self.tokenizer.eos_id in ids or any(s in text for s in stop)
 
     def bits(self, text: str) -> list[Encoded]:
-        """Documents of a text to be scored whole, cut to rows; the first token of each is given, not scored."""
+        """Documents of a text to be scored whole, split into rows; the first token of each is given, not scored."""
         return split(self.encode_all(text), self.length)
 
     def encode_all(self, text: str) -> Encoded:
@@ -256,5 +256,5 @@ def _add(packs: list[Pack], document: Encoded) -> tuple[int, int] | None:
     return None
 
 
-def _cut_at(text: str, stop: Sequence[str]) -> str:
+def _until(text: str, stop: Sequence[str]) -> str:
     return text[: min((text.find(s) for s in stop if s in text), default=len(text))]

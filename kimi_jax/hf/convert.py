@@ -175,7 +175,7 @@ def from_hf(
 ) -> list[str]:
     """A released directory (`gs://` too) to a checkpoint of ours; see the top of the file for what it holds.
 
-    mesh: of the devices that will restore it, a number for every axis; chunks are cut so that each device reads its own
+    mesh: of the devices that will restore it, a number for every axis; chunks are such that each device reads its own
     shard and little else. Any other mesh can restore it too. checksum: read back what was written and put its checksums
     beside it (kimi_jax.checksums). Returns notes for the user: INT4 groups that cannot be
     written back exactly. Raises FileNotFoundError, ConfigError or CheckpointError for a source that cannot be read,
@@ -185,8 +185,8 @@ def from_hf(
     try:
         plan = Stacks(checkpoint, mesh)
         work = _begin(checkpoint.path, target, plan.nbytes)
-        cuts = dataclasses.asdict(mesh) if mesh else None
-        identity = {"from": _identity(checkpoint.path), "piece": stream.PIECE, "mesh": cuts}
+        axes = dataclasses.asdict(mesh) if mesh else None
+        identity = {"from": _identity(checkpoint.path), "piece": stream.PIECE, "mesh": axes}
         journal = Journal(work / JOURNAL, identity)
         params, scales = Leaves(work / STEP / "params"), Leaves(work / "released" / "scales")
         plan.create(params, scales)

@@ -1,7 +1,7 @@
 """Stacked leaves on disk, written and read a slice at a time, in the layout that Orbax restores.
 
 Source: docs/architecture.md section 9. A leaf is one zarr
-array in a folder of its own, cut into chunks that are each written once; `_METADATA` beside them makes the folder an
+array in a folder of its own, split into chunks that are each written once; `_METADATA` beside them makes the folder an
 Orbax item. Reading also takes what Orbax itself saved (one OCDBT database for all leaves).
 """
 
@@ -19,7 +19,7 @@ from etils import epath
 from kimi_jax.hf.files import CheckpointError
 from kimi_jax.untrusted import MAX_TABLE, check_inside, describe, is_remote, read_json
 
-Place = tuple[Any, ...]  # one integer or slice for each axis that is cut
+Place = tuple[Any, ...]  # one integer or slice for each axis that is split
 
 
 class Leaves:

@@ -138,7 +138,7 @@ class Tensor:
 
     @property
     def step(self) -> int:
-        """Rows that belong to one position of our first output axis; pieces are cut at multiples of it."""
+        """Rows that belong to one position of our first output axis; pieces are split at multiples of it."""
         return self.rows // self.inner[self.inputs]
 
     def place(self, first: int, last: int) -> tuple[Any, ...]:

@@ -66,7 +66,7 @@ class Stacks:
 
 
 def _parts(config: ModelConfig, mesh: MeshConfig) -> dict[str, tuple[int, ...]]:
-    """In how many parts the rules of `kimi_jax.sharding` cut each axis of each leaf. Raises ConfigError for a -1."""
+    """In how many parts the rules of `kimi_jax.sharding` shard each axis of each leaf. Raises ConfigError for a -1."""
     sizes = {axis: getattr(mesh, axis) for axis in sharding.AXES}
     if min(sizes.values()) < 1:
         raise ConfigError(f"the mesh needs a number of devices for every axis, not {sizes}")
@@ -82,7 +82,7 @@ def _parts(config: ModelConfig, mesh: MeshConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _chunk(tensor: Tensor, parts: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """Chunk of one slice of a leaf; parts: in how many shards its axes are cut, empty without a mesh."""
+    """Chunk of one slice of a leaf; parts: in how many shards its axes are sharded, empty without a mesh."""
     first = next(pieces(tensor))
     chunk = list(tensor.inner)
     chunk[tensor.inputs] = (first.last - first.first) // tensor.step

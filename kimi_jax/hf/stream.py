@@ -232,13 +232,13 @@ def load(
     try:
         if keep_int4:
             config = dataclasses.replace(config, moe=_int4_section(checkpoint, by_leaf))
-        cuts = _cuts(config, mesh) if mesh is not None else {}
+        placements = _placements(config, mesh) if mesh is not None else {}
         for leaf, members in by_leaf.items():
             if keep_int4 and leaf in EXPERTS:
-                set_leaf(params, leaf, _load_int4(checkpoint, members, cuts))
+                set_leaf(params, leaf, _load_int4(checkpoint, members, placements))
             else:
                 kind = np.dtype(np.float32) if leaf == BIAS else jnp.dtype(dtype)
-                array = Parts(_stacked(members, members[-1].inner), kind, cuts.get(leaf))
+                array = Parts(_stacked(members, members[-1].inner), kind, placements.get(leaf))
                 _fill(members, [array], lambda piece: (checkpoint.read(piece),))
                 set_leaf(params, leaf, array.array())
     finally:
@@ -246,23 +246,23 @@ def load(
     return config, params
 
 
-def _cuts(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
+def _placements(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
     boxed = abstract_params(config)
-    cuts = sharding.param_shardings(metadata(boxed), unbox(boxed), mesh)
-    leaves = jax.tree_util.tree_leaves_with_path(cuts)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): cut for path, cut in leaves}
+    placements = sharding.param_shardings(metadata(boxed), unbox(boxed), mesh)
+    leaves = jax.tree_util.tree_leaves_with_path(placements)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): placement for path, placement in leaves}
 
 
 class Parts:
     """One array on its way from the files to its devices: on the host stand the parts that they will hold.
 
-    cut: how it lies over devices; None: whole, on the default device. Devices that hold the same part share it here.
+    placement: how it lies over devices; None: whole, on the default device. Devices with the same part share it here.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, cut: NamedSharding | None):
-        self._shape, self._cut = shape, cut
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, placement: NamedSharding | None):
+        self._shape, self._placement = shape, placement
         every = (slice(None),) * len(shape)
-        indices = cut.addressable_devices_indices_map(shape) if cut else {None: every}
+        indices = placement.addressable_devices_indices_map(shape) if placement else {None: every}
         self._boxes = {
             device: tuple(at.indices(size)[:2] for at, size in zip(index, shape, strict=True))
             for device, index in indices.items()
@@ -290,11 +290,11 @@ class Parts:
 
     def array(self) -> jax.Array:
         """The parts on their devices."""
-        if self._cut is None:
+        if self._placement is None:
             (whole,) = self._parts.values()
             return jnp.asarray(whole)
         placed = [jax.device_put(self._parts[box], device) for device, box in self._boxes.items()]
-        return jax.make_array_from_single_device_arrays(self._shape, self._cut, placed)
+        return jax.make_array_from_single_device_arrays(self._shape, self._placement, placed)
 
 
 def _fill(members: list[Tensor], arrays: list[Parts], read: Callable[[TensorSlice], tuple[np.ndarray, ...]]) -> None:
@@ -312,12 +312,12 @@ def _fill(members: list[Tensor], arrays: list[Parts], read: Callable[[TensorSlic
         pass
 
 
-def _load_int4(checkpoint: Released, members: list[Tensor], cuts: dict[str, NamedSharding]) -> dict[str, Any]:
+def _load_int4(checkpoint: Released, members: list[Tensor], placements: dict[str, NamedSharding]) -> dict[str, Any]:
     inputs, outputs = members[-1].inner
     assert checkpoint.quantization  # `_int4_section` looked
     groups, scale = inputs // checkpoint.quantization.group_size, DTYPES[checkpoint.dtype(members[0])]
     arrays = {
-        name: Parts(_stacked(members, (rows, outputs)), dtype, cuts.get(f"{members[0].leaf}.{name}"))
+        name: Parts(_stacked(members, (rows, outputs)), dtype, placements.get(f"{members[0].leaf}.{name}"))
         for name, rows, dtype in ((WORDS, inputs // 8, np.dtype(np.int32)), (SCALES, groups, scale))
     }
     _fill(members, list(arrays.values()), checkpoint.read_int4)

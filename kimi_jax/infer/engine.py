@@ -61,7 +61,7 @@ class Engine:
     slots: requests that decode together. page_size: tokens a page, a power of two. num_pages: of the cache; default:
     enough for `conversations` of the longest length, of which as many as there are slots run and the others may return:
     their pages are kept meanwhile; default: as many as slots. max_sequence_length: most tokens of prompt and answer.
-    mesh: of `kimi_jax.sharding`; slots and pages are cut where they divide. chunks: lengths of a prompt's pieces.
+    mesh: of `kimi_jax.sharding`; slots and pages are sharded where they divide. chunks: lengths of a prompt's pieces.
     tokens_per_call: how many tokens of an answer are decoded before they are reported; 1 to stream them as they come.
     prefill_tokens: of prompts, read in one step; the longest piece unless given.
     Raises ValueError for sizes without sense.

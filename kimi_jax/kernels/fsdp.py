@@ -1,8 +1,8 @@
-"""Weights that are cut only to need less room: gathered where they are used, their gradients summed and cut again.
+"""FSDP weights: all-gathered where they are used; their gradients are reduce-scattered.
 
 Source: docs/architecture.md section 6 (fully sharded weights). Inside `shard_map`, where nobody else does it, and axis
 by axis: of a gather over all 512 chips of a pod the TPU compiler makes a sum of matrices that are zero elsewhere, of
-the sum and cut of a gradient an all-reduce. Either sends twice the bytes.
+the reduce-scatter of a gradient an all-reduce. Either sends twice the bytes.
 
 Weights come in the dtype in which they are stored and are cast before they are gathered; their gradients are summed in
 `MemoryConfig.reduce_dtype` and returned in the dtype of the weights, so that nothing rounds them in between.

@@ -116,7 +116,7 @@ def stacked(
 ) -> type[nn.Module]:
     """`length` copies of a layer `(x, *inputs) -> (x, aux)` over weights stacked on axis 0.
 
-    inputs: how many arguments every layer sees whole; per_layer: how many more are cut along axis 0 (or None).
+    inputs: how many arguments every layer sees whole; per_layer: how many more are sliced along axis 0 (or None).
     scan=False unrolls the loop over the same stacked weights; remat recomputes each layer in the backward pass, but for
     what this policy keeps (None: keep everything).
     """

@@ -1,9 +1,9 @@
 """How arrays lie over a mesh, as far as the model has to know it.
 
-Source: docs/architecture.md section 3. Most of the model is written as if there were one device, and the compiler cuts
+Source: docs/architecture.md section 3. Most of the model is written as for one device, and the compiler partitions
 it. Some places say themselves what happens on each device (`jax.shard_map`): the routed experts, attention, the
 decoder's matrices, and the loss over the vocabulary. They, and the constraints at the edges of blocks, get a `Layout`;
-without one nothing is cut.
+without one nothing is sharded.
 The table of rules is in `kimi_jax.sharding`.
 """
 
@@ -26,9 +26,9 @@ class ShardingError(ValueError):
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh and the rules that cut arrays over it.
+    """A mesh and the rules that shard arrays over it.
 
-    rules: (logical name, mesh axes that may cut it, the most wanted first), in order of preference.
+    rules: (logical name, mesh axes that may shard it, the most wanted first), in order of preference.
     expert_capacity_factor: rows of an expert device's receive buffer over the mean load; the rest takes further rounds.
     exact_above: per-head maximum logits are exact where they may exceed this; else a bound may stand for them.
     reduce_dtype: in which sums over devices are made, see `MemoryConfig`.
@@ -41,7 +41,7 @@ class Layout:
     reduce_dtype: str = "float32"
 
     def spec(self, names: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
-        """How an array with these logical axes is cut: each mesh axis at most once, only where it divides evenly.
+        """How an array with these logical axes is sharded: each mesh axis at most once, only where it divides evenly.
 
         Of the names that want the same mesh axis the earlier rule gets it. None: this axis of the array is whole.
         Raises ShardingError for a name without a rule or a rule whose mesh axis does not exist.
@@ -67,11 +67,11 @@ class Layout:
         return PartitionSpec(*(tuple(axes) if len(axes) > 1 else axes[0] if axes else None for axes in out))
 
     def axes(self, name: str) -> tuple[str, ...]:
-        """All mesh axes of more than one device that cut this logical name, whether or not a size divides."""
+        """All mesh axes of more than one device that shard this logical name, whether or not a size divides."""
         return tuple(axis for axis in dict(self.rules)[name] if self.mesh.shape[axis] > 1)
 
     def parts(self, name: str) -> int:
-        """Into how many parts they cut it."""
+        """Into how many parts they divide it."""
         return math.prod(self.mesh.shape[axis] for axis in self.axes(name))
 
     def vocabulary(self, names: tuple[str, str], shape: tuple[int, ...]) -> VocabSharding:

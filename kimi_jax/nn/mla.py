@@ -113,7 +113,7 @@ def shard_attention(
     """How x [B, S, .], the queries' matrix [I, H, d] and that of keys and values lie over the mesh, from their shapes.
 
     Heads that do not divide are whole on every device; direct: I is the model's width.
-    Raises ShardingError if the mesh cuts rows or their tokens into parts of different size.
+    Raises ShardingError if the mesh shards rows or their tokens into parts of different size.
     """
     for name, size in zip(("batch", "sequence"), shape[:2], strict=True):
         if size % layout.parts(name):

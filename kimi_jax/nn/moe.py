@@ -194,7 +194,7 @@ def shard_experts(
 
     The tensor axis shards the inner width only if it divides it in all arrays, scales too; else it is not
     used.
-    Raises ShardingError if the mesh cuts the tokens or the experts into parts of different size.
+    Raises ShardingError if the mesh shards the tokens or the experts into parts of different size.
     """
     tokens = layout.spec(("batch", "sequence", None), shape)
     arrays = [

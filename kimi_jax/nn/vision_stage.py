@@ -1,4 +1,4 @@
-"""The Decoupled Encoder Process: all devices encode images, however the decoder is cut, and only features stay.
+"""The Decoupled Encoder Process: all devices encode images, however the decoder is sharded, and only features stay.
 
 Source: docs/paper_notes.md section 3, "DEP"; docs/architecture.md section 3. The packer gives every device along the
 batch's axes bins of the same size beside its rows. Here the devices that share these rows (the axes of context and

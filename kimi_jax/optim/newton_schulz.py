@@ -66,7 +66,7 @@ def orthogonalize(
 
 class Distribution(NamedTuple):
     """How the matrices of a parameter lie: its leading axes are `batch` axes of matrices, then `rows` axes of their
-    rows, the rest are their columns; `spec` cuts it over `mesh`."""
+    rows, the rest are their columns; `spec` shards it over `mesh`."""
 
     batch: int
     rows: int
@@ -74,7 +74,7 @@ class Distribution(NamedTuple):
     spec: PartitionSpec
 
     def kind(self, shape: tuple[int, ...]) -> tuple[Any, ...]:
-        """Equal for parameters of this and that `shape` whose matrices are of one shape and cut in one way."""
+        """Equal for parameters of this and that `shape` whose matrices are of one shape and sharded in one way."""
         inner = tuple(shape[self.batch :])
         parts = tuple(self.spec)[self.batch :]
         return inner, self.rows, parts + (None,) * (len(inner) - len(parts))
@@ -86,7 +86,7 @@ def orthogonalize_sharded(
     steps: int = 5,
     dtype: DTypeLike | None = None,
 ) -> list[Float[Array, "..."]]:
-    """`orthogonalize` of every matrix of parameters of one `kind` that are cut over a mesh, without gathering them.
+    """`orthogonalize` of every matrix of parameters of one `kind` that are sharded over a mesh, without gathering them.
 
     A device has parts of many matrices and needs whole ones: an all-to-all gives each device of a
     group that shares matrices a few whole ones of them, a second one takes the results back. That is done for so many
@@ -98,16 +98,16 @@ def orthogonalize_sharded(
     inner, rows, parts = where[0].kind(leaves[0].shape)
     mesh = where[0].mesh
     # axes of one matrix, after one axis for all matrices here: (which, mesh axes that shard it)
-    cuts = [(i + 1, part) for i, part in enumerate(parts) if part is not None]
-    group = math.prod(mesh.shape[axis] for _, part in cuts for axis in ((part,) if isinstance(part, str) else part))
+    sharded = [(i + 1, part) for i, part in enumerate(parts) if part is not None]
+    group = math.prod(mesh.shape[axis] for _, part in sharded for axis in ((part,) if isinstance(part, str) else part))
     shape = math.prod(inner[:rows]), math.prod(inner[rows:])
     each = max(1, ROOM // (math.prod(shape) * dtype.itemsize))  # whole matrices a device holds at a time
 
     def deal(x: Array) -> Array:
-        for axis, part in cuts:
+        for axis, part in sharded:
             x = lax.all_to_all(x, part, 0, axis, tiled=True)
         whole = orthogonalize(x.reshape(-1, *shape), steps, dtype, unroll=False).reshape(x.shape)
-        for axis, part in reversed(cuts):
+        for axis, part in reversed(sharded):
             whole = lax.all_to_all(whole, part, axis, 0, tiled=True)
         return whole
 

@@ -179,8 +179,8 @@ class _Walk:
     def _compute(self, computation: Computation, here: Instruction, times: float) -> None:
         if here.opcode == "fusion":
             for inner, instruction, kind in self._fused(here):  # a collective may hide in a fusion
-                cut = any(user.opcode == "dynamic-slice" for user in inner.users(instruction.name))
-                self._communicate(kind, inner, instruction, times, reduced=kind == "all-reduce" and cut)
+                sliced = any(user.opcode == "dynamic-slice" for user in inner.users(instruction.name))
+                self._communicate(kind, inner, instruction, times, reduced=kind == "all-reduce" and sliced)
         what, seconds = "fusion", None
         if here.cycles is not None:
             seconds = here.cycles / self.chip.clock

@@ -1,7 +1,7 @@
 """One decoding step of the engine on a pod, lowered from shapes: every slot gets its next token.
 
 What is lowered is `infer.step.next_tokens`, which the engine jits (a test compares the texts), for weights sharded by
-`kimi_jax.sharding` and pages and slots cut along the batch's axes, as the engine cuts them.
+`kimi_jax.sharding` and pages and slots sharded along the batch's axes, as the engine shards them.
 
 B slots   W pages in a table   P pages   s tokens a page   H heads   n, v, R widths as in `infer.forward`
 """
@@ -50,22 +50,24 @@ def lower(config: ModelConfig, mesh: Mesh, slots: int, length: int, page_size: i
 
 
 def abstract_weights(config: ModelConfig, mesh: Mesh) -> decoder.Weights:
-    """Shapes, dtypes and shardings of `infer.forward.prepare`: each layer's slice is cut as its stack is."""
+    """Shapes, dtypes and shardings of `infer.forward.prepare`: each layer's slice is sharded as its stack is."""
     boxed = abstract_params(config)
     shapes, infos = unbox(boxed), metadata(boxed)
-    cuts = jax.tree.map(lambda x: x.spec, sharding.param_shardings(infos, shapes, mesh))
+    specs_of = jax.tree.map(lambda x: x.spec, sharding.param_shardings(infos, shapes, mesh))
     layers: list[dict[str, Any]] = []
     for name, length in ((DENSE, config.num_dense_layers), (MOE, config.num_moe_layers)):
         if length:
-            stack = {**cuts[name], "mlp": {k: v for k, v in cuts[name]["mlp"].items() if k != "experts"}}
+            stack = {**specs_of[name], "mlp": {k: v for k, v in specs_of[name]["mlp"].items() if k != "experts"}}
             layers += [_layer(stack)] * length
     expert_weights = None
     if config.num_moe_layers:
-        experts = cuts[MOE]["mlp"]["experts"]
+        experts = specs_of[MOE]["mlp"]["experts"]
         expert_weights = decoder.ExpertWeights(
             **{k: Int4(**v) if isinstance(v, dict) else v for k, v in experts.items()}
         )
-    specs = decoder.Weights(cuts["embed"], tuple(layers), expert_weights, cuts["final_norm"], cuts["lm_head"])
+    specs = decoder.Weights(
+        specs_of["embed"], tuple(layers), expert_weights, specs_of["final_norm"], specs_of["lm_head"]
+    )
     out = jax.eval_shape(functools.partial(decoder.prepare, config), shapes)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s)), out, specs

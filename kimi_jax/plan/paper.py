@@ -9,7 +9,7 @@ layouts before any of them is compiled. A device and a step, T tokens, forward, 
     tokens     k choices of each token travel to their expert and back (bfloat16), forward, recomputed and backward:
                6 T k D values a layer
     tensor     the block edges of all tokens that a tensor axis shares, summed twice a layer and pass in `reduce_dtype`
-    muon       every matrix is made whole somewhere and cut again, once a step
+    muon       every matrix is gathered somewhere and sharded again, once a step
     memory     parameters and optimizer state read and written, gradients written and read, and each gathered weight
                written once and read once
 
@@ -125,9 +125,9 @@ def _sizes(config: TrainConfig, mesh: AbstractMesh) -> tuple[int, int, int, floa
         else:
             weights += size
         parts = [part if isinstance(part, tuple) else (part,) for part in layout.spec(info.axes, x.shape) if part]
-        cut = math.prod(mesh.shape[axis] for part in parts for axis in part)
+        parts_of = math.prod(mesh.shape[axis] for part in parts for axis in part)
         moments = {Muon: narrow, AdamW: narrow + 4}.get(type(info.group), 0)
-        held += size / cut * (x.dtype.itemsize + moments)
+        held += size / parts_of * (x.dtype.itemsize + moments)
         matrices += size if isinstance(info.group, Muon) else 0
     return weights, experts, matrices, held
 

@@ -104,9 +104,9 @@ def scaled(config: TrainConfig, mesh: Mesh | AbstractMesh, rows: int | None) -> 
 def abstract_batch(config: TrainConfig, mesh: Mesh) -> PackedBatch:
     """Shapes, dtypes and shardings of a packed batch."""
     pack = Pack(PackShape.of(config.data, config.model)).batch
-    cut, groups = sharding.batch_sharding(mesh), config.data.num_packs
+    placement, groups = sharding.batch_sharding(mesh), config.data.num_packs
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((groups * x.shape[0], *x.shape[1:]), x.dtype, sharding=cut), pack
+        lambda x: jax.ShapeDtypeStruct((groups * x.shape[0], *x.shape[1:]), x.dtype, sharding=placement), pack
     )
 
 

@@ -234,7 +234,7 @@ class RolloutSource:
         ]
 
     def _shape_rewards(self, groups: Sequence[Group]) -> list[np.ndarray]:
-        """Toggle, then the penalty of answers that were cut off."""
+        """Toggle, then the penalty of truncated answers."""
         rewards = [np.array([t.reward for t in group.trajectories], np.float64) for group in groups]
         if self._rl.toggle is not None:
             toggle = shaping.Toggle(self._rl.toggle.period, self._rl.toggle.threshold, self._rl.toggle.percentile)
@@ -243,7 +243,7 @@ class RolloutSource:
                 for g, r in zip(groups, rewards, strict=True)
             ]
             rewards, self._shaping = shaping.apply_toggle(toggle, self._shaping, scored)
-        penalty = self._rl.rollout.cut_penalty
+        penalty = self._rl.rollout.truncation_penalty
         if penalty is not None:
             for group, values in zip(groups, rewards, strict=True):
                 values[[t.finish == "length" for t in group.trajectories]] = penalty

@@ -6,7 +6,7 @@ section 2.6.2 (partial rollouts, repetition). docs/rl.md section 8.
 K samples of a group   n tokens
 
 What an answer gets next depends on its seed, its position and what stands before it, and on nothing else that is drawn
-beside it (`infer.request.Sampling`). So an answer that was cut goes on from its tokens alone, and a run that is killed
+beside it (`infer.request.Sampling`). So an interrupted answer goes on from its tokens alone, and a run that is killed
 draws the same again.
 """
 

@@ -237,7 +237,7 @@ class Vote:
         self._pending: list[Any] = []
         if jax.process_count() > 1:
             mesh = jax.make_mesh((jax.device_count(),), ("all",), axis_types=(AxisType.Auto,))
-            self._cut = NamedSharding(mesh, PartitionSpec("all"))
+            self._placement = NamedSharding(mesh, PartitionSpec("all"))
             whole = NamedSharding(mesh, PartitionSpec())
             self._largest = jax.jit(lambda x: x.max(), out_shardings=whole)
 
@@ -245,7 +245,7 @@ class Vote:
         """Enters this host's number for the step just dispatched."""
         if jax.process_count() > 1:
             mine = np.full(jax.local_device_count(), value, np.int32)
-            self._pending.append(self._largest(jax.make_array_from_process_local_data(self._cut, mine)))
+            self._pending.append(self._largest(jax.make_array_from_process_local_data(self._placement, mine)))
         else:
             self._pending.append(value)
             del self._pending[:-1]

@@ -218,9 +218,9 @@ def parameter_table(infos: Any, shapes: Any) -> str:
 def measure_matmul_rate(mesh: Mesh, dtype: str, seconds: float = 0.5) -> float:
     """FLOP/s of plain square matmuls on all devices at once, the denominator of MFU. Takes about `seconds`."""
     n = 1024 if mesh.devices.flat[0].platform == "cpu" else 8192
-    cut = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    a = jax.jit(lambda: jnp.ones((mesh.size, n, n), dtype), out_shardings=cut)()
-    multiply = jax.jit(lambda a, b: jnp.einsum("dij,djk->dik", a, b) / n, out_shardings=cut)
+    placement = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    a = jax.jit(lambda: jnp.ones((mesh.size, n, n), dtype), out_shardings=placement)()
+    multiply = jax.jit(lambda a, b: jnp.einsum("dij,djk->dik", a, b) / n, out_shardings=placement)
     x = multiply(a, a).block_until_ready()
     start, best = time.perf_counter(), math.inf
     while time.perf_counter() - start < seconds:

@@ -73,7 +73,7 @@ def infos(model: ModelConfig, options: LoRAConfig | None = None, frozen: tuple[s
 def shardings(
     model: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, options: LoRAConfig | None = None
 ) -> TrainState:
-    """A TrainState of NamedSharding: moments are cut like their parameter, counters are on every device."""
+    """A TrainState of NamedSharding: moments are sharded like their parameter, counters are on every device."""
     return jax.tree.map(lambda x: x.sharding, abstract(model, tx, mesh, options))
 
 
@@ -85,9 +85,9 @@ def abstract(
     frozen = None if options is None else abstract_params(model, mesh)
     whole = sharding.replicated(mesh)
     opt_state = jax.eval_shape(tx.init, params)
-    cuts = _moment_shardings(opt_state, params, whole)
+    placements = _moment_shardings(opt_state, params, whole)
     scalars = {name: jax.ShapeDtypeStruct((), dtype, sharding=whole) for name, dtype in SCALARS.items()}
-    return TrainState(**scalars, params=params, opt_state=jax.tree.map(_place, opt_state, cuts), frozen=frozen)
+    return TrainState(**scalars, params=params, opt_state=jax.tree.map(_place, opt_state, placements), frozen=frozen)
 
 
 def abstract_params(model: ModelConfig, mesh: Mesh, options: LoRAConfig | None = None) -> Any:
@@ -96,8 +96,8 @@ def abstract_params(model: ModelConfig, mesh: Mesh, options: LoRAConfig | None =
     return jax.tree.map(_place, shapes, sharding.param_shardings(infos(model, options), shapes, mesh))
 
 
-def _place(x: Any, cut: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut)
+def _place(x: Any, placement: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement)
 
 
 def _moment_shardings(opt_state: Any, params: Any, whole: NamedSharding) -> Any:

@@ -72,7 +72,7 @@ def make_train_step(
     state it is passed; `batch` is a packed batch, on the host or from `sharding.put_batch`. `metrics` are reductions
     by name (`objective.Metric`), and the plain arrays loss_total, finite, spike, skipped_in_row: what the loop acts on.
     Both are jitted; `train_step.lower` also takes a mesh of devices that are not there (kimi_jax.plan).
-    Raises ShardingError if the groups of a batch cannot be cut evenly over the mesh, ValueError (when `train_step` is
+    Raises ShardingError if the packs of a batch do not divide evenly over the mesh, ValueError (when `train_step` is
     traced) for a batch without the columns of the objective.
     """
     objective = objective or next_token()
@@ -190,12 +190,12 @@ def microbatches(batch: PackedBatch, parts: int, layout: Layout | None = None) -
     """Every array [G*n, ...] as [parts, G*n/parts, ...]; groups stay whole and on their device."""
     devices = layout.parts("batch") if layout is not None else 1
 
-    def cut(x: jax.Array) -> jax.Array:
+    def divide(x: jax.Array) -> jax.Array:
         x = x.reshape(devices, parts, -1, *x.shape[1:]).swapaxes(0, 1)
         x = x.reshape(parts, -1, *x.shape[3:])
         return x if layout is None else layout.constrain(x, None, "batch", *(None,) * (x.ndim - 2))
 
-    return jax.tree.map(cut, batch)
+    return jax.tree.map(divide, batch)
 
 
 def _train_step(

@@ -85,9 +85,9 @@ def test_results_are_cut_off_and_say_so():
     tools = {"long": lambda: "x" * 1000, "parts": lambda: [{"type": "text", "text": "y" * 30}] * 3}
     calls = calling(called("long", "{}"), called("parts", "{}", 1))
     episode = run(script(calls, ANSWER), ASK, tools, limits=Limits(characters=40))
-    assert episode.messages[2]["content"] == "x" * 40 + "\n[cut off: 1,000 characters, 40 are shown]"
+    assert episode.messages[2]["content"] == "x" * 40 + "\n[truncated: 1,000 characters, 40 are shown]"
     texts = [part["text"] for part in episode.messages[3]["content"]]
-    assert texts == ["y" * 30, "y" * 10 + "\n[cut off: 30 characters, 10 are shown]"]
+    assert texts == ["y" * 30, "y" * 10 + "\n[truncated: 30 characters, 10 are shown]"]
 
 
 def test_images_come_back_as_parts_and_broken_ones_are_failures():

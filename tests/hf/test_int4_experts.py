@@ -82,13 +82,13 @@ def test_random_words_make_weights_of_the_usual_size():
 
 
 def test_under_a_mesh_and_unrolled(io):
-    """Cut over 8 devices by the rules; sums in another order: 1e-5 of the largest logit."""
+    """Sharded over 8 devices by the rules; sums in another order: 1e-5 of the largest logit."""
     model = kimi.load(FIXTURES / "tiny_int4", experts="int4")
     want = model.logits(io["text.input_ids"])
     config = dataclasses.replace(model.config, scan_layers=False)
     mesh = sharding.make_mesh(MeshConfig())
-    cuts = sharding.param_shardings(metadata(abstract_params(config)), model.params, mesh)
-    placed = jax.device_put(model.params, cuts)
+    placements = sharding.param_shardings(metadata(abstract_params(config)), model.params, mesh)
+    placed = jax.device_put(model.params, placements)
     words = experts_of(kimi.Model(config, placed))["gate"]["words"]
     assert words.addressable_shards[0].data.size * 8 == words.size
     got = kimi.Model(config, placed).logits(io["text.input_ids"])

@@ -121,7 +121,7 @@ def test_gradients_are_those_of_the_merged_weights():
 
 
 def test_a_sharded_base_and_adapters_give_the_same_loss(int4_base):
-    """Under the rules of `kimi_jax.sharding` on 8 devices: INT4 words and scales cut like the floats they stand for."""
+    """Under the rules of `kimi_jax.sharding` on 8 devices: INT4 words and scales sharded like their floats."""
     mesh = sharding.make_mesh(MeshConfig())
     boxed, adapters = lora.init(INT4, ALL, jax.random.key(0)), adapters_of(INT4, ALL)
     run = jax.jit(lambda a, p: loss(a, p, INT4), compiler_options=tiny.QUICK)

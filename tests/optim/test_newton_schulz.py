@@ -92,7 +92,7 @@ def test_default_dtype_on_cpu_is_float32():
     ids=str,
 )
 def test_distributed_over_devices_equals_one_device(shape, batch, rows, spec, monkeypatch):
-    """Whatever is cut, and however few matrices a device may hold at a time (here one)."""
+    """Whatever is sharded, and however few matrices a device may hold at a time (here one)."""
     monkeypatch.setattr(newton_schulz, "ROOM", 1)
     mesh = sharding.make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
     leaf = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)

@@ -1,4 +1,4 @@
-"""What is planned is what decodes: the engine's own program, its weights and pages cut as the engine cuts them."""
+"""What is planned is what decodes: the engine's own program, weights and pages sharded as in the engine."""
 
 import dataclasses
 

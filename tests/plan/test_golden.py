@@ -33,7 +33,7 @@ def counts() -> dict[str, dict[str, int]]:
     return report.collectives_per_loop(priced)
 
 
-# the same on jax 0.10.2 and 0.12. Matrices are cut along both sides: each is gathered, and its gradient scattered, in
+# the same on jax 0.10.2 and 0.12. Matrices are sharded along both sides: each is gathered, its gradient scattered, in
 # two steps; what is summed over both axes is a norm's gradient or a statistic. Gathers over `expert` are also what
 # stands in for ragged_all_to_all on a CPU
 GOLDEN = {

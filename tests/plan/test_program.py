@@ -60,7 +60,7 @@ def test_counts_of_a_full_group_are_those_of_its_shape():
     assert counts["tokens"] >= float(real["tokens"]) and counts["token_pairs"] >= float(real["token_pairs"])
 
 
-def test_layouts_use_every_device_and_divide_what_they_cut():
+def test_layouts_use_every_device_and_divide_what_they_shard():
     found = layouts(CONFIG, 64)
     assert len(set(found)) == len(found)
     for mesh in found:

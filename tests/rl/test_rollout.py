@@ -224,7 +224,7 @@ def test_iteration_without_any_difference_in_reward_has_no_advantages(folder, wo
 
 
 def test_penalty_meets_answers_that_were_cut_off(folder, text_params):
-    config = settings(folder, cut_penalty=-0.5)
+    config = settings(folder, truncation_penalty=-0.5)
     shown = []
     batches_of(open_source(config, worker_of(config), shown=shown), text_params, 1)
     for group, rewards in zip(shown[0][1], shown[0][2], strict=True):

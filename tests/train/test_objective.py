@@ -122,8 +122,8 @@ def test_temperature_divides_the_logits(devices, temperature):
             flat = hidden.reshape(-1, 16)
             nll = chunked_cross_entropy(flat, kernel, jnp.asarray(targets.reshape(-1)), 10, temperature)
             return jnp.sum(nll.reshape(targets.shape) * weights)
-        cut = sharding.layout(sharding.make_mesh(MeshConfig())).vocabulary(("embed", "vocab"), kernel.shape)
-        return jnp.sum(sharded_cross_entropy(cut, hidden, kernel, jnp.asarray(targets), temperature) * weights)
+        over_mesh = sharding.layout(sharding.make_mesh(MeshConfig())).vocabulary(("embed", "vocab"), kernel.shape)
+        return jnp.sum(sharded_cross_entropy(over_mesh, hidden, kernel, jnp.asarray(targets), temperature) * weights)
 
     found, wanted = (jax.jit(jax.value_and_grad(f, (0, 1)))(hidden, kernel) for f in (ours, plain))
     assert_trees_close(found, wanted, 1e-5)

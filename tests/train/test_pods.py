@@ -43,8 +43,8 @@ def run(config, mesh_config=None, batch=None):
     if mesh_config is not None:
         mesh = sharding.make_mesh(mesh_config)
         layout = make_layout(config, mesh)
-        cuts = jax.tree.map(lambda x: x.sharding, state_lib.abstract_params(config.model, mesh))
-        params, batch = jax.device_put(params, cuts), sharding.put_batch(batch, mesh)
+        placements = jax.tree.map(lambda x: x.sharding, state_lib.abstract_params(config.model, mesh))
+        params, batch = jax.device_put(params, placements), sharding.put_batch(batch, mesh)
     fn = jax.jit(lambda p, b: gradients(p, b, config, layout), compiler_options=QUICK)
     return jax.device_get(fn(params, batch))
 
@@ -89,7 +89,7 @@ def test_microbatches_hold_whole_groups_of_every_device():
     ids=str,
 )
 def test_mesh_of_several_axes_equals_one_device(plain, axes):
-    """Tokens are sent to experts in several rounds, weights are gathered, heads and the tokens of a row are cut."""
+    """Tokens are sent to experts in several rounds, weights are gathered, heads and the tokens of a row are sharded."""
     assert_same(run(changed(expert_capacity_factor=0.5), c.MeshConfig(**axes)), plain)
 
 

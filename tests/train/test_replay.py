@@ -62,8 +62,8 @@ def program(case):
     config = dataclasses.replace(config, optimizer=dataclasses.replace(CONFIG.optimizer, balance_loss_weight=0.1))
     mesh = sharding.make_mesh(mesh_config or MeshConfig(), jax.devices()[: None if mesh_config else 1])
     layout = make_layout(config, mesh)
-    cuts = jax.tree.map(lambda x: x.sharding, state_lib.abstract_params(model, mesh))
-    put = jax.device_put(params(), cuts)
+    placements = jax.tree.map(lambda x: x.sharding, state_lib.abstract_params(model, mesh))
+    put = jax.device_put(params(), placements)
     run = jax.jit(lambda p, b: gradients(p, b, config, layout), compiler_options=QUICK)
     return lambda b: jax.device_get(run(put, sharding.put_batch(b, mesh)))
 

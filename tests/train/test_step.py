@@ -101,13 +101,13 @@ def test_state_is_made_in_its_shardings_and_keeps_them():
 def test_moments_are_cut_like_their_parameter():
     mesh = mesh_of(8)
     tx = make_optimizer(CONFIG)
-    cuts, abstract = state_lib.shardings(MODEL, tx, mesh), state_lib.abstract(MODEL, tx, mesh)
+    placed, abstract = state_lib.shardings(MODEL, tx, mesh), state_lib.abstract(MODEL, tx, mesh)
     sizes = {"params": 0, "opt_state": 0}
     for part in sizes:
-        for x, s in zip(jax.tree.leaves(getattr(abstract, part)), jax.tree.leaves(getattr(cuts, part)), strict=True):
+        for x, s in zip(jax.tree.leaves(getattr(abstract, part)), jax.tree.leaves(getattr(placed, part)), strict=True):
             sizes[part] += np.prod(s.shard_shape(x.shape), dtype=int)
     total = sum(x.size for x in jax.tree.leaves(abstract.params))
-    # what is not cut: norms, biases, tables of this tiny model
+    # what is not sharded: norms, biases, tables of this tiny model
     assert sizes["params"] < total / 5 and sizes["opt_state"] < 2 * total / 5
 
 

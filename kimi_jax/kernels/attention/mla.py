@@ -8,7 +8,7 @@ pieces with the joint log-sum-exp, and the latents' gradient is scattered back. 
 piece.
 
 Queries, keys and values are made here as well, one product each, so that on TPU a kernel can take them as they come
-(`kernels.attention.mla_flash`); elsewhere, and where it does not fit, heads are cut out of them. What turns a query, x
+(`kernels.attention.mla_flash`); elsewhere, and where it does not fit, heads are slices of them. What turns a query, x
 cos + x' sin, has x' from columns of its own: the matrix' columns are swapped, not the lanes of all queries.
 
 B rows   S tokens   H heads   I input of queries   C latent with rotary key   L its rank   d, v widths of keys, values
@@ -35,7 +35,7 @@ from kimi_jax.kernels.fsdp import all_gather, all_reduce, dot, reduce_scatter
 
 
 class AttentionSharding(NamedTuple):
-    """Mesh axes of rows, of the tokens of a row and of heads (None: not cut); how the two matrices lie; scale,
+    """Mesh axes of rows, of the tokens of a row and of heads (None: not sharded); how the two matrices lie; scale,
     exact_above: as in `AttentionSpec`; reduce_dtype: of sums over devices."""
 
     mesh: Mesh | AbstractMesh

@@ -190,7 +190,7 @@ def _spans(length: int, keys: int, chunk: int, causal: bool) -> list[tuple[int, 
 
 
 def _chunks(x: Array, axis: int, chunk: int) -> Array:
-    """Cut `axis` into chunks and bring the chunk index to the front."""
+    """Split `axis` into chunks and bring the chunk index to the front."""
     shape = (*x.shape[:axis], x.shape[axis] // chunk, chunk, *x.shape[axis + 1 :])
     return jnp.moveaxis(x.reshape(shape), axis, 0)
 

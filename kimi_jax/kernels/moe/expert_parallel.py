@@ -49,7 +49,7 @@ class ExpertSharding(NamedTuple):
     """How the arrays lie over the mesh; hashable.
 
     tokens: of [B, S, .]; expert weights: of gate, up and down, expert weights of specs; expert, tensor: mesh axes
-    (None: not cut) of experts and of F. buffer: W over the mean number of rows. layer: which one of expert weights that
+    (None: not sharded) of experts and of F. buffer: W over the mean number of rows. layer: which one of weights that
     are stacks [L, E, ...] is meant (None: they are none). reduce_dtype: of sums over devices.
     """
 
@@ -85,7 +85,7 @@ def expert_parallel(
 
     Differentiable by x, gates and what of the expert weights is not frozen, unless they are stacks. Matrices of floats
     are used in the dtype of x; their gradients, summed in `sharding.reduce_dtype` over devices, have their own. Every
-    mesh axis that cuts tokens must divide them.
+    mesh axis that shards tokens must divide them.
     """
     specs = (sharding.tokens,) * 3 + (sharding.expert_weights,)
     out = sharding.tokens, DispatchReport(*(PartitionSpec(),) * 4)

@@ -27,7 +27,7 @@ SCATTER_BYTES = 2**30  # of a device's float32 sums of rows of the table; more c
 
 
 class VocabSharding(NamedTuple):
-    """Mesh axes of rows, of a row's tokens in the model and in the loss, and how the matrix is cut."""
+    """Mesh axes of rows, of a row's tokens in the model and in the loss, and how the matrix is sharded."""
 
     mesh: Mesh | AbstractMesh
     rows: tuple[str, ...]
@@ -41,7 +41,7 @@ class VocabSharding(NamedTuple):
 def look_up(
     sharding: VocabSharding, dtype: str, table: Float[Array, "V D"], tokens: Int[Array, "B S"]
 ) -> Float[Array, "B S D"]:
-    """Rows of the table in `dtype`, cut like the tokens. The table's gradient is summed in float32 on each device, in
+    """Rows of the table in `dtype`, sharded like the tokens. The table's gradient is summed in float32 on a device, in
     `sharding.reduce_dtype` over devices, and has the table's dtype."""
     where = PartitionSpec(sharding.rows or None, sharding.context or None)
     vocabulary, columns = (names(part) for part in sharding.matrix)

@@ -50,8 +50,8 @@ def dealt(mesh):
     layout = sharding.layout(sharding.make_mesh(mesh))
 
     def fn(x, query, latent, kernel, cos, sin, ids):
-        cut = shard_attention(layout, x.shape, query.shape, kernel.shape, SCALE)
-        return latent_attention(cut, x, query, cos, sin, latent, kernel, ids)
+        sharded = shard_attention(layout, x.shape, query.shape, kernel.shape, SCALE)
+        return latent_attention(sharded, x, query, cos, sin, latent, kernel, ids)
 
     return fn
 

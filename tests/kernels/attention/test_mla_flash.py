@@ -58,11 +58,11 @@ def test_tpu_program_has_the_kernels_and_no_head_is_copied():
     shapes = (8, T, 32), (32, H, N + R), (8, T, R // 2), (8, T, R // 2), (8, T, 16 + R), (16, H, N + V)
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
     ids, grad = jax.ShapeDtypeStruct((8, T), jnp.int32), jax.ShapeDtypeStruct((8, T, H, V), jnp.bfloat16)
-    cut = shard_attention(layout, shapes[0], shapes[1], shapes[5], 0.1)
+    sharded = shard_attention(layout, shapes[0], shapes[1], shapes[5], 0.1)
 
     def both(*args):
         *args, grad = args
-        _, pullback = jax.vjp(lambda *a: latent_attention(cut, *a, args[-1])[0], *args[:-1])
+        _, pullback = jax.vjp(lambda *a: latent_attention(sharded, *a, args[-1])[0], *args[:-1])
         return pullback(grad)
 
     text = jax.jit(both).trace(*arrays, ids, grad).lower(lowering_platforms=("tpu",)).as_text()

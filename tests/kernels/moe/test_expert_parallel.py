@@ -165,7 +165,7 @@ def test_int4_and_adapters_equal_one_device(config, kind):
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
 
 
-def test_an_inner_width_of_few_scales_is_not_cut():
+def test_an_inner_width_of_few_scales_is_not_sharded():
     """F = 8 is one word and one group of down: two devices of the tensor axis do the same work, once counted."""
     config = MeshConfig(fsdp=2, expert=2, tensor=2)
     mesh = sharding.make_mesh(config)
@@ -182,10 +182,10 @@ def test_a_layer_of_a_stack(config):
     x, gates, _, _ = inputs()
     experts, own = jnp.asarray(routings()["padded"]), other_banks("int4", D, F)
     stack = jax.tree.map(lambda a: jnp.stack([a[::-1], a]), own)
-    cut = shard_experts(sharding.layout(sharding.make_mesh(config)), x.shape, stack, layer=1)
+    sharded = shard_experts(sharding.layout(sharding.make_mesh(config)), x.shape, stack, layer=1)
 
     def run(x, stack):
-        return expert_parallel(cut, x, experts, gates, tuple(stack))[0]
+        return expert_parallel(sharded, x, experts, gates, tuple(stack))[0]
 
     close(jax.jit(run, compiler_options=QUICK)(x, stack), on_one(x, experts, gates, own)[0])
     with pytest.raises(ValueError, match="no gradient by expert weights that are stacks"):
