@@ -27,7 +27,7 @@ TOPOLOGIES = {
     "v6e-256": (256, 31),
     **{f"ironwood-{chips}": (2 * chips, 96) for chips in (128, 256, 512)},
 }
-# Devices that share the experts. Fewer: more weights to gather over `fsdp`; more: more devices a token may travel to.
+# Devices that share the experts. Fewer: more weights to gather over `fsdp`; more: more devices to send a token to.
 EXPERT = {"kimi_k2_5": 64, "kimi_vl_a3b": 8, "moonlight_16b_a3b": 8, "small": 2, "demo": 2}
 BYTES_A_PARAMETER = 12
 # Where these take more than so much of the memory, an expert's device has room for half as many arriving rows, and the

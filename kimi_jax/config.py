@@ -228,14 +228,14 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class RecoveryConfig:
-    """What a run does about a loss that is not finite or leaps up. The update of such a batch is always left out.
+    """What a run does about a loss that is not finite or spikes. The update of such a batch is always left out.
 
     After `max_skipped_in_row` of them the weights and moments of the newest checkpoint from before are taken instead,
     while data and step count go on; after `max_rollbacks` such returns the run stops.
     """
 
     spike_sigmas: NonNegative = (
-        0.0  # a loss so many standard deviations above its running mean has leapt up; 0: never judged
+        0.0  # a loss so many standard deviations above its running mean is a spike; 0: never judged
     )
     spike_after: Natural = 100  # updates before the running mean is trusted
     max_skipped_in_row: Count = 10

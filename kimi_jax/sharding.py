@@ -12,7 +12,7 @@ the model names those of activations at the edges of blocks; this file decides w
 
 Rows and the vision bins beside them are sharded by whole packs, so no feature crosses devices.
 
-G  groups of the batch, a multiple of the devices along its axes
+G  packs of the batch, a multiple of the devices along its axes
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def batch_parts(mesh: Mesh | AbstractMesh) -> int:
 
 
 def check_packs(num_packs: int, mesh: Mesh | AbstractMesh, microbatches: int = 1) -> None:
-    """Raises ShardingError unless every device gets the same number of whole groups, in every microbatch."""
+    """Raises ShardingError unless every device gets the same number of whole packs, in every microbatch."""
     parts = batch_parts(mesh)
     if num_packs % (parts * microbatches):
         times = f" in {microbatches} microbatches" if microbatches > 1 else ""
@@ -163,9 +163,9 @@ def check_packs(num_packs: int, mesh: Mesh | AbstractMesh, microbatches: int = 1
 
 
 def local_packs(num_packs: int, mesh: Mesh) -> list[int]:
-    """The groups of a batch that the devices of this host hold, ascending: what its part of the data stream makes."""
+    """The packs of a batch that the devices of this host hold, ascending: what its part of the data stream makes."""
     placement = batch_sharding(mesh).addressable_devices_indices_map((num_packs,))
-    return sorted({group for (part,) in placement.values() for group in range(num_packs)[part]})
+    return sorted({pack for (part,) in placement.values() for pack in range(num_packs)[part]})
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:

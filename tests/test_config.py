@@ -263,10 +263,10 @@ def test_override_of_what_does_not_exist_or_fit_is_refused(changes, message):
     ],
 )
 def test_rules_of_a_whole_run_are_checked_before_it_starts(changes, message):
-    sound = c.override(WIKI, {"data.vision_ratio": ((0.0, 0.0),)})
-    check_run(sound)
+    valid = c.override(WIKI, {"data.vision_ratio": ((0.0, 0.0),)})
+    check_run(valid)
     with pytest.raises(c.ConfigError, match=message):
-        check_run(c.override(sound, changes))
+        check_run(c.override(valid, changes))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

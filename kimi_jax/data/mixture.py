@@ -10,7 +10,7 @@ reach the model is the one asked for. An example with media is drawn while e < r
 Inside a modality a source gets its weight of the *drawn examples* (tokens would favour sources of short ones), by a
 deficit: every draw owes each source its share of it, the source drawn has had a whole one. No random numbers: the order
 follows from the counters alone, which are the whole state. Schedules change r and the shares from then on, and leave e
-and what is owed as they are. Draws that `min_per_pack` forces (kimi_jax.data.shard) are counted like all others, and
+and what is due as they are. Draws that `min_per_pack` forces (kimi_jax.data.shard) are counted like all others, and
 made up for afterwards: by so many examples may e be off besides.
 
 When the bins cannot hold the share that is asked for, images pile up in the packing buffer. Then text is drawn

@@ -210,7 +210,7 @@ class Shard:
         """The next pack. Raises DataError."""
         ratio = ratio_at(self._data.vision_ratio, self._fraction())
         if self._budget:
-            pack, packed = self._exact_group(self._budget, ratio)
+            pack, packed = self._exact_pack(self._budget, ratio)
         else:
             first = [w for name, source in self._data.sources.items() for w in self._wanted(name, source.min_per_pack)]
             due = 4 * ratio * self._shape.rows * self._shape.sequence_length
@@ -224,7 +224,7 @@ class Shard:
         self._step += 1
         return pack.batch
 
-    def _exact_group(self, budget: VisionBudget, ratio: float) -> tuple[Pack, list[BufferedExample]]:
+    def _exact_pack(self, budget: VisionBudget, ratio: float) -> tuple[Pack, list[BufferedExample]]:
         """A pack of exactly the vision tokens that are due, and what it holds; text fills what they leave of it."""
         fraction = self._fraction()
         chosen = budget.choose(ratio, lambda: self._draw(self._mixture.choose_within(True, fraction)))

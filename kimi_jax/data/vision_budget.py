@@ -37,7 +37,7 @@ class VisionBudget:
     def __init__(self, positions: int, buffer_size: int):
         self.buffer: list[BufferedExample] = []
         self.left = 0.0
-        self._positions, self._lookahead = positions, buffer_size
+        self._positions, self._buffer_size = positions, buffer_size
 
     def choose(self, ratio: float, draw: Callable[[], list[BufferedExample]]) -> list[BufferedExample]:
         """Takes the examples of the next pack out of the buffer, drawing new ones while too few wait.
@@ -52,7 +52,7 @@ class VisionBudget:
             )
         empty = 0
         while ratio and (
-            len(self.buffer) < self._lookahead
+            len(self.buffer) < self._buffer_size
             or sum(map(vision_tokens, self.buffer)) < self.left + self._positions * ratio
         ):
             drawn = draw()

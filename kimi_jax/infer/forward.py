@@ -129,7 +129,7 @@ def forward(
     Every row's earlier tokens must be in the pages of its table. absorbed: the form of attention; same result. Padding
     goes to no expert, and to places in the cache that are not read before they are written again. layout: how the
     weights lie over a mesh. chosen: a list that the experts [B, T, k] of each MoE layer are added to; those of padding
-    are number E. Raises ShardingError if the layout does not deal out the experts evenly.
+    are number E. Raises ShardingError if the layout does not distribute the experts evenly.
     """
     c, size = config, chunk.tokens.shape[1]
     positions = chunk.start[:, None] + jnp.arange(size, dtype=jnp.int32)
@@ -298,13 +298,13 @@ def _over(layout: Layout, expert_weights: ExpertWeights, layer: int) -> RunExper
     def experts(rows: Array, chosen: Array, gates: Array) -> ExpertsOut:
         count = rows.shape[0]
 
-        def dealt(a: Array, fill: int = 0) -> Array:
+        def distribute(a: Array, fill: int = 0) -> Array:
             padding = -count % (parts * layout.parts("sequence"))
             return jnp.pad(a, ((0, padding), (0, 0)), constant_values=fill).reshape(parts, -1, a.shape[1])
 
-        x = dealt(rows)
+        x = distribute(rows)
         sharding = shard_experts(layout, x.shape, expert_weights, layer)
-        y, report = expert_parallel(sharding, x, dealt(chosen, num), dealt(gates), tuple(expert_weights))
+        y, report = expert_parallel(sharding, x, distribute(chosen, num), distribute(gates), tuple(expert_weights))
         return y.reshape(-1, rows.shape[1])[:count], report.load, report.computed
 
     return experts

@@ -74,7 +74,7 @@ def next_tokens(
     decoding = length == 1
     if mesh is not None and decoding:
         chunk, settings = jax.lax.with_sharding_constraint((chunk, settings), rows_sharding(mesh, rows))
-    # a few rows: room for all of them at any expert device, so that they travel in one round
+    # a few rows: room for all of them at any expert device, so that one round is enough
     layout = None if mesh is None else sharding.layout(mesh, expert_capacity_factor=float(mesh.shape["expert"]))
     chosen: list[Array] | None = [] if record else None
     hidden, cache = decoder.forward(config, weights, cache, chunk, absorbed=decoding, layout=layout, chosen=chosen)

@@ -111,17 +111,19 @@ class LinearSharding(NamedTuple):
     tokens: tuple[str, ...]
     matrix: PartitionSpec
     inputs: int
-    dealt: str
+    distributed: str
     reduce_dtype: str
 
     def sides(self) -> tuple[bool, bool]:
         """Whether inputs and outputs are distributed."""
         before, after = self.matrix[: self.inputs], self.matrix[self.inputs :]
-        return any(self.dealt in names(part) for part in before), any(self.dealt in names(part) for part in after)
+        return any(self.distributed in names(part) for part in before), any(
+            self.distributed in names(part) for part in after
+        )
 
     def specs(self) -> tuple[PartitionSpec, PartitionSpec]:
         """Of what is multiplied and of the product."""
-        first, last = (PartitionSpec(self.rows or None, self.tokens or None, self.dealt if side else None)
+        first, last = (PartitionSpec(self.rows or None, self.tokens or None, self.distributed if side else None)
                        for side in self.sides())  # fmt: skip
         return first, last
 
@@ -138,8 +140,12 @@ def fsdp_matmul(
     first, last = sharding.specs()
 
     def here(x: Array, matrix: Array) -> Array:
-        y = dot("bsi,io->bso", x, _flat(x, all_gather(matrix.astype(x.dtype), sharding.matrix, (sharding.dealt,))))
-        return all_reduce(y, (sharding.dealt if sharding.sides()[0] else None,), sharding.reduce_dtype).astype(x.dtype)
+        y = dot(
+            "bsi,io->bso", x, _flat(x, all_gather(matrix.astype(x.dtype), sharding.matrix, (sharding.distributed,)))
+        )
+        return all_reduce(y, (sharding.distributed if sharding.sides()[0] else None,), sharding.reduce_dtype).astype(
+            x.dtype
+        )
 
     return jax.shard_map(here, mesh=sharding.mesh, in_specs=(first, sharding.matrix), out_specs=last, check_vma=False)(
         x, matrix
@@ -154,14 +160,16 @@ def _bwd(sharding: LinearSharding, residuals: tuple[Array, Array], grad: Array) 
     first, last = sharding.specs()
 
     def here(x: Array, matrix: Array, grad: Array) -> tuple[Array, Array]:
-        gathered = all_gather(matrix.astype(x.dtype), sharding.matrix, (sharding.dealt,))
+        gathered = all_gather(matrix.astype(x.dtype), sharding.matrix, (sharding.distributed,))
         dx = dot("bso,io->bsi", grad, _flat(x, gathered))
-        dx = all_reduce(dx, (sharding.dealt if sharding.sides()[1] else None,), sharding.reduce_dtype).astype(x.dtype)
+        dx = all_reduce(dx, (sharding.distributed if sharding.sides()[1] else None,), sharding.reduce_dtype).astype(
+            x.dtype
+        )
         total = dot("bsi,bso->io", x, grad).reshape(gathered.shape)
         summed = *sharding.rows, *sharding.tokens
-        return dx, reduce_scatter(total, sharding.matrix, (sharding.dealt,), summed, sharding.reduce_dtype).astype(
-            matrix.dtype
-        )
+        return dx, reduce_scatter(
+            total, sharding.matrix, (sharding.distributed,), summed, sharding.reduce_dtype
+        ).astype(matrix.dtype)
 
     specs = first, sharding.matrix, last
     return jax.shard_map(here, mesh=sharding.mesh, in_specs=specs, out_specs=specs[:2], check_vma=False)(

@@ -1,9 +1,9 @@
 """Kimi K2.5: vision tower, projector and decoder joined by early fusion; initialisation, counts, assembly of parts.
 
 Source: docs/released_model.md section 3 (merge: features replace the embeddings of media pads; untied head, float32
-logits), section 1.5 (sizes); docs/architecture.md section 3 (bins lie beside the rows of their group).
+logits), section 1.5 (sizes); docs/architecture.md section 3 (bins lie beside the rows of their pack).
 
-G groups   B = G*R rows   S tokens   D width   V vocabulary   F features a group   Lmoe MoE layers   k experts a token
+G packs   B = G*R rows   S tokens   D width   V vocabulary   F features a pack   Lmoe MoE layers   k experts a token
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class KimiK25(nn.Module):
         return join_classes(self.encode(vision_bins), 1)[0]
 
     def encode(self, vision_bins: tuple[VisionBins, ...]) -> tuple[Float[Array, "_ _ D"], ...]:
-        """Features of each bin class. The backward pass makes everything before them again."""
+        """Features of each bin class. They are rematerialised in the backward pass."""
         bins = jax.tree.map(jnp.asarray, vision_bins)
         if self.layout is not None:
             bins = tuple(shard_bins(self.layout, each) for each in bins)

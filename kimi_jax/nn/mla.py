@@ -53,7 +53,7 @@ class MLA(nn.Module):
     ) -> tuple[Float[Array, "B S I"], Float[Array, "B S p"], Float[Array, "B S p"], Float[Array, "B S C"]]:
         """What the queries' matrix takes, cos and sin, and the latent: all that a token is as a key.
 
-        The latent is kv_lora_rank normalised numbers, then the turned rotary key that all heads share.
+        The latent is kv_lora_rank normalised numbers, then the rotated key that all heads share.
         """
         c = self.config
         cos, sin = text_rotary(c, positions)

@@ -82,5 +82,5 @@ def rotate_interleaved(
     """Turn pairs (2j, 2j+1) in float32 and leave them where they are. For the vision tower."""
     cos, sin = cos[..., None, :], sin[..., None, :]
     a, b = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
-    turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1)
-    return turned.reshape(x.shape).astype(x.dtype)
+    rotated = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return rotated.reshape(x.shape).astype(x.dtype)

@@ -4,12 +4,12 @@ Source: docs/paper_notes.md section 3, "DEP"; docs/architecture.md section 3. Th
 batch's axes bins of the same size beside its rows. Here the devices that share these rows (the axes of context and
 tensor) share the bins too:
 
-    deal     every device of the group takes its own bins out of those of the group          (nothing is sent)
+    shard    every device of the group takes its own bins out of those of the group          (nothing is sent)
     encode   tower and projector on a device's own bins; the forward pass keeps nothing but their features, the backward
              pass of the decoder ends at them, and then the tower runs again and goes backward
     fuse     the features of the group are gathered and put in the place of the media tokens  (inside the group)
 
-B rows   S tokens   D width   G groups   V bins of a class   W windows of a bin   F features a group
+B rows   S tokens   D width   G packs   V bins of a class   W windows of a bin   F features a pack
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from kimi_jax.packed_batch import VisionBins
 def place_features(
     x: Float[Array, "B S D"], features: Float[Array, "G F D"], feature_index: Int[Array, "B S"]
 ) -> Float[Array, "B S D"]:
-    """Early fusion: where feature_index >= 0, feature number feature_index of the row's group replaces the embedding.
+    """Early fusion: where feature_index >= 0, feature number feature_index of the row's pack replaces the embedding.
 
-    Rows of a group are consecutive. An index beyond the features gives NaN rather than a silent wrong image.
+    Rows of a pack are consecutive. An index beyond the features gives NaN rather than a silent wrong image.
     """
-    groups, width = features.shape[0], x.shape[-1]
-    index = feature_index.reshape(groups, -1)
+    packs, width = features.shape[0], x.shape[-1]
+    index = feature_index.reshape(packs, -1)
     taken = jax.vmap(lambda f, i: f.at[jnp.maximum(i, 0)].get(mode="fill", fill_value=jnp.nan))(features, index)
     return jnp.where(feature_index[..., None] >= 0, taken.reshape(*x.shape[:-1], width).astype(x.dtype), x)
 
 
 def join_classes(features: tuple[Float[Array, "_ _ D"], ...], num_packs: int) -> Float[Array, "G F D"]:
-    """Features [V, W, D] of each bin class, flattened a group: for each class its bins, for each bin its slots."""
+    """Features [V, W, D] of each bin class, pack after pack: for each class its bins, for each bin its slots."""
     return jnp.concatenate([f.reshape(num_packs, -1, f.shape[-1]) for f in features], axis=1)
 
 

@@ -103,7 +103,7 @@ def orthogonalize_sharded(
     shape = math.prod(inner[:rows]), math.prod(inner[rows:])
     each = max(1, ROOM // (math.prod(shape) * dtype.itemsize))  # whole matrices a device holds at a time
 
-    def deal(x: Array) -> Array:
+    def distribute(x: Array) -> Array:
         for axis, part in sharded:
             x = lax.all_to_all(x, part, 0, axis, tiled=True)
         whole = orthogonalize(x.reshape(-1, *shape), steps, dtype, unroll=False).reshape(x.shape)
@@ -118,7 +118,7 @@ def orthogonalize_sharded(
         portion = min(each, -(-total // group)) * group
         stacks.append(jnp.zeros((-total % portion, *stacks[0].shape[1:]), dtype))
         x = jnp.concatenate(stacks)
-        out = lax.map(deal, x.reshape(-1, portion, *x.shape[1:])).reshape(x.shape)
+        out = lax.map(distribute, x.reshape(-1, portion, *x.shape[1:])).reshape(x.shape)
         ends = [sum(counts[:i]) for i in range(1, len(counts) + 1)]
         return tuple(y.reshape(x.shape).astype(x.dtype) for y, x in zip(jnp.split(out, ends), local, strict=False))
 

@@ -6,7 +6,7 @@ layouts before any of them is compiled. A device and a step, T tokens, forward, 
     compute    model FLOPs (train.flops) times 4/3 if layers are recomputed, at the chip's peak
     gather     bfloat16 weights to every device of their axes, forward and again for the recomputation, a microbatch
     reduce     gradients back in `memory.reduce_dtype`, a microbatch; replicas add theirs up once a step
-    tokens     k choices of each token travel to their expert and back (bfloat16), forward, recomputed and backward:
+    tokens     k copies of each token, to their expert and back (bfloat16), forward, recomputed and backward:
                6 T k D values a layer
     tensor     the block edges of all tokens that a tensor axis shares, summed twice a layer and pass in `reduce_dtype`
     muon       every matrix is gathered somewhere and sharded again, once a step
@@ -17,7 +17,7 @@ The least memory is the state, the float32 gradients, the input of every layer o
 gathered weights; what the compiler needs beside that is for it to say. The step takes the longest of these if they
 overlap perfectly, compute and traffic together if they do not overlap at all.
 
-Bytes are those that one device sends; time is as in `plan.network`: weights travel over all links, tokens and block
+Bytes are those that one device sends; time is as in `plan.network`: weights go over all links, tokens and block
 edges over those between the neighbours that share them.
 
 T tokens a device   k choices a token   D width

@@ -98,7 +98,7 @@ def _description(config: TrainConfig, topology: Topology, mesh: Mesh) -> dict[st
         "devices": topology.devices,
         "mesh": dict(mesh.shape),
         "rows": config.data.num_packs * config.data.rows_per_pack / topology.devices,
-        "groups": config.data.num_packs,
+        "packs": config.data.num_packs,
         "rows_per_pack": config.data.rows_per_pack,
         "microbatches": config.memory.microbatches,
         "usual_rounds": math.ceil(1 / config.memory.expert_capacity_factor),

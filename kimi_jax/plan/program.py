@@ -3,7 +3,7 @@
 It is the function that `train.loop` jits (`train.step.make_train_step`), given shapes instead of arrays. The compiler
 of the `libtpu` wheel runs on any machine; `TPU_SKIP_MDS_QUERY` keeps it from asking the cloud which TPU it is on.
 
-G groups   R rows a group   S tokens a row
+G packs   R rows a pack   S tokens a row
 """
 
 from __future__ import annotations
@@ -82,31 +82,31 @@ def devices_of(topology: Topology) -> list[jax.Device]:
 
 
 def scaled(config: TrainConfig, mesh: Mesh | AbstractMesh, rows: int | None) -> TrainConfig:
-    """`config` with `rows` rows for each device of the mesh (None: its global batch), one group a part and microbatch.
+    """`config` with `rows` rows for each device of the mesh (None: its global batch), one pack a part and microbatch.
 
-    The vision bins of a group grow or shrink with its rows, each class by itself and at least one bin, so that a row
+    The vision bins of a pack grow or shrink with its rows, each class by itself and at least one bin, so that a row
     has the patches beside it that the configuration gives it. Raises ConfigError if the batch does not divide.
     """
     data = config.data
     total = data.num_packs * data.rows_per_pack if rows is None else rows * mesh.size
-    groups = sharding.batch_parts(mesh) * config.memory.microbatches
-    if not total or total % groups:
+    packs = sharding.batch_parts(mesh) * config.memory.microbatches
+    if not total or total % packs:
         raise ConfigError(
-            f"{total} rows cannot be sharded into {groups} groups ({groups // config.memory.microbatches} parts of the "
+            f"{total} rows cannot be sharded into {packs} packs ({packs // config.memory.microbatches} parts of the "
             f"mesh, {config.memory.microbatches} microbatches); give another --sequences_per_chip"
         )
-    share = total / groups / data.rows_per_pack
+    share = total / packs / data.rows_per_pack
     bins = tuple((patches, max(1, math.ceil(count * share))) for patches, count in data.vision_bins)
-    data = dataclasses.replace(data, num_packs=groups, rows_per_pack=total // groups, vision_bins=bins)
+    data = dataclasses.replace(data, num_packs=packs, rows_per_pack=total // packs, vision_bins=bins)
     return dataclasses.replace(config, data=data)
 
 
 def abstract_batch(config: TrainConfig, mesh: Mesh) -> PackedBatch:
     """Shapes, dtypes and shardings of a packed batch."""
     pack = Pack(PackShape.of(config.data, config.model)).batch
-    placement, groups = sharding.batch_sharding(mesh), config.data.num_packs
+    placement, packs = sharding.batch_sharding(mesh), config.data.num_packs
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((groups * x.shape[0], *x.shape[1:]), x.dtype, sharding=placement), pack
+        lambda x: jax.ShapeDtypeStruct((packs * x.shape[0], *x.shape[1:]), x.dtype, sharding=placement), pack
     )
 
 

@@ -24,13 +24,13 @@ def full_counts(config: TrainConfig, devices: int) -> dict[str, float]:
     """A device's share of a full batch (see `train.flops.batch_counts`): a row is one document, a bin one image, and
     every feature of the bins is placed."""
     data, bins = config.data, PackShape.of(config.data, config.model).bins
-    groups = data.num_packs / devices
-    rows, patches = groups * data.rows_per_pack, groups * sum(size * count for size, count in bins)
+    packs = data.num_packs / devices
+    rows, patches = packs * data.rows_per_pack, packs * sum(size * count for size, count in bins)
     return {
         "tokens": rows * data.sequence_length,
         "token_pairs": rows * data.sequence_length * (data.sequence_length + 1) / 2,
         "patches": patches,
-        "patch_pairs": groups * sum(size * size * count for size, count in bins),
+        "patch_pairs": packs * sum(size * size * count for size, count in bins),
         "features": patches / 4,
     }
 

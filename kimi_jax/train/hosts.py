@@ -194,7 +194,7 @@ def _call(hosts: Hosts, hello: dict, deadline: float) -> dict[str, Any]:
 
 
 def is_first() -> bool:
-    """Whether this is host 0, which alone writes logs and speaks."""
+    """Whether this is host 0, which alone prints and writes logs."""
     return jax.process_index() == 0
 
 

@@ -14,7 +14,7 @@ had never stopped.
 What is minimised and where batches come from are values handed to it (kimi_jax.train.objective, .batches): SFT and
 reinforcement learning are this same loop.
 
-With several hosts (kimi_jax.train.hosts) all of them run this same file on their part of the batch; host 0 alone speaks
+With several hosts (kimi_jax.train.hosts) all of them run this same file on their part of the batch; host 0 alone prints
 and writes the log, and whatever could differ between them (a signal, a file just written) is agreed on first.
 """
 
@@ -55,7 +55,7 @@ DATA_PATIENCE = 5.0  # seconds that a run asked to stop still waits for the batc
 
 
 class Diverged(RuntimeError):
-    """The loss was not finite, or leapt up, for many steps in a row, and going back did not help."""
+    """The loss was not finite, or spiked, for many steps in a row, and going back did not help."""
 
 
 class StorageError(RuntimeError):
@@ -386,8 +386,8 @@ def _roll_back(this: _Run, abstract: TrainState, state: TrainState, step: int, r
         tried = f", after going back {meter.rollbacks} times" if meter.rollbacks else ""
         raise Diverged(
             f"{recovery.max_skipped_in_row} steps in a row, the last one step {meter.fetched_step}, had a loss or "
-            f"gradient that is not finite or leaps up{tried}. The weights in the checkpoints of {this.config.workdir} "
-            "are sound; go on with a lower --config.optimizer.peak_lr, allow returns to a checkpoint with "
+            f"gradient that is not finite or spikes{tried}. The weights in the checkpoints of {this.config.workdir} "
+            "are healthy; go on with a lower --config.optimizer.peak_lr, allow returns to a checkpoint with "
             "--config.recovery.max_rollbacks, or look at the batches with python -m kimi_jax.data inspect"
         )
     _record(this, meter.flush(), rate)  # of the step under way, which counts as skipped like the others

@@ -116,7 +116,7 @@ class Meter:
         if not finite:
             self.skipped_now = "loss or gradient is not finite"
         elif spike:
-            self.skipped_now = f"the loss leaps up to {float(m['loss_total']):.4g}"
+            self.skipped_now = f"the loss spikes to {float(m['loss_total']):.4g}"
         found = {name: _wide(metric) for name, metric in m.items() if isinstance(metric, Mean | Sum | Max | Last)}
         if not finite or spike:
             found |= {k: Mean(*map(np.zeros_like, each)) for k, each in found.items() if isinstance(each, Mean)}

@@ -1,4 +1,4 @@
-"""When a loss has leapt up: judged inside the step, against running statistics that are part of the state.
+"""When a loss spikes: judged inside the step, against running statistics that are part of the state.
 
 That makes the judgement the same on every host, and the same again when a run is continued. Losses whose update was
 left out do not enter the statistics. Practice of large runs, not of the paper.

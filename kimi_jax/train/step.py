@@ -155,7 +155,7 @@ def gradients(
 
     The gradients have None in place of what `config.freeze` names, for which nothing is computed.
 
-    Every device takes the same number of its own groups in each microbatch; sums are kept in float32.
+    Every device takes the same number of its own packs in each microbatch; sums are kept in float32.
     """
     parts, objective = config.memory.microbatches, objective or next_token()
     infos = _infos(config)
@@ -187,7 +187,7 @@ def gradients(
 
 
 def microbatches(batch: PackedBatch, parts: int, layout: Layout | None = None) -> PackedBatch:
-    """Every array [G*n, ...] as [parts, G*n/parts, ...]; groups stay whole and on their device."""
+    """Every array [G*n, ...] as [parts, G*n/parts, ...]; packs stay whole and on their device."""
     devices = layout.parts("batch") if layout is not None else 1
 
     def divide(x: jax.Array) -> jax.Array:

@@ -68,7 +68,7 @@ def pack_all(examples: list[Encoded], buffer_size: int = 8) -> list[dict]:
     return packs
 
 
-def check_group(batch: PackedBatch) -> None:
+def check_batch(batch: PackedBatch) -> None:
     """What holds for any batch (the contract of the arrays)."""
     rows, num_packs = batch.rows_per_pack, batch.num_packs
     real = batch.segment_ids > 0
@@ -103,9 +103,9 @@ def test_unpacking_gives_every_example_back_once(specs, seed, buffer_size):
     assume(examples)
     packs = pack_all(examples, buffer_size)
     for batch in packs:
-        check_group(batch)
+        check_batch(batch)
     batch = concatenate(packs)
-    check_group(batch)
+    check_batch(batch)
     documents = [d for d in unpack(batch) if len(d.tokens) > 1]
     left = list(examples)
     for d in documents:
@@ -255,7 +255,7 @@ def test_shapes_follow_the_settings(tmp_path):
     data, model = settings(tmp_path)
     shape = PackShape.of(data, model)
     batch = empty_batch(shape, data.num_packs)
-    check_group(batch)
+    check_batch(batch)
     assert batch.tokens.shape == (8, 256)
     assert [bins.patches.shape for bins in batch.vision] == [(16, 64, 588), (12, 160, 588)]
     assert shape.bin_offsets == (0, 64)

@@ -19,7 +19,7 @@ from kimi_jax.data.tokenizer import load_tokenizer
 from kimi_jax.packed_batch import PackedBatch, concatenate, map_arrays
 from tests.data.synthetic import SOURCES, Synthetic, settings
 from tests.data.synthetic import tokenizer as train
-from tests.data.test_packing import check_group
+from tests.data.test_packing import check_batch
 
 STEPS = 40
 
@@ -57,7 +57,7 @@ def through_json(state: dict) -> dict:
 def test_batches_keep_the_contract(reference, path):
     data, model = settings(path)
     for batch in reference:
-        check_group(batch)
+        check_batch(batch)
         assert batch.num_packs == data.num_packs and not batch.columns and batch.routed_experts is None
         assert {k: v.dtype.name for k, v in vars(batch).items() if isinstance(v, np.ndarray)} == {
             "tokens": "int32", "targets": "int32", "loss_weights": "float32", "segment_ids": "int32",
@@ -155,7 +155,7 @@ def test_report_counts_what_was_delivered(path):
     media = sum(int((b.feature_index >= 0).sum()) for b in batches)
     assert (report["batches"], report["tokens"], report["vision_tokens"]) == (30, tokens, media)
     assert report["documents"] == sum(len(list(unpack(b))) for b in batches)
-    # each of the four shards is within one example of the ratio in what it drew, and holds a pool of 16 besides
+    # each of the four shards is within one example of the ratio in what it drew, and holds a buffer of 16 besides
     assert abs(report["ratio"] - 0.2) < 0.02 and report["ratio"] == media / tokens
     assert report["token_fill"] == tokens / (30 * 8 * 256) and report["token_fill"] > 0.97
     filled = [sum(int((b.vision[k].segment_ids > 0).sum()) for b in batches) for k in (0, 1)]

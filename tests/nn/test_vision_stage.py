@@ -108,8 +108,8 @@ def test_devices_of_a_group_share_its_bins(axes, bins):
 
     @jax.jit
     def run(values, x):
-        dealt = vision_stage.shard_bins(layout, {"values": values})["values"]
-        features, count = encode(dealt)
+        sharded = vision_stage.shard_bins(layout, {"values": values})["values"]
+        features, count = encode(sharded)
         return vision_stage.fuse(layout, x, (features,), index, (bins,), groups), count
 
     x = jnp.full((2 * groups, length, width), -1.0)

@@ -40,8 +40,8 @@ def test_equal_loads_and_an_empty_batch_change_nothing():
 
 def route(scores: jax.Array, bias: jax.Array, k: int) -> jax.Array:
     """Tokens for each expert when the top k of score + bias are picked."""
-    _, picks = jax.lax.top_k(scores + bias, k)
-    return jnp.sum(jax.nn.one_hot(picks, scores.shape[-1]), axis=(0, 1))
+    _, expert_ids = jax.lax.top_k(scores + bias, k)
+    return jnp.sum(jax.nn.one_hot(expert_ids, scores.shape[-1]), axis=(0, 1))
 
 
 @pytest.mark.parametrize("rate,balanced", [(0.01, True), (0.0, False)])

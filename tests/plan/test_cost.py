@@ -39,8 +39,8 @@ PROGRAM = """HloModule step
   %gd = bf16[64,1024] all-gather-done(%g)
   %m = bf16[64,1024] fusion(%gd), kind=kOutput, calls=%product,
     backend_config={"window_config":{"estimated_cycles":"1750000"}}
-  %banks = bf16[4,1024,512] custom-call(), custom_call_target="AllocateBuffer"
-  %gmm.1 = bf16[64,512] custom-call(%m, %banks), custom_call_target="tpu_custom_call"
+  %weights = bf16[4,1024,512] custom-call(), custom_call_target="AllocateBuffer"
+  %gmm.1 = bf16[64,512] custom-call(%m, %weights), custom_call_target="tpu_custom_call"
   %r = bf16[1,1024] fusion(%m), kind=kCustom, calls=%scattered
   %copied = bf16[1,1024] copy(%r)
   ROOT %n = (s32[], bf16[1,1024]) tuple(%i, %copied)
@@ -113,7 +113,7 @@ def test_every_instruction_counts_as_often_as_it_runs(network):
 
 
 def test_kernels_cost_their_flops_or_their_bytes(network):
-    """64 rows of 1,024 times 4 banks [1,024, 512]: so few rows that reading the banks takes longer."""
+    """64 rows of 1,024 times 4 experts' weights [1,024, 512]: so few rows that reading them takes longer."""
     kernel = total(cost.price(hlo.parse(PROGRAM), V5P, network).work, what="kernel")[0]
     moved = 2 * (64 * 512 + 64 * 1024 + 4 * 1024 * 512)
     assert kernel.seconds == pytest.approx(61 * moved / 2765e9)
@@ -170,7 +170,7 @@ def test_places_are_named_by_pass_and_module():
     ("name", "shapes", "flops"),
     [
         ("gmm.3", [(4,), (512, 64), (8, 64, 32)], 2 * 512 * 64 * 32),
-        ("gmm.4", [(512, 64), (8, 32, 64)], 2 * 512 * 64 * 32),  # the bank transposed
+        ("gmm.4", [(512, 64), (8, 32, 64)], 2 * 512 * 64 * 32),  # the weights transposed
         ("tgmm.1", [(64, 512), (512, 32)], 2 * 512 * 64 * 32),
         ("splash_mha_fwd", [(16, 1024, 192), (16, 1024, 192), (16, 1024, 128)], 16 * 1024 * 1024 * (192 + 128)),
         ("splash_mha_dkv", [(16, 1024, 192), (16, 1024, 192), (16, 1024, 128)], 16 * 1024 * 1024 * (384 + 256)),

@@ -37,7 +37,7 @@ def test_compute_is_model_flops_and_a_third_for_recomputation():
 
 
 def test_weights_travel_twice_in_bfloat16_and_their_gradients_once_in_float32():
-    """fsdp alone: every weight is gathered over all 64 devices, and no token travels."""
+    """fsdp alone: every weight is gathered over all 64 devices, and no token is sent."""
     found = estimate()
     total = count_params(BASE.model)["total"]
     assert found["parameters"] == total

@@ -48,11 +48,11 @@ def test_rows_a_device_take_their_share_of_the_images(mesh):
         16,
         1,
     )
-    with pytest.raises(ConfigError, match="8 rows cannot be sharded into 16 groups"):
+    with pytest.raises(ConfigError, match="8 rows cannot be sharded into 16 packs"):
         program.scaled(halves, mesh, 1)
 
 
-def test_counts_of_a_full_group_are_those_of_its_shape():
+def test_counts_of_a_full_pack_are_those_of_its_shape():
     counts = report.full_counts(CONFIG, 8)
     shape = PackShape.of(CONFIG.data, CONFIG.model)
     assert counts["tokens"] == shape.rows * shape.sequence_length and counts["patches"] == 16

@@ -138,17 +138,17 @@ def text_peer(path, dtype="float32", **rope):
     )
 
 
-def asked(model, ids, picks=None, **inputs):
+def asked(model, ids, expert_ids=None, **inputs):
     """(logits float32 [B, S, V], the experts of every token int [B, MoE layers, S, k]) of a transformers model.
 
-    picks: experts instead of the routers' own.
+    expert_ids: experts instead of the routers' own.
     """
     found = []
 
     def choose(router, _, output):
         logits, gates, experts = output
-        if picks is not None:
-            experts = torch.tensor(picks[:, len(found)].reshape(experts.shape))
+        if expert_ids is not None:
+            experts = torch.tensor(expert_ids[:, len(found)].reshape(experts.shape))
             gates = logits.sigmoid().gather(1, experts)
             gates = gates / (gates.sum(-1, keepdim=True) + 1e-20) * router.routed_scaling_factor
         found.append(experts.numpy())
@@ -199,13 +199,13 @@ IDS = np.random.default_rng(1).integers(6, TEXT.vocab_size, (2, 150))
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_text_in_float32(name, tmp_path):
-    """Logits and router picks, free; logits with their picks pinned."""
+    """Logits and routed experts, free; logits with their experts pinned."""
     path = written(tmp_path / "m", *FAMILIES[name])
-    theirs, picks = asked(text_peer(path), IDS)
+    theirs, expert_ids = asked(text_peer(path), IDS)
     model = kimi.load(path)
     assert error(model.logits(IDS), theirs) <= EXACT
-    np.testing.assert_array_equal(experts_of(model, IDS), np.sort(picks))
-    assert error(model.logits(IDS, routed_experts=picks), theirs) <= EXACT
+    np.testing.assert_array_equal(experts_of(model, IDS), np.sort(expert_ids))
+    assert error(model.logits(IDS, routed_experts=expert_ids), theirs) <= EXACT
 
 
 def test_mscale_alone(tmp_path):
@@ -247,10 +247,10 @@ def test_random_models_in_float32(config, tmp_path_factory):
         size, of_scores = (0.1 * m * math.log(yarn.factor) + 1 for m in (yarn.mscale, yarn.mscale_all_dim))
         rope["attention_factor"] = size / of_scores
     ids = IDS[:, :13]
-    theirs, picks = asked(text_peer(path, **rope), ids)
+    theirs, expert_ids = asked(text_peer(path, **rope), ids)
     model = kimi.load(path)
     assert error(model.logits(ids), theirs) <= EXACT
-    assert error(model.logits(ids, routed_experts=picks), theirs) <= EXACT
+    assert error(model.logits(ids, routed_experts=expert_ids), theirs) <= EXACT
 
 
 @pytest.mark.parametrize(
@@ -298,20 +298,20 @@ def test_fp8_of_k2_instruct(tmp_path):
     (tmp_path / "fp8").mkdir()
     (tmp_path / "fp8" / "config.json").write_text(json.dumps(released))
     save_file(packed, tmp_path / "fp8" / "model.safetensors", {"format": "pt"})
-    theirs, picks = asked(text_peer(plain), IDS)
+    theirs, expert_ids = asked(text_peer(plain), IDS)
     model = kimi.load(tmp_path / "fp8")
     # weights of scales that differ by block: 7e-6 and 1.2e-5 on two processors; a scale of the wrong block gives tenths
     assert error(model.logits(IDS), theirs) <= 2 * EXACT
-    np.testing.assert_array_equal(experts_of(model, IDS), np.sort(picks))
+    np.testing.assert_array_equal(experts_of(model, IDS), np.sort(expert_ids))
 
 
 @pytest.mark.parametrize("name", ["moonlight", "k2_instruct", "k2_5_text"])
 def test_text_in_bfloat16(name, tmp_path):
-    """Pinned to the picks of float32: no further from float32 than torch in bfloat16 is, and no further from torch."""
+    """With the experts of float32: no further from float32 than torch in bfloat16 is, and no further from torch."""
     path = written(tmp_path / "m", *FAMILIES[name], "bfloat16")
-    truth, picks = asked(text_peer(path), IDS)
-    theirs, _ = asked(text_peer(path, "bfloat16"), IDS, picks)
-    check_bfloat16(kimi.load(path, dtype="bfloat16").logits(IDS, routed_experts=picks), theirs, truth)
+    truth, expert_ids = asked(text_peer(path), IDS)
+    theirs, _ = asked(text_peer(path, "bfloat16"), IDS, expert_ids)
+    check_bfloat16(kimi.load(path, dtype="bfloat16").logits(IDS, routed_experts=expert_ids), theirs, truth)
 
 
 def check_bfloat16(ours, theirs, truth):
@@ -368,11 +368,11 @@ def multimodal(grids):
     return np.concatenate([*parts, [7]])[None], pixels, np.array(grids)
 
 
-def answers(model, ids, pixels, grids, picks=None):
-    """(features, logits, picks) of transformers."""
+def answers(model, ids, pixels, grids, expert_ids=None):
+    """(features, logits, expert_ids) of transformers."""
     features = features_of(model, pixels, grids)
     media = {"image": SimpleNamespace(pooler_output=(features,))}
-    return features.float().numpy(), *asked(model, ids, picks, mm_encoder_outputs=media)
+    return features.float().numpy(), *asked(model, ids, expert_ids, mm_encoder_outputs=media)
 
 
 @pytest.mark.parametrize("model_type", VISUAL)
@@ -381,11 +381,11 @@ def test_images_and_video_in_float32(model_type, tmp_path):
     config, grids = VISUAL[model_type]
     ids, *media = multimodal(grids)
     theirs = vision_peer(written(tmp_path / "theirs", "kimi_k25", config), config)
-    features, logits, picks = answers(theirs, ids, *media)
+    features, logits, expert_ids = answers(theirs, ids, *media)
     model = kimi.load(written(tmp_path / "ours", model_type, config))
     assert error(model.vision_features(*media), features) <= EXACT
     assert error(model.logits(ids, *media), logits) <= EXACT
-    assert error(model.logits(ids, *media, routed_experts=picks), logits) <= EXACT
+    assert error(model.logits(ids, *media, routed_experts=expert_ids), logits) <= EXACT
 
 
 @pytest.mark.parametrize("model_type", VISUAL)
@@ -394,8 +394,8 @@ def test_images_and_video_in_bfloat16(model_type, tmp_path):
     config, grids = VISUAL[model_type]
     ids, *media = multimodal(grids)
     path = written(tmp_path / "theirs", "kimi_k25", config, "bfloat16")
-    *truth, picks = answers(vision_peer(path, config), ids, *media)
-    features, logits, _ = answers(vision_peer(path, config, "bfloat16"), ids, *media, picks)
+    *truth, expert_ids = answers(vision_peer(path, config), ids, *media)
+    features, logits, _ = answers(vision_peer(path, config, "bfloat16"), ids, *media, expert_ids)
     model = kimi.load(written(tmp_path / "ours", model_type, config, "bfloat16"), dtype="bfloat16")
     check_bfloat16(model.vision_features(*media), features, truth[0])
-    check_bfloat16(model.logits(ids, *media, routed_experts=picks), logits, truth[1])
+    check_bfloat16(model.logits(ids, *media, routed_experts=expert_ids), logits, truth[1])

@@ -3,7 +3,7 @@
 argv: a JSON list of runs. A run is a dict:
   workdir     where; runs with the same one continue each other
   steps       10 unless given
-  nan, leap   batch numbers (from 0) whose weights are NaN, whose targets are ids that never occur otherwise
+  nan, spike  batch numbers (from 0) whose weights are NaN, whose targets are ids that never occur otherwise
   disk        [from, to): the disk that holds the workdir is full while these batches are made
   stop        a SIGTERM comes with this batch
   kill        SIGKILL just before this file operation (of those that Python makes inside the workdir)
@@ -95,7 +95,7 @@ def make_source(fault: dict, disk: Disk) -> type:
             at, batch = self.at, make_batch(int(self.left[0] - 2**40))
             if at in fault.get("nan", ()):
                 batch.loss_weights[0, 0] = np.nan
-            if at in fault.get("leap", ()):
+            if at in fault.get("spike", ()):
                 batch.targets[:] = 5
             begin, end = fault.get("disk", (-1, -1))
             if at == begin:

@@ -43,11 +43,11 @@ def folder(tmp_path_factory):
 def found(folder):
     """The runs of one process: one without faults, and those whose fault the process outlives."""
     runs = {
-        "sound": {},
+        "healthy": {},
         "nan": {"nan": [4]},
-        "leap": {"leap": [7]},
+        "spike": {"spike": [7]},
         "rollback": {"nan": [5, 6, 7]},
-        "hopeless": {"nan": [2, 3, 4, 5, 6, 7, 8, 9]},
+        "diverged": {"nan": [2, 3, 4, 5, 6, 7, 8, 9]},
     }
     results, status, errors = launch([{"workdir": str(folder / name)} | fault for name, fault in runs.items()])
     assert status == 0, errors
@@ -67,12 +67,12 @@ def test_a_batch_that_is_not_finite_leaves_no_trace_in_the_weights(found):
 
 
 @pytest.mark.slow
-def test_a_loss_that_leaps_up_is_skipped_and_said(found):
-    result = found["leap"]
+def test_loss_that_spikes_is_skipped_and_said(found):
+    result = found["spike"]
     assert result["status"] == 0
     assert [row["spikes"] for row in result["rows"]] == [0, 0, 0, 0, 0, 0, 0, 1, 0, 0]
-    assert any("step 8: the loss leaps up to" in line for line in result["said"])
-    assert sum(row["skipped"] for row in found["sound"]["rows"]) == 0  # the same judgement lets a sound run pass
+    assert any("step 8: the loss spikes to" in line for line in result["said"])
+    assert sum(row["skipped"] for row in found["healthy"]["rows"]) == 0  # the same judgement lets a healthy run pass
 
 
 @pytest.mark.slow
@@ -86,8 +86,8 @@ def test_many_bad_batches_take_the_run_back_to_a_checkpoint_once(found):
 
 @pytest.mark.slow
 def test_going_back_is_bounded(found):
-    assert "3 steps in a row, the last one step" in found["hopeless"]["status"]
-    assert "go on with a lower --config.optimizer.peak_lr" in found["hopeless"]["status"]
+    assert "3 steps in a row, the last one step" in found["diverged"]["status"]
+    assert "go on with a lower --config.optimizer.peak_lr" in found["diverged"]["status"]
 
 
 @pytest.mark.slow
@@ -96,7 +96,7 @@ def test_killed_anywhere_a_run_continues_bit_for_bit(found, folder):
     workdir = str(folder / "killed")
     (stopped,), status, errors = launch([{"workdir": workdir, "stop": 2}])
     assert status == 0 and stopped["status"] == RESTART and stopped["checkpoints"][-1] == 3, errors
-    total = found["sound"]["operations"]
+    total = found["healthy"]["operations"]
     for kill in (5, total // 4, total // 3, total // 2):
         results, status, errors = launch([{"workdir": workdir, "kill": kill}])
         assert status == -signal.SIGKILL or results[0]["status"] == 0, errors  # 0: it was done before
@@ -106,8 +106,8 @@ def test_killed_anywhere_a_run_continues_bit_for_bit(found, folder):
     (last,), status, errors = launch([{"workdir": workdir}])
     assert status == 0 and last["status"] == 0, errors
     assert any(f"checkpoints/{newest.name} cannot be read" in line for line in last["said"]), last["said"]
-    assert last["rows"] == found["sound"]["rows"]  # none twice, none missing
-    assert last["digest"] == found["sound"]["digest"]
+    assert last["rows"] == found["healthy"]["rows"]  # none twice, none missing
+    assert last["digest"] == found["healthy"]["digest"]
 
 
 @pytest.mark.slow
@@ -122,9 +122,9 @@ def test_a_full_disk_is_said_and_training_goes_on(found, folder):
     before = (*SMALL_DISK, str(disk)) if mounts else ()
     (result,), status, errors = launch([{"workdir": str(disk / "run"), "disk": [3, 7]}], before)
     assert status == 0 and result["status"] == 0, errors
-    assert result["rows"] == found["sound"]["rows"]
+    assert result["rows"] == found["healthy"]["rows"]
     lost = {2, 4, 6, 8, 10} - set(result["checkpoints"])
-    assert {4} <= lost <= {2, 4, 6} and result["digest"] == found["sound"]["digest"]
+    assert {4} <= lost <= {2, 4, 6} and result["digest"] == found["healthy"]["digest"]
     warned = [line for line in result["said"] if "was NOT saved" in line]
     assert all(any(f"step {step} " in line for line in warned) for step in lost), result["said"]
 

@@ -1,4 +1,4 @@
-"""The seam of what is minimised: next-token is the loss it always was, columns travel, temperature is the sampler's."""
+"""The seam of what is minimised: next-token is the loss it always was, columns go too, temperature is the sampler's."""
 
 import dataclasses
 
@@ -64,7 +64,7 @@ def weighted_by_a_column():
 
 
 @pytest.mark.parametrize("devices, parts", [(1, 4), (8, 1)])
-def test_columns_travel_through_microbatches_and_devices(params, devices, parts):
+def test_columns_go_through_microbatches_and_devices(params, devices, parts):
     """With the loss weights as prices it is next-token again; the metrics are those of the whole batch."""
     batch = text_batch()
     price = batch.loss_weights * np.random.default_rng(1).uniform(0.5, 2, (G, 32)).astype(np.float32)

@@ -87,7 +87,7 @@ def latent_attention(
     kernel: Float[Array, "L H u"],
     segment_ids: Int[Array, "B S"],
 ) -> tuple[Float[Array, "B S H v"], Float[Array, " H"]]:
-    """Causal `segment_attention` of the queries x @ query, turned by cos and sin, over the keys and values of latents.
+    """Causal `segment_attention` of the queries x @ query, rotated by cos and sin, over the keys and values of latents.
 
     Returns the output and each head's largest scaled logit. Differentiable by x, latent and both matrices, which are
     used in the dtype of x; their gradients are float32 products, summed in `sharding.reduce_dtype`, and have their own.
@@ -149,7 +149,7 @@ def _product_grads(x: Array, matrix: Array, grad: Array) -> tuple[Array, Array]:
 
 
 def _keys(latent: Array, kernel: Array) -> tuple[Float[Array, "B t Hu"], Float[Array, "B t r"]]:
-    """Keys without rotary and values of each head; the turned key."""
+    """Keys without rotary and values of each head; the rotated key."""
     latent, rope = jnp.split(latent, [kernel.shape[0]], axis=-1)
     return _product(latent, kernel), rope
 
@@ -162,7 +162,7 @@ class _Call(NamedTuple):
     nope: int
 
     def heads_of(self, q: Array, cos: Array, sin: Array, kv: Array, rope: Array) -> tuple[Array, Array, Array]:
-        """q, k, v [B, t, H, .] from the products, queries turned."""
+        """q, k, v [B, t, H, .] from the products, queries rotated."""
         q, kv = (a.reshape(*a.shape[:2], self.heads, -1) for a in (q, kv))
         plain, straight, swapped = jnp.split(q, [self.nope, self.nope + rope.shape[-1]], axis=-1)
         cos, sin = (jnp.concatenate([a, a], axis=-1)[:, :, None] for a in (cos, sin))
@@ -176,7 +176,7 @@ class _Call(NamedTuple):
         return mla_flash.Shape(*widths, q.shape[1], kv.shape[1], self.spec.scale, self.spec.causal)
 
     def turn(self, cos: Array, sin: Array, rope: Array) -> tuple[Array, Array]:
-        """How the kernel wants the rotation and the turned key."""
+        """How the kernel wants the rotation and the rotated key."""
         turn = jnp.concatenate([cos, cos, sin, sin], axis=-1).astype(jnp.float32) * self.spec.scale
         return turn, jnp.concatenate([rope, rope], axis=-1)
 

@@ -2,7 +2,7 @@
 
 Source: flash attention (Dao et al. 2022, Algorithms 1 and 2) for the naive form of MLA (docs/released_model.md section
 3). A head is a block of columns: queries [nope | rotary | swapped], keys and values [nope | value] as `kv_b` makes
-them, and one rotary key for all heads. A turned query is rotary * cos + swapped * sin (`kernels.attention.mla` makes
+them, and one rotary key for all heads. A rotated query is rotary * cos + swapped * sin (`kernels.attention.mla` makes
 the swapped columns); both summands meet the same key, so that nothing is moved between lanes.
 
 Scores are held keys by queries, so that a query's statistics are a row. Forward has one head's keys and values of a row
@@ -92,7 +92,7 @@ def forward(
 ) -> tuple[Float[Array, "B T Hv"], Float[Array, "B H T"], Float[Array, "B H T"]]:
     """Output (0 for a query that sees nothing), log-sum-exp and largest logit of each query (then NOTHING), float32.
 
-    turn: what the rotary and the swapped columns are multiplied by, scale included, float32; rope: the turned key,
+    turn: what the rotary and the swapped columns are multiplied by, scale included, float32; rope: the rotated key,
     twice. Causal: T = K, and no query sees a later key.
     """
     rows, block, count = q.shape[0], shape.q_block, shape.queries // shape.q_block
@@ -194,7 +194,7 @@ def _cost(shape: Shape, products: int, rows: int, *moved: Array) -> pl.CostEstim
 # -------------------------------------------------------------------------------------------------------------- kernels
 
 
-def _turned(shape: Shape, q: Array, turn: Array) -> Array:
+def _rotated(shape: Shape, q: Array, turn: Array) -> Array:
     """Queries as they meet the keys, or gradients of these back to gradients of queries; float32."""
     q, nope = q.astype(jnp.float32), shape.nope
     return jnp.concatenate([q[:, :nope] * shape.scale, q[:, nope:] * turn], axis=1)
@@ -225,7 +225,7 @@ def _forward_kernel(
 ) -> None:  # fmt: skip
     """One block of queries of a head against all keys that it may see. Sums are held values by queries."""
     i, size = pl.program_id(2), shape.k_block
-    q, ids = _turned(shape, q_ref[...], turn[...]).astype(q_ref.dtype), query_ids[...]
+    q, ids = _rotated(shape, q_ref[...], turn[...]).astype(q_ref.dtype), query_ids[...]
 
     def block(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         largest, total, acc = carry
@@ -251,7 +251,7 @@ def _forward_kernel(
 
 def _backward_kernel(
     shape: Shape, q_ref: Any, turn: Any, kv_ref: Any, rope_ref: Any, query_ids: Any, key_ids: Any, lse: Any, delta: Any,
-    grad: Any, dq: Any, dkv: Any, drope: Any, turned: Any, total: Any,
+    grad: Any, dq: Any, dkv: Any, drope: Any, rotated: Any, total: Any,
 ) -> None:  # fmt: skip
     """One block of keys of a head against all queries that may see it.
 
@@ -264,7 +264,7 @@ def _backward_kernel(
     @pl.when(j == 0)
     def _() -> None:
         total[...] = jnp.zeros_like(total)
-        turned[...] = _turned(shape, q_ref[...], turn[...]).astype(turned.dtype)
+        rotated[...] = _rotated(shape, q_ref[...], turn[...]).astype(rotated.dtype)
 
     @pl.when((j == 0) & (h == 0))
     def _() -> None:
@@ -276,7 +276,7 @@ def _backward_kernel(
     def block(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         dk, dv = carry
         here = pl.ds(pl.multiple_of(i * size, size), size)
-        q, dout = turned[here, :], grad[here, :]
+        q, dout = rotated[here, :], grad[here, :]
         probs = jnp.exp(_scores(shape, q, kv, rope, query_ids[i], ids, i, j) - lse[i])
         dv += _dot(probs.astype(dout.dtype), dout, 1, 0)
         dscores = (probs * (_dot(kv[:, nope:], dout, 1, 1) - delta[i])).astype(q.dtype)
@@ -291,4 +291,4 @@ def _backward_kernel(
 
     @pl.when(j == pl.num_programs(2) - 1)
     def _() -> None:
-        dq[...] = _turned(shape, total[...], turn[...]).astype(dq.dtype)
+        dq[...] = _rotated(shape, total[...], turn[...]).astype(dq.dtype)

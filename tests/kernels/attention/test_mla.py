@@ -46,7 +46,7 @@ def one_device(x, query, latent, kernel, cos, sin, ids):
     return segment_attention(q, *join_heads(both, latent[..., L:], N), ids, causal=True, scale=SCALE)
 
 
-def dealt(mesh):
+def over_mesh(mesh):
     layout = sharding.layout(sharding.make_mesh(mesh))
 
     def fn(x, query, latent, kernel, cos, sin, ids):
@@ -67,7 +67,7 @@ def plain():
     ids=lambda m: f"f{m.fsdp}c{m.context}t{m.tensor}",
 )
 def test_pieces_of_rows_join(plain, mesh):
-    got = run(dealt(mesh))
+    got = run(over_mesh(mesh))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(plain), strict=True):
         assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
 
@@ -75,7 +75,7 @@ def test_pieces_of_rows_join(plain, mesh):
 def test_only_latents_are_gathered():
     """Nothing as large as all keys or values crosses between devices."""
     arrays, turn, ids, _ = inputs()
-    text = jax.jit(dealt(MeshConfig(fsdp=2, context=4))).lower(*arrays, *turn, ids).as_text()
+    text = jax.jit(over_mesh(MeshConfig(fsdp=2, context=4))).lower(*arrays, *turn, ids).as_text()
     gathers = [line for line in text.splitlines() if "all_gather" in line]
     latents, of_ids = f"{S // 4}x{L + R}xf32", f"{S // 4}xi32"
     of_tokens = [line for line in gathers if latents in line or of_ids in line]

@@ -53,7 +53,7 @@ def close(got, want, tolerance):
 
 
 def test_tpu_program_has_the_kernels_and_no_head_is_copied():
-    """Rows of heads are neither turned round nor padded: no such array but the output has an axis of heads."""
+    """Rows of heads are neither transposed nor padded: no such array but the output has an axis of heads."""
     layout = sharding.layout(sharding.make_mesh(MeshConfig(fsdp=8)))
     shapes = (8, T, 32), (32, H, N + R), (8, T, R // 2), (8, T, R // 2), (8, T, 16 + R), (16, H, N + V)
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]

@@ -192,8 +192,8 @@ def test_a_layer_of_a_stack(config):
         jax.eval_shape(jax.grad(lambda x: run(x, stack).sum()), x)
 
 
-def test_bundles_change_nothing(monkeypatch):
-    """Rows travel by eights, most of them filling here: what comes out is the same, and only real rows are counted."""
+def test_tiles_of_rows_change_nothing(monkeypatch):
+    """Rows go by eights, most of them filling here: what comes out is the same, and only real rows are counted."""
     monkeypatch.setattr(expert_parallel_module, "FEWEST", 0)
     x, gates, expert_weights, grad = inputs()
     fn = with_grads(over(sharding.make_mesh(MeshConfig(fsdp=2, expert=4)), 1.0))
