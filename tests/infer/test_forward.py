@@ -15,6 +15,7 @@ import pytest
 from kimi_jax.infer.cache import empty_cache
 from kimi_jax.infer.forward import Chunk, forward, prepare
 from kimi_jax.nn.kimi import KimiK25
+from kimi_jax.packed_batch import padding
 from tests.nn import tiny
 
 SIZE, PAGES, LENGTH = 4, 16, 24
@@ -32,10 +33,8 @@ def close(got, want):
 def whole(config):
     """Tokens of two rows and their hidden states by the packed model."""
     tokens = np.random.default_rng(0).integers(10, config.vocab_size, (2, LENGTH)).astype(np.int32)
-    batch = {
-        "tokens": tokens, "positions": np.tile(np.arange(LENGTH, dtype=np.int32), (2, 1)),
-        "segment_ids": np.ones_like(tokens), "vision": (),
-    }  # fmt: skip
+    batch = padding(2, LENGTH, 2, 0)
+    batch.tokens[:], batch.positions[:], batch.segment_ids[:] = tokens, np.arange(LENGTH), 1
     run = jax.jit(
         lambda params: KimiK25(config).apply({"params": params}, batch, method="hidden")[0],
         compiler_options=tiny.QUICK,

@@ -49,5 +49,5 @@ def text_batch(rows: int, length: int, vocab: int, seed: int = 0) -> PackedBatch
 
 def max_logits(config: ModelConfig, params, batch):
     """[L,H] of one forward pass."""
-    _, aux = KimiK25(config).apply({"params": params}, batch, 1, method="hidden")
+    _, aux = KimiK25(config).apply({"params": params}, batch, method="hidden")
     return aux.max_logits
