@@ -38,7 +38,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kimi_jax.config import ConfigError, SourceConfig
 from kimi_jax.data import BadRecord, DataError
-from kimi_jax.data.example import Limits, encode
+from kimi_jax.data.example import EncodeLimits, encode
 from kimi_jax.data.sources import open_source
 from kimi_jax.data.sources.array_record import FORMAT, MANIFEST, VERSION, read_manifest
 from kimi_jax.data.sources.record import Media, decode, pack
@@ -253,7 +253,7 @@ def write_shard(plan: BuildPlan, folder: Path, shard: int) -> ShardSummary:
     for i in range(shard * plan.shard_size, min((shard + 1) * plan.shard_size, plan.records)):
         try:
             record = source.record(i)
-            encoded = encode(decode(record), tokenizer, Limits())
+            encoded = encode(decode(record), tokenizer, EncodeLimits())
             length = [
                 len(encoded.tokens) if plan.tokenizer else -1,
                 sum(len(item.patches) for item in encoded.media),

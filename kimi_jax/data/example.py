@@ -29,8 +29,24 @@ from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.data.video import Video, chunk_patches, chunks, fit_frame, timestamp, video_size
 
 __all__ = [
-    "BadRecord", "DataError", "Encoded", "Example", "Image", "Limits", "MediaItem", "Source", "Span", "Text", "Turns",
-    "Video", "encode", "fill_pads", "place_items", "split", "text_of", "token_spans",
+    "BadRecord",
+    "DataError",
+    "EncodeLimits",
+    "Encoded",
+    "Example",
+    "Image",
+    "MediaItem",
+    "Source",
+    "Span",
+    "Text",
+    "Turns",
+    "Video",
+    "encode",
+    "fill_pads",
+    "place_items",
+    "split",
+    "text_of",
+    "token_spans",
 ]  # fmt: skip
 
 
@@ -121,7 +137,7 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Limits:
+class EncodeLimits:
     """What one example may take. The defaults are the released limits, without a packer: for inference.
 
     sequence_length: most tokens of an example with media (None: no limit). Text-only ones may be longer: see `split`.
@@ -166,7 +182,7 @@ class _Visual:
     height: int
     frames: tuple[int, ...]  # of each chunk; (1,) for an image
 
-    def plan(self, limits: Limits, patch_size: int, area: float | None = None) -> ResizePlan:
+    def plan(self, limits: EncodeLimits, patch_size: int, area: float | None = None) -> ResizePlan:
         """The largest plan within the limits and, if given, within `area` patches before padding."""
         if isinstance(self.part, Image):
             limit = limits.image_patches if area is None else min(area, limits.image_patches)
@@ -282,7 +298,7 @@ def _special_id(tokenizer: Tokenizer, name: str) -> int:
 # ------------------------------------------------------------------------------------------------------------ encoding
 
 
-def encode(example: Example, tokenizer: Tokenizer, limits: Limits | None = None, patch_size: int = 14) -> Encoded:
+def encode(example: Example, tokenizer: Tokenizer, limits: EncodeLimits | None = None, patch_size: int = 14) -> Encoded:
     """Tokens, loss weights and patches of an example.
 
     Media that do not fit the limits are planned smaller, all of the example alike, never cut off. A plain text-only
@@ -291,7 +307,7 @@ def encode(example: Example, tokenizer: Tokenizer, limits: Limits | None = None,
     Raises BadRecord: empty; too_long (the text leaves no room even for the smallest images, or a conversation has no
     shorter form); those of decoding. Raises ValueError if the tokenizer lacks a special token of the example.
     """
-    limits = limits or Limits()
+    limits = limits or EncodeLimits()
     visuals = [_visual(part, example.key) for part in example.parts if not isinstance(part, Text)]
     stamps = [_stamps(visual.part) for visual in visuals]
     for part in example.parts:
@@ -361,7 +377,7 @@ class _Choice(NamedTuple):
 
 
 def _longest_that_fits(
-    example: Example, spans: Sequence[Span], visuals: Sequence[_Visual], limits: Limits, patch_size: int
+    example: Example, spans: Sequence[Span], visuals: Sequence[_Visual], limits: EncodeLimits, patch_size: int
 ) -> _Choice:
     """As many turns as fit, found by bisection: what is left of a conversation only gets smaller. Raises BadRecord."""
     places = [i for i, part in enumerate(example.parts) if not isinstance(part, Text)]
@@ -399,7 +415,7 @@ def _kept_parts(example: Example, dropped: int) -> frozenset[int]:
 
 
 def _plan_together(
-    visuals: Sequence[_Visual], spans: Sequence[Span], limits: Limits, patch_size: int, example: Example
+    visuals: Sequence[_Visual], spans: Sequence[Span], limits: EncodeLimits, patch_size: int, example: Example
 ) -> list[ResizePlan]:
     """Plans of all visuals of an example, shrunk by one common factor of area if they do not fit together.
 

@@ -55,7 +55,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Limits:
+class PromptLimits:
     """What a prompt may take, checked before anything is decoded.
 
     max_tokens: of prompt and answer together. max_characters: of all text; no prompt with more of them can have fewer
@@ -91,7 +91,7 @@ def prepare(
     preserve_thinking: bool = False,
     add_generation_prompt: bool | None = None,
     open_url: Callable[[str], bytes] | None = None,
-    limits: Limits | None = None,
+    limits: PromptLimits | None = None,
     sampled: Mapping[int, Sequence[int]] | None = None,
 ) -> Prompt:
     """Encodes a conversation (see `conversation.encode`), opens its media and expands their pads.

@@ -23,7 +23,7 @@ import grain
 from kimi_jax.config import DataConfig, ModelConfig
 from kimi_jax.data import BadRecord, DataError
 from kimi_jax.data.bins import SAMPLE, check_sizes
-from kimi_jax.data.example import Encoded, Limits, Source, encode, split
+from kimi_jax.data.example import Encoded, EncodeLimits, Source, encode, split
 from kimi_jax.data.mixture import Mixture, ratio_at
 from kimi_jax.data.packing import BufferedExample, Pack, PackShape, fill_pack
 from kimi_jax.data.tokenizer import Tokenizer
@@ -37,9 +37,9 @@ MOST_PACKS = 2  # packs' bins that waiting images may fill while less text waits
 JUDGED = 100  # draws after which the share of bad records of a source is judged; fewer if it has fewer records
 
 
-def limits_of(data: DataConfig, model: ModelConfig) -> Limits:
+def limits_of(data: DataConfig, model: ModelConfig) -> EncodeLimits:
     """What one example may take so that it fits an empty pack of this run."""
-    return Limits(data.sequence_length, data.vision_bins if model.vision else ())
+    return EncodeLimits(data.sequence_length, data.vision_bins if model.vision else ())
 
 
 def check_bad(name: str, draws: int, size: int, bad: Mapping[str, int], named: list, max_fraction: float) -> None:
@@ -109,7 +109,7 @@ class _Reader:
     def _index(self, read: int) -> int:
         return int(self._order[read * self._num_shards + self._shard])
 
-    def peek(self, read: int, tokenizer: Tokenizer, limits: Limits, shape: PackShape) -> list[Encoded]:
+    def peek(self, read: int, tokenizer: Tokenizer, limits: EncodeLimits, shape: PackShape) -> list[Encoded]:
         """Pieces of read number `read`, without a trace. Raises BadRecord, and DataError naming source and record."""
         index = self._index(read)
         self._quarantine.reading(self.name, index)
@@ -120,7 +120,7 @@ class _Reader:
         except Exception as error:
             raise DataError(f"source {self.name!r}, record {index}: {type(error).__name__}: {error}") from error
 
-    def encode(self, read: int, tokenizer: Tokenizer, limits: Limits, shape: PackShape) -> list[Encoded]:
+    def encode(self, read: int, tokenizer: Tokenizer, limits: EncodeLimits, shape: PackShape) -> list[Encoded]:
         """Pieces of read number `read`, a bad one remembered. Raises BadRecord, and DataError for other errors."""
         index = self._index(read)
         if known := self._quarantine.bad.get((self.name, index)):

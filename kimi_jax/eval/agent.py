@@ -55,7 +55,7 @@ class ContextFull(Exception):
 
 
 @dataclass(frozen=True)
-class Limits:
+class EpisodeLimits:
     """Bounds of an episode.
 
     turns: replies of the model. calls: that are run of one reply. characters: of the text of one result; what is beyond
@@ -92,7 +92,7 @@ def run(
     messages: Sequence[Message],
     tools: Mapping[str, Tool],
     declarations: Declarations = (),
-    limits: Limits | None = None,
+    limits: EpisodeLimits | None = None,
 ) -> Episode:
     """Runs an episode until the model answers or a limit ends it.
 
@@ -100,7 +100,7 @@ def run(
     value that JSON can hold, or a list of message parts (media as PIL images, arrays, bytes or data URIs).
     declarations: the tools as the model is told of them.
     """
-    limits = limits or Limits()
+    limits = limits or EpisodeLimits()
     conversation: list[Message] = list(messages)
     calls: list[Call] = []
     for turn in range(1, limits.turns + 1):
@@ -119,7 +119,7 @@ def run(
     return Episode(Outcome.OUT_OF_TURNS, tuple(conversation), "", tuple(calls), limits.turns)
 
 
-def _run_call(call: ToolCall, tools: Mapping[str, Tool], limits: Limits) -> tuple[CallResult, Any]:
+def _run_call(call: ToolCall, tools: Mapping[str, Tool], limits: EpisodeLimits) -> tuple[CallResult, Any]:
     arguments = call.parsed
     if arguments is None:
         return CallResult.BAD_ARGUMENTS, _text(f"error: {call.error}", limits)
@@ -135,11 +135,11 @@ def _run_call(call: ToolCall, tools: Mapping[str, Tool], limits: Limits) -> tupl
         return CallResult.FAILED, _text(f"error: {type(error).__name__}: {error}", limits)
 
 
-def _refused(limits: Limits) -> tuple[CallResult, str]:
+def _refused(limits: EpisodeLimits) -> tuple[CallResult, str]:
     return CallResult.REFUSED, f"error: not run: at most {limits.calls} calls in one message"
 
 
-def _content(value: Any, limits: Limits) -> Any:
+def _content(value: Any, limits: EpisodeLimits) -> Any:
     """The content of a tool's message. Raises ValueError, TypeError, BadRecord for what is no result."""
     if not isinstance(value, list) or not all(isinstance(part, Mapping) and "type" in part for part in value):
         return _text(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), limits)
@@ -158,7 +158,7 @@ def _content(value: Any, limits: Limits) -> Any:
     return parts
 
 
-def _text(text: str, limits: Limits, room: int | None = None) -> str:
+def _text(text: str, limits: EpisodeLimits, room: int | None = None) -> str:
     room = limits.characters if room is None else room
     return text if len(text) <= room else f"{text[:room]}\n[truncated: {len(text):,} characters, {room:,} are shown]"
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from kimi_jax import sharding
 from kimi_jax.config import MeshConfig, ModelConfig, TrainConfig
-from kimi_jax.data.example import Encoded, Example, Limits, Text, encode, split
+from kimi_jax.data.example import Encoded, EncodeLimits, Example, Text, encode, split
 from kimi_jax.data.packing import Pack, PackShape
 from kimi_jax.data.tokenizer import Tokenizer, load_tokenizer
 from kimi_jax.eval import scorers
@@ -116,7 +116,7 @@ class Scorer:
         self._apply = apply or make_apply(config.model, config.data.num_packs, config.mesh)
         self._shape = PackShape.of(config.data, config.model)
         self._num_packs = config.data.num_packs
-        self._limits = Limits(sequence_length=self._shape.sequence_length, bins=self._shape.bins)
+        self._limits = EncodeLimits(sequence_length=self._shape.sequence_length, bins=self._shape.bins)
         self._ends = max(8, min(256, 2**22 // config.model.vocab_size))
         self.length = self._shape.sequence_length
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from kimi_jax.config import ModelConfig
 from kimi_jax.data.conversation import END, Message, opens_reasoning, with_released_ids
-from kimi_jax.data.processor import Limits, prepare
+from kimi_jax.data.processor import PromptLimits, prepare
 from kimi_jax.data.reply import Delta, Pieces, Reply, ReplyParser
 from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.infer.request import Event, Request, Sampling
@@ -45,7 +45,7 @@ class Chat:
     thinking: bool = True
     preserve_thinking: bool = False
     open_url: Callable[[str], bytes] | None = None
-    limits: Limits | None = None
+    limits: PromptLimits | None = None
     sampled: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
     @property

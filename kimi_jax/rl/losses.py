@@ -61,7 +61,7 @@ class Terms(NamedTuple):
 
 
 @runtime_checkable
-class Objective(Protocol):
+class TokenLoss(Protocol):
     """A policy objective. Raises ValueError when it is made, not when it is called."""
 
     def terms(self, tokens: Tokens) -> Terms:
@@ -79,7 +79,7 @@ def _bounded_ratio(d: Array, kept: Array, low: float, high: float) -> Array:
 
 
 @dataclass(frozen=True)
-class KimiK25:
+class KimiK25Loss:
     """Equation 1 of the K2.5 report. See `policy_loss` for the meaning of the settings."""
 
     alpha: float = 0.5
@@ -177,7 +177,7 @@ class CISPO:
 
 
 @dataclass(frozen=True)
-class KimiK15:
+class KimiK15Loss:
     """A log pi - tau/2 (log-ratio of the response)^2 (Kimi k1.5 report, arXiv 2501.12599, section 2.3.2); no bounds.
 
     Needs `sequences` if rows are packed. K2's squared form (A - tau D)^2 has this gradient times a constant.
@@ -296,7 +296,7 @@ def reduce_terms(
 
 
 def objective_loss(
-    objective: Objective,
+    objective: TokenLoss,
     logp: Float[Array, "B T"],
     logp_old: Float[Array, "B T"],
     advantage: Float[Array, "B T"],
@@ -362,5 +362,5 @@ def policy_loss(
     Returns the loss and the metrics of `objective_loss`. No gradient in the metrics.
     Raises ValueError for bounds that do not contain 1, a negative tau or another tau_on.
     """
-    objective = KimiK25(alpha, beta, tau, tau_on)
+    objective = KimiK25Loss(alpha, beta, tau, tau_on)
     return objective_loss(objective, logp, logp_sampler, advantage, mask, num_tokens)

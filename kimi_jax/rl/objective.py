@@ -47,7 +47,7 @@ def policy(config: PolicyConfig) -> Objective:
     return Objective(COLUMNS, totals, loss, config.temperature)
 
 
-def _loss(config: PolicyConfig) -> losses.Objective:
+def _loss(config: PolicyConfig) -> losses.TokenLoss:
     """The objective of that name. "none" keeps every token: bounds that float32 log-ratios do not reach."""
     if config.loss == "ppo":
         return losses.PPO(config.low, config.high)
@@ -56,10 +56,10 @@ def _loss(config: PolicyConfig) -> losses.Objective:
     if config.loss == "cispo":
         return losses.CISPO(config.beta)
     if config.loss == "k1_5":
-        return losses.KimiK15(config.tau)
+        return losses.KimiK15Loss(config.tau)
     if config.loss == "none":
-        return losses.KimiK25(math.exp(-losses.MAX_LOG_RATIO), math.exp(losses.MAX_LOG_RATIO), 0.0)
-    return losses.KimiK25(config.alpha, config.beta, config.tau)
+        return losses.KimiK25Loss(math.exp(-losses.MAX_LOG_RATIO), math.exp(losses.MAX_LOG_RATIO), 0.0)
+    return losses.KimiK25Loss(config.alpha, config.beta, config.tau)
 
 
 def _generated(batch: PackedBatch) -> jax.Array:

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from kimi_jax.config import ConfigError, RolloutConfig, TrainConfig
 from kimi_jax.data import BadRecord
-from kimi_jax.data.example import Encoded, Example, Limits, encode
+from kimi_jax.data.example import Encoded, EncodeLimits, Example, encode
 from kimi_jax.data.routing import FREE
 from kimi_jax.data.tokenizer import Tokenizer, load_tokenizer
 from kimi_jax.infer.engine import Engine
@@ -106,7 +106,7 @@ class RolloutWorker:
         self._config, self._rollout, self._temperature = config, rollout, temperature
         self._mesh = mesh if mesh is not None and mesh.size > 1 else None
         self.tokenizer: Tokenizer = load_tokenizer(config.data.tokenizer)
-        self._limits = Limits(config.data.sequence_length, config.data.vision_bins if config.model.vision else ())
+        self._limits = EncodeLimits(config.data.sequence_length, config.data.vision_bins if config.model.vision else ())
         # a pad stands for a feature of an image: what is behind one that nobody gave could not be trained on
         self._pad_id = config.model.media_placeholder_token_id
         self._stop_ids = config.model.eos_token_id, self._pad_id

@@ -20,7 +20,7 @@ from absl import app, flags
 from kimi_jax import cli
 from kimi_jax.data import BadRecord
 from kimi_jax.data.image import decode, open_image
-from kimi_jax.sandbox.limits import Limits, SandboxError
+from kimi_jax.sandbox.limits import SandboxError, SandboxLimits
 from kimi_jax.sandbox.session import Result, Session
 from kimi_jax.sandbox.walls import SANDBOXES, choose
 
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> None:
     try:
         walls = choose(f.sandbox)
         start = time.perf_counter()
-        session = Session(walls, Limits(timeout_seconds=f.timeout))
+        session = Session(walls, SandboxLimits(timeout_seconds=f.timeout))
         milliseconds = (time.perf_counter() - start) * 1000
         images = {f"image_{i}": np.asarray(decode(open_image(name))) for i, name in enumerate(f.image, 1)}
         session.put(images)

@@ -86,7 +86,7 @@ class _Stream(io.TextIOBase):
 
 
 class Interpreter:
-    """One namespace. limits: the fields of `limits.Limits`."""
+    """One namespace. limits: the fields of `limits.SandboxLimits`."""
 
     def __init__(self, limits: dict[str, Any]):
         self._limits = limits

@@ -15,7 +15,7 @@ class SandboxError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Limits:
+class SandboxLimits:
     """Limits of a session.
 
     timeout_seconds: wall time of a call; then the cell is interrupted and its state survives.

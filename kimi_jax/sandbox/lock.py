@@ -31,7 +31,7 @@ class Lock:
     user:        id of user and group that it becomes; 0: it stays who it is.
     read_search: keeps CAP_DAC_READ_SEARCH, for a Python that only root can reach; landlock holds what it may read.
     landlock, seccomp: whether these walls are wanted.
-    limits:      the fields of `limits.Limits`. thread_limit: whether RLIMIT_NPROC counts this process only.
+    limits:      the fields of `limits.SandboxLimits`. thread_limit: whether RLIMIT_NPROC counts this process only.
     """
 
     scratch: str

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from kimi_jax.sandbox import walls as walling
-from kimi_jax.sandbox.limits import Limits
+from kimi_jax.sandbox.limits import SandboxLimits
 from kimi_jax.sandbox.session import PRELOAD, Result, Session
 from kimi_jax.sandbox.tool import run_tool
 from kimi_jax.sandbox.walls import Walls
@@ -73,13 +73,13 @@ class Pool:
         self,
         size: int,
         walls: Walls | None = None,
-        limits: Limits | None = None,
+        limits: SandboxLimits | None = None,
         preload: Sequence[str] = PRELOAD,
     ):
         if size < 1:
             raise ValueError(f"a pool has at least one session, not {size}")
         self._size = size
-        self._arguments = (walls or walling.choose(), limits or Limits(), tuple(preload))
+        self._arguments = (walls or walling.choose(), limits or SandboxLimits(), tuple(preload))
 
     async def __aenter__(self) -> Pool:
         """Starts all sessions; does not wait for them."""

@@ -30,7 +30,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from kimi_jax.sandbox import walls as walling
-from kimi_jax.sandbox.limits import Limits, SandboxError
+from kimi_jax.sandbox.limits import SandboxError, SandboxLimits
 from kimi_jax.sandbox.lock import CAP_DAC_READ_SEARCH, Lock
 from kimi_jax.sandbox.protocol import MAX_SIDE, Deadline, Ended, Frame, Pipes, ProtocolError, pack, read_frame
 from kimi_jax.sandbox.walls import Program, Walls
@@ -76,8 +76,10 @@ class Session:
     Raises SandboxError if the process cannot be started and locked.
     """
 
-    def __init__(self, walls: Walls | None = None, limits: Limits | None = None, preload: Sequence[str] = PRELOAD):
-        self.limits = limits or Limits()
+    def __init__(
+        self, walls: Walls | None = None, limits: SandboxLimits | None = None, preload: Sequence[str] = PRELOAD
+    ):
+        self.limits = limits or SandboxLimits()
         self.limits.check()
         self.walls = walls or walling.choose()
         self._preload = tuple(preload)
@@ -337,7 +339,7 @@ def _read_child_pid(descriptor: int, seconds: float) -> int:
     return 0
 
 
-def read_result(reply: Frame, limits: Limits) -> Result:
+def read_result(reply: Frame, limits: SandboxLimits) -> Result:
     """The result in a frame that an enemy wrote. Raises ProtocolError for anything that an honest one does not hold."""
     status, parts = reply.head.get("status"), reply.head.get("parts")
     if not isinstance(status, str) or status not in STATUSES or not isinstance(parts, list):

@@ -21,7 +21,7 @@ from kimi_jax.data import BadRecord
 from kimi_jax.data.image import decode, open_image
 from kimi_jax.data.media_part import read_data_uri
 from kimi_jax.data.message_fields import IMAGE_TYPES
-from kimi_jax.sandbox.limits import Limits
+from kimi_jax.sandbox.limits import SandboxLimits
 from kimi_jax.sandbox.session import Result, Session
 from kimi_jax.untrusted import parse_object
 
@@ -50,7 +50,7 @@ class BadArguments(ValueError):
     """The arguments of a call are not what the declaration asks for."""
 
 
-def read_code(arguments: str | Mapping[str, Any], limits: Limits) -> str:
+def read_code(arguments: str | Mapping[str, Any], limits: SandboxLimits) -> str:
     """The code of a call. arguments: JSON as the model wrote it, or what was parsed of it. Raises BadArguments."""
     if isinstance(arguments, str):
         if len(arguments) > 2 * ESCAPED * limits.code_chars + 1000:

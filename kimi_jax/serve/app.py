@@ -32,7 +32,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kimi_jax.config import ModelConfig
 from kimi_jax.data import BadRecord
 from kimi_jax.data.media_part import media_urls
-from kimi_jax.data.processor import Limits
+from kimi_jax.data.processor import PromptLimits
 from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.infer.generate import Chat, chat_request, with_stop_tokens
 from kimi_jax.infer.line import Caller
@@ -46,7 +46,7 @@ from kimi_jax.serve.guard import Guard, declared_length, refuse
 from kimi_jax.serve.protocol import ApiError, Call, ChatCall, CompletionCall
 from kimi_jax.serve.remote import Fetcher, IPNetwork
 from kimi_jax.serve.urls import is_remote, opener
-from kimi_jax.serve.worker import EngineFailed, EngineWorker, Overloaded, RequestFailed, Run
+from kimi_jax.serve.worker import EngineFailed, EngineWorker, Overloaded, RequestFailed, Submission
 
 GONE = 499  # what proxies call a client that did not wait
 PREPARING_THREADS = 4  # that parse bodies and decode media; others wait
@@ -281,7 +281,7 @@ class Endpoint:
             for task in tasks:
                 task.cancel()
 
-    async def _choices(self, run: Run, answer: Answer, begun: float) -> AsyncIterator[int]:
+    async def _choices(self, run: Submission, answer: Answer, begun: float) -> AsyncIterator[int]:
         """Feeds the answer and yields which choice has grown; one that a stop string ended is taken from the engine."""
         first = True
         async for index, event in run.events():
@@ -313,7 +313,7 @@ class ChatEndpoint(Endpoint):
         """One prompt, as often as there are choices."""
         server = self._server
         open_url = opener(server.media_folder, fetched, memory.change)
-        limits = Limits(server.max_sequence_length, server.max_characters, memory.change)
+        limits = PromptLimits(server.max_sequence_length, server.max_characters, memory.change)
         chat = Chat(call.messages, call.tools, call.thinking, call.preserve_thinking, open_url, limits, call.sampled)
         return _choices(chat_request(chat, server.tokenizer, server.config, self.sampling(call)), call.num_choices)
 
@@ -343,7 +343,7 @@ class CompletionEndpoint(Endpoint):
     def requests(self, call: CompletionCall, fetched: Mapping[str, bytes], memory: Reservation) -> list[Request]:
         """Every prompt, as often as there are choices."""
         server = self._server
-        limits = Limits(server.max_sequence_length, server.max_characters, memory.change)
+        limits = PromptLimits(server.max_sequence_length, server.max_characters, memory.change)
         for prompt in call.prompts:  # before the first of them is encoded
             if isinstance(prompt, str):
                 limits.check_text([prompt])

@@ -38,7 +38,7 @@ class RequestFailed(Exception):
     """The engine could not answer this one request; the message says why. The others go on."""
 
 
-class Run:
+class Submission:
     """Requests that were submitted together (the choices of one call), for the event loop.
 
     Iterate over `events`; `stop` a choice that needs no more tokens; `close` it at the end, whatever happened.
@@ -91,7 +91,7 @@ class EngineWorker:
     def __init__(self, engine: Engine, limit: int):
         self._engine, self.limit = engine, limit
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._places: dict[int, tuple[Run, int]] = {}  # the thread's: engine's number -> run, choice
+        self._places: dict[int, tuple[Submission, int]] = {}  # the thread's: engine's number -> run, choice
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -152,12 +152,12 @@ class EngineWorker:
                 self._held += Counter()  # drops what is 0
 
     @contextlib.asynccontextmanager
-    async def submit(self, requests: Sequence[Request], caller: Caller = NOBODY) -> AsyncIterator[Run]:
-        """The requests as a Run, which is closed at the end; callers take turns.
+    async def submit(self, requests: Sequence[Request], caller: Caller = NOBODY) -> AsyncIterator[Submission]:
+        """The requests as a Submission, which is closed at the end; callers take turns.
 
         Raises what the engine says to a request, EngineFailed.
         """
-        run = Run(self, requests, caller)
+        run = Submission(self, requests, caller)
         self._inbox.put(lambda: self._begin(run))
         try:
             await run.accepted
@@ -165,7 +165,7 @@ class EngineWorker:
         finally:
             run.close()
 
-    def cancel(self, run: Run, index: int) -> None:
+    def cancel(self, run: Submission, index: int) -> None:
         """Ends one choice."""
         self._inbox.put(lambda: self._end(run, index))
 
@@ -188,7 +188,7 @@ class EngineWorker:
         while not self._inbox.empty():
             self._inbox.get()()
 
-    def _begin(self, run: Run) -> None:
+    def _begin(self, run: Submission) -> None:
         try:
             if self.failure:
                 raise EngineFailed(self.failure)
@@ -213,7 +213,7 @@ class EngineWorker:
         else:
             self._call(_set_result, done)
 
-    def _end(self, run: Run, index: int) -> None:
+    def _end(self, run: Submission, index: int) -> None:
         if index < len(run.numbers) and run.numbers[index] in self._places:
             del self._places[run.numbers[index]]
             self._engine.cancel(run.numbers[index])
@@ -240,7 +240,7 @@ class EngineWorker:
             self._loop.call_soon_threadsafe(function, *arguments)
 
 
-def _hand_out(arrived: list[tuple[Run, int, Event]]) -> None:
+def _hand_out(arrived: list[tuple[Submission, int, Event]]) -> None:
     for run, index, event in arrived:
         run.arrived.put_nowait((index, event))
 

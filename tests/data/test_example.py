@@ -6,7 +6,7 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 
 from kimi_jax.data import BadRecord
-from kimi_jax.data.example import Example, Image, Limits, Text, Video, encode, place_items, split
+from kimi_jax.data.example import EncodeLimits, Example, Image, Text, Video, encode, place_items, split
 from kimi_jax.data.image import process_image
 from tests.data.synthetic import make_image
 from tests.data.synthetic import tokenizer as train
@@ -63,7 +63,7 @@ def test_end_of_document_has_the_weight_of_the_last_text(tokenizer):
 
 def test_image_larger_than_the_largest_bin_is_planned_smaller(tokenizer):
     image = make_image(RNG, 300, 200)
-    limits = Limits(512, ((64, 2), (160, 1)))
+    limits = EncodeLimits(512, ((64, 2), (160, 1)))
     (item,) = encode(Example((Image(image), Text("red"))), tokenizer, limits).media
     _, h, w = item.grid
     assert 100 <= h * w <= 160 and abs(w / h - 1.5) < 0.4  # smaller, in about the same form, and whole
@@ -76,7 +76,7 @@ def test_images_of_one_example_shrink_together(tokenizer):
     example = Example((large, Text(" red "), large, small, Text("blue")))
     free = encode(example, tokenizer)
     assert [m.grid for m in free.media] == [(1, 30, 30), (1, 30, 30), (1, 8, 8)]
-    encoded = encode(example, tokenizer, Limits(256, ((900, 3),)))
+    encoded = encode(example, tokenizer, EncodeLimits(256, ((900, 3),)))
     assert 200 < len(encoded.tokens) <= 256
     first, second, third = (m.grid for m in encoded.media)
     assert first == second and first[1] < 30 and third[1] < 8
@@ -86,7 +86,7 @@ def test_images_of_one_example_shrink_together(tokenizer):
 def test_an_example_always_fits_an_empty_group(tokenizer):
     """Three images that fit alone, but not together, in the one bin there is."""
     example = Example(tuple(Image(make_image(RNG, 112, 112)) for _ in range(3)) + (Text("red"),))
-    limits = Limits(512, ((64, 1),))
+    limits = EncodeLimits(512, ((64, 1),))
     encoded = encode(example, tokenizer, limits)
     assert sum(len(m.patches) for m in encoded.media) <= 64
 
@@ -100,7 +100,7 @@ def test_whatever_is_encoded_fits_its_limits(tokenizer, data):
     parts = [Image(np.zeros((h, w, 3), np.uint8)) for w, h in sizes]
     if data.draw(st.booleans()):
         parts.append(Video(np.zeros((5, 33, 57, 3), np.uint8), (0.0, 0.5, 1.0, 1.5, 2.0)))
-    limits = Limits(length, bins)
+    limits = EncodeLimits(length, bins)
     try:
         encoded = encode(Example((*parts, Text("red " * words))), tokenizer, limits)
     except BadRecord as bad:
@@ -125,7 +125,9 @@ def test_whatever_is_encoded_fits_its_limits(tokenizer, data):
 
 def test_media_whose_text_leaves_no_room_are_refused(tokenizer):
     with pytest.raises(BadRecord) as bad:
-        encode(Example((Image(make_image(RNG, 28, 28)), Text("red " * 200)), "k"), tokenizer, Limits(64, ((64, 1),)))
+        encode(
+            Example((Image(make_image(RNG, 28, 28)), Text("red " * 200)), "k"), tokenizer, EncodeLimits(64, ((64, 1),))
+        )
     assert bad.value.reason == "too_long" and bad.value.key == "k"
 
 

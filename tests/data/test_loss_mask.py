@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kimi_jax.data import BadRecord
 from kimi_jax.data.conversation import apply_chat_template, encode
-from kimi_jax.data.example import Example, Image, Limits, Text, Turns, Video
+from kimi_jax.data.example import EncodeLimits, Example, Image, Text, Turns, Video
 from kimi_jax.data.example import encode as encode_example
 from tests.data.synthetic import make_image
 from tests.serve.server import byte_tokenizer
@@ -204,7 +204,7 @@ def conversation(turns: int, train_on: str, keep: str):
 def test_long_conversation_loses_its_last_turns():
     example = conversation(5, "all", "first")
     whole = encode_example(example, BYTES)
-    short = encode_example(example, BYTES, Limits(len(whole.tokens) - 1))
+    short = encode_example(example, BYTES, EncodeLimits(len(whole.tokens) - 1))
     assert short.shortened and not whole.shortened
     assert np.array_equal(short.tokens, encode_example(conversation(4, "all", "first"), BYTES).tokens)
 
@@ -212,7 +212,7 @@ def test_long_conversation_loses_its_last_turns():
 def test_long_conversation_loses_its_first_turns_and_keeps_the_system_message():
     example = conversation(5, "last", "last")
     whole = encode_example(example, BYTES)
-    short = encode_example(example, BYTES, Limits(len(whole.tokens) - 1))
+    short = encode_example(example, BYTES, EncodeLimits(len(whole.tokens) - 1))
     text = BYTES.decode(short.tokens)
     assert text.startswith(f"{S}system{M}S{E}{U}q1{E}") and text.endswith(f"a4{E}")
     assert BYTES.decode(short.tokens[short.loss_weights > 0]) == f"a4{E}"
@@ -221,7 +221,7 @@ def test_long_conversation_loses_its_first_turns_and_keeps_the_system_message():
 @pytest.mark.parametrize(("keep", "turns"), [("all", 5), ("first", 1), ("last", 1)])
 def test_long_conversation_is_refused_where_it_cannot_be_shortened(keep, turns):
     with pytest.raises(BadRecord) as bad:
-        encode_example(conversation(turns, "all", keep), BYTES, Limits(10))
+        encode_example(conversation(turns, "all", keep), BYTES, EncodeLimits(10))
     assert bad.value.reason == "too_long" and bad.value.key == "k"
 
 
@@ -234,7 +234,7 @@ def test_shortened_conversation_is_the_longest_that_fits(turns, length, keep):
     head, each = sizes[0], sizes[1:]
     fitting = [n for n in range(1, turns + 1) if head + sum(each[:n] if keep == "first" else each[-n:]) <= length]
     try:
-        encoded = encode_example(example, BYTES, Limits(length))
+        encoded = encode_example(example, BYTES, EncodeLimits(length))
     except BadRecord:
         assert not fitting
         return
@@ -252,5 +252,5 @@ def test_shortened_conversation_loses_the_images_of_its_lost_turns():
     example = Example(example.parts, "k", Turns(example.turns.ends, "first"))
     whole = encode_example(example, BYTES)
     assert [item.grid for item in whole.media] == [(1, 2, 2), (1, 2, 4), (1, 2, 6)]
-    short = encode_example(example, BYTES, Limits(len(whole.tokens) - 10, ((64, 1),)))
+    short = encode_example(example, BYTES, EncodeLimits(len(whole.tokens) - 10, ((64, 1),)))
     assert [item.grid for item in short.media] == [(1, 2, 2), (1, 2, 4)] and short.shortened

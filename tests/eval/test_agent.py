@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kimi_jax.config import preset
 from kimi_jax.data.conversation import ARGUMENTS, CALL, CALL_END, CALLS, CALLS_END
 from kimi_jax.data.reply import Reply, ToolCall, parse_reply
-from kimi_jax.eval.agent import CallResult, ContextFull, Limits, Outcome, engine_replies, run
+from kimi_jax.eval.agent import CallResult, ContextFull, EpisodeLimits, Outcome, engine_replies, run
 from kimi_jax.infer.engine import Engine
 from kimi_jax.infer.request import Sampling
 from tests.serve.server import ScriptedEngine, byte_tokenizer, load_checkpoint
@@ -84,7 +84,7 @@ def test_call_that_goes_wrong_is_a_result_that_the_model_reads(call, result, say
 def test_results_are_cut_off_and_say_so():
     tools = {"long": lambda: "x" * 1000, "parts": lambda: [{"type": "text", "text": "y" * 30}] * 3}
     calls = calling(called("long", "{}"), called("parts", "{}", 1))
-    episode = run(script(calls, ANSWER), ASK, tools, limits=Limits(characters=40))
+    episode = run(script(calls, ANSWER), ASK, tools, limits=EpisodeLimits(characters=40))
     assert episode.messages[2]["content"] == "x" * 40 + "\n[truncated: 1,000 characters, 40 are shown]"
     texts = [part["text"] for part in episode.messages[3]["content"]]
     assert texts == ["y" * 30, "y" * 10 + "\n[truncated: 30 characters, 10 are shown]"]
@@ -108,14 +108,14 @@ def test_images_come_back_as_parts_and_broken_ones_are_failures():
 def test_calls_beyond_the_limit_of_a_message_are_not_run():
     ran = []
     calls = calling(*(called("f", "{}", i) for i in range(4)))
-    episode = run(script(calls, ANSWER), ASK, {"f": lambda: ran.append(1)}, limits=Limits(calls=2))
+    episode = run(script(calls, ANSWER), ASK, {"f": lambda: ran.append(1)}, limits=EpisodeLimits(calls=2))
     assert len(ran) == 2 and [call.result for call in episode.calls] == ["ok", "ok", "refused", "refused"]
     assert sum(message["role"] == "tool" for message in episode.messages) == 4  # every call has a result
 
 
 def test_agent_that_never_answers_is_stopped():
     replies = script(*[calling(called("add", '{"a": 2, "b": 3}'))] * 3)
-    episode = run(replies, ASK, {"add": add}, limits=Limits(turns=3))
+    episode = run(replies, ASK, {"add": add}, limits=EpisodeLimits(turns=3))
     assert (episode.outcome, episode.answer, episode.turns) == (Outcome.OUT_OF_TURNS, "", 3)
 
 
@@ -147,7 +147,7 @@ def test_agent_survives_whatever_a_model_writes(words, turns):
     def replies(messages, declarations):
         return parse_reply(ids, TOKENIZER, thinking=False)
 
-    episode = run(replies, ASK, {"f": lambda: "y"}, limits=Limits(turns=turns, calls=2))
+    episode = run(replies, ASK, {"f": lambda: "y"}, limits=EpisodeLimits(turns=turns, calls=2))
     assert episode.outcome in set(Outcome) and episode.turns <= turns
     assert sum(message["role"] == "tool" for message in episode.messages) == len(episode.calls)
 
@@ -186,6 +186,6 @@ def test_agent_on_the_tiny_real_engine(tmp_path):
     image = {"type": "image", "image": np.zeros((28, 28, 3), np.uint8)}
     messages = [{"role": "user", "content": [image, {"type": "text", "text": "What?"}]}]
     replies = engine_replies(engine, model.tokenizer, sampling, thinking=False)
-    episodes = [run(replies, messages, {"add": add}, [TOOL], Limits(turns=2)) for _ in range(2)]
+    episodes = [run(replies, messages, {"add": add}, [TOOL], EpisodeLimits(turns=2)) for _ in range(2)]
     assert episodes[0].outcome in (Outcome.CUT_OFF, Outcome.ANSWERED, Outcome.OUT_OF_TURNS)
     assert json.dumps(episodes[0].messages[1:]) == json.dumps(episodes[1].messages[1:]) and engine.idle

@@ -150,8 +150,8 @@ def test_policy_refuses_a_batch_without_the_samplers_numbers():
 
 
 @pytest.mark.parametrize("name, objective", [
-    ("k2_5", losses.KimiK25(0.5, 2.0, 0.1)), ("ppo", losses.PPO(0.2, 0.3)), ("gspo", losses.GSPO(0.2, 0.3)),
-    ("cispo", losses.CISPO(2.0)), ("k1_5", losses.KimiK15(0.1)),
+    ("k2_5", losses.KimiK25Loss(0.5, 2.0, 0.1)), ("ppo", losses.PPO(0.2, 0.3)), ("gspo", losses.GSPO(0.2, 0.3)),
+    ("cispo", losses.CISPO(2.0)), ("k1_5", losses.KimiK15Loss(0.1)),
 ])  # fmt: skip
 def test_every_loss_of_the_settings_is_that_objective_over_the_packed_responses(name, objective):
     """Responses of a row are told apart by their segments, which GSPO and K1.5 need."""

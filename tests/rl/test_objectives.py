@@ -16,19 +16,19 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from kimi_jax.rl import losses
-from kimi_jax.rl.losses import CISPO, GSPO, PPO, KimiK15, KimiK25, objective_loss
+from kimi_jax.rl.losses import CISPO, GSPO, PPO, KimiK15Loss, KimiK25Loss, objective_loss
 
 RATIOS = np.array([0.3, 0.7, 1, 1.3, 1.9, 5, 20])
 OBJECTIVES = {
-    "k2.5": KimiK25(),
-    "k2.5 kept": KimiK25(tau=0.01, tau_on="kept"),
+    "k2.5": KimiK25Loss(),
+    "k2.5 kept": KimiK25Loss(tau=0.01, tau_on="kept"),
     "ppo": PPO(),
     "dual": PPO(dual_clip=3.0),
     "dapo": PPO(0.2, 0.28),
     "gspo": GSPO(0.1, 0.2),
     "gspo token": GSPO(0.1, 0.2, "token"),
     "cispo": CISPO(),
-    "k1.5": KimiK15(0.01),
+    "k1.5": KimiK15Loss(0.01),
 }
 EACH = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
 VALUE_AND_GRADIENT = jax.jit(
@@ -62,19 +62,19 @@ TABLE = [  # rows of d loss / d log pi for A = 1 and A = -1 at RATIOS; None: of 
     (functools.partial(slopes, PPO(0.2, 0.28)), [-0.3, -0.7, -1, 0, 0, 0, 0], [0, 0, 1, 1.3, 1.9, 5, 20]),
     (functools.partial(slopes, CISPO(5.0)), [-0.3, -0.7, -1, -1.3, -1.9, -5, -5], None),
     (icepop, [0, -0.7, -1, -1.3, -1.9, -5, 0], None),
-    (functools.partial(slopes, KimiK25(tau=0)), [0, -0.7, -1, -1.3, -1.9, 0, 0], None),
+    (functools.partial(slopes, KimiK25Loss(tau=0)), [0, -0.7, -1, -1.3, -1.9, 0, 0], None),
     (
-        functools.partial(slopes, KimiK25(tau=0.01)),
+        functools.partial(slopes, KimiK25Loss(tau=0.01)),
         [-0.024, -0.707, -1, -1.295, -1.887, 0.032, 0.060],
         [-0.024, 0.693, 1, 1.305, 1.913, 0.032, 0.060],
     ),
     (
-        functools.partial(slopes, KimiK25(tau=0.01, tau_on="kept")),
+        functools.partial(slopes, KimiK25Loss(tau=0.01, tau_on="kept")),
         [0, -0.707, -1, -1.295, -1.887, 0, 0],
         [0, 0.693, 1, 1.305, 1.913, 0, 0],
     ),
     # no factor rho: A - tau log rho
-    (functools.partial(slopes, KimiK15(0.01)), -1 + 0.01 * np.log(RATIOS), 1 + 0.01 * np.log(RATIOS)),
+    (functools.partial(slopes, KimiK15Loss(0.01)), -1 + 0.01 * np.log(RATIOS), 1 + 0.01 * np.log(RATIOS)),
 ]
 NAMES = ["ppo", "dual", "dapo", "cispo", "icepop", "k2.5 tau=0", "k2.5 tau=.01", "k2.5 tau=.01 kept", "k1.5"]
 
@@ -98,7 +98,7 @@ def test_k25_has_no_policy_gradient_outside_and_rho_a_inside_but_ppo_has(d, size
         return  # float32 decides on which side it lies
     inside = math.log(0.5) < d < math.log(2.0)
     advantage = float(np.float32(sign * size))
-    ours = slopes(KimiK25(tau=0), [math.exp(d)], advantage)
+    ours = slopes(KimiK25Loss(tau=0), [math.exp(d)], advantage)
     ppo = slopes(PPO(0.5, 1.0), [math.exp(d)], advantage)
     if inside:
         np.testing.assert_allclose(ours, -math.exp(d) * advantage, rtol=2e-5)
@@ -127,9 +127,9 @@ def test_tau_pulls_back_outside_linear_odd_and_against_the_drift(d, tau):
     """Outside [0.5, 2] only 2 tau d is left of the gradient (of the loss), so a step goes against d; none if masked."""
     d = float(np.float32(d))
     for sign in (1, -1):
-        pull = slopes(KimiK25(tau=tau), [math.exp(sign * d)], 1.0)
+        pull = slopes(KimiK25Loss(tau=tau), [math.exp(sign * d)], 1.0)
         np.testing.assert_allclose(pull, 2 * tau * sign * d, rtol=1e-5)
-        assert slopes(KimiK25(tau=tau, tau_on="kept"), [math.exp(sign * d)], 1.0) == 0.0
+        assert slopes(KimiK25Loss(tau=tau, tau_on="kept"), [math.exp(sign * d)], 1.0) == 0.0
 
 
 # --------------------------------------------------------------------------------------------------- rows and sequences
@@ -295,7 +295,7 @@ def test_k15_is_the_squared_log_ratio_of_the_response():
     columns, _ = padded()
     logp, old, a, mask = (jnp.asarray(c) for c in columns[:4])
     n, tau = 50, 0.1
-    _, grad = VALUE_AND_GRADIENT(logp, KimiK15(tau), old, a, mask, n, None, None)
+    _, grad = VALUE_AND_GRADIENT(logp, KimiK15Loss(tau), old, a, mask, n, None, None)
     d = np.where(mask, np.where(mask, columns[0], 0) - columns[1], 0).sum(1, keepdims=True)
     np.testing.assert_allclose(grad, np.where(mask, -(columns[2] - tau * d) / n, 0), rtol=1e-4, atol=1e-8)
 
@@ -355,7 +355,7 @@ def test_metrics_tell_sides_and_kept_from_masked():
     d = np.log(np.array([[0.3, 0.9, 1.5, 2.5, 4.0, 1.0]]))
     mask = jnp.asarray([[1, 1, 1, 1, 1, 0]])
     zero, entropy = jnp.zeros((1, 6)), jnp.arange(6.0)[None]
-    _, m = objective_loss(KimiK25(), jnp.asarray(d, jnp.float32), zero, zero, mask, 5, entropy=entropy)
+    _, m = objective_loss(KimiK25Loss(), jnp.asarray(d, jnp.float32), zero, zero, mask, 5, entropy=entropy)
     kept, d = np.array([0, 1, 1, 0, 0], bool), d[0, :5]
     k3 = np.expm1(d) - d
     want = {
@@ -377,7 +377,7 @@ def test_group_mean_without_deviation(rewards, scale):
 
     def gradient(r):
         a = jnp.asarray((r - r.mean())[:, None], jnp.float32) * jnp.ones(logp.shape)
-        return np.asarray(VALUE_AND_GRADIENT(logp, KimiK25(tau=0), old, a, mask, 20, None, None)[1])
+        return np.asarray(VALUE_AND_GRADIENT(logp, KimiK25Loss(tau=0), old, a, mask, 20, None, None)[1])
 
     r = np.array(rewards)
     base = gradient(r)
@@ -389,15 +389,15 @@ def test_group_mean_without_deviation(rewards, scale):
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: KimiK25(tau_on="some"), "tau_on"),
-        (lambda: KimiK25(alpha=1.1), "bound the ratio"),
+        (lambda: KimiK25Loss(tau_on="some"), "tau_on"),
+        (lambda: KimiK25Loss(alpha=1.1), "bound the ratio"),
         (lambda: PPO(low=1.0), "clipped to"),
         (lambda: PPO(high=float("nan")), "clipped to"),
         (lambda: PPO(dual_clip=1.1), "dual_clip"),
         (lambda: GSPO(low=0.0), "clipped to"),
         (lambda: GSPO(level="word"), "level"),
         (lambda: CISPO(0.2), "ratio_max"),
-        (lambda: KimiK15(-1.0), "tau"),
+        (lambda: KimiK15Loss(-1.0), "tau"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(make, match):

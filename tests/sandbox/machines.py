@@ -9,15 +9,17 @@ from pathlib import Path
 import pytest
 
 from kimi_jax.sandbox import walls
-from kimi_jax.sandbox.limits import Limits, SandboxError
+from kimi_jax.sandbox.limits import SandboxError, SandboxLimits
 from kimi_jax.sandbox.session import Session
 from kimi_jax.sandbox.walls import Walls
 
 PATIENCE = 60.0  # seconds that a test waits for what must happen; never how long something takes
 # the time limit is not meant to be reached, however busy the machine
-SMALL = Limits(timeout_seconds=300, grace_seconds=30, memory_mb=768, threads=16, scratch_mb=16, scratch_files=500)
+SMALL = SandboxLimits(
+    timeout_seconds=300, grace_seconds=30, memory_mb=768, threads=16, scratch_mb=16, scratch_files=500
+)
 # for what has to run into its time limit; the grace is for a machine that is busy
-QUICK = Limits(timeout_seconds=0.5, grace_seconds=2, memory_mb=768, threads=16, scratch_mb=16, scratch_files=500)
+QUICK = SandboxLimits(timeout_seconds=0.5, grace_seconds=2, memory_mb=768, threads=16, scratch_mb=16, scratch_files=500)
 # bubblewrap without landlock and without /proc are what older kernels and containers offer
 CONFIGURATIONS = ("bubblewrap", "bubblewrap without landlock or proc", "lock")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from kimi_jax.sandbox import syscalls
-from kimi_jax.sandbox.limits import Limits
+from kimi_jax.sandbox.limits import SandboxLimits
 from kimi_jax.sandbox.session import Session
 from kimi_jax.sandbox.walls import Walls
 from tests.environment import REPO
@@ -346,7 +346,7 @@ def test_scratch_is_bounded_in_bytes_and_files(session: Session):
 
 
 def test_cpu_time_of_a_session_is_bounded(session: Session):
-    with Session(session.walls, Limits(cpu_seconds=2, timeout_seconds=300, memory_mb=768)) as short:
+    with Session(session.walls, SandboxLimits(cpu_seconds=2, timeout_seconds=300, memory_mb=768)) as short:
         first = short.pid
         result = short.run("try:\n    while True: pass\nexcept BaseException: pass")
         assert result.status == "killed" and "process ended" in result.text

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_jax.sandbox import walls
-from kimi_jax.sandbox.limits import Limits
+from kimi_jax.sandbox.limits import SandboxLimits
 from kimi_jax.sandbox.protocol import HEADER, MAGIC, Frame, Pipes, ProtocolError, read_frame
 from kimi_jax.sandbox.session import Result, Session, read_result
 from tests.environment import REPO
@@ -238,7 +238,7 @@ values = st.recursive(
     st.binary(max_size=30),
 )
 def test_any_head_is_a_bounded_result_or_a_protocol_error(head: dict, body: bytes):
-    limits = Limits()
+    limits = SandboxLimits()
     try:
         result = read_result(Frame(bytes(16), head, body), limits)
     except ProtocolError:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_jax.sandbox import seccomp, syscalls, walls
-from kimi_jax.sandbox.limits import Limits, SandboxError
+from kimi_jax.sandbox.limits import SandboxError, SandboxLimits
 from kimi_jax.sandbox.session import PRELOAD, Result, Session
 from tests.sandbox.machines import CONFIGURATIONS, SMALL, walls_or_skip
 
@@ -84,7 +84,7 @@ def test_errors_show_the_line_of_the_cell(session: Session):
 
 
 def test_text_is_cut_and_the_rest_counted(session: Session):
-    with Session(session.walls, Limits(output_chars=100, memory_mb=768)) as short:
+    with Session(session.walls, SandboxLimits(output_chars=100, memory_mb=768)) as short:
         result = short.run("print('a' * 150)")
         assert result.text == "a" * 100 + "\n[51 more characters are not shown]"
         assert "ZeroDivisionError" in short.run("print('a' * 150)\n1/0").text
@@ -113,7 +113,7 @@ def test_image_is_uint8_with_known_channels(session: Session, array: np.ndarray)
 
 
 def test_images_and_code_are_bounded(session: Session):
-    with Session(session.walls, Limits(image_pixels=100, code_chars=10, memory_mb=768)) as short:
+    with Session(session.walls, SandboxLimits(image_pixels=100, code_chars=10, memory_mb=768)) as short:
         short.put({"a": np.zeros((9, 9), np.uint8)})
         with pytest.raises(ValueError, match="at most 100"):
             short.put({"b": np.zeros((5, 5), np.uint8)})
@@ -146,7 +146,7 @@ def test_what_models_write_works(session: Session):
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
 def test_figures_come_back_once_and_are_closed(configuration: str):
     pytest.importorskip("matplotlib")
-    with Session(walls_or_skip(configuration), Limits(), (*PRELOAD, "matplotlib.pyplot")) as plotting:
+    with Session(walls_or_skip(configuration), SandboxLimits(), (*PRELOAD, "matplotlib.pyplot")) as plotting:
         code = "import matplotlib.pyplot as plt\nfig, ax = plt.subplots(figsize=(2, 1), dpi=100)\nax.plot([1, 2])\nfig"
         result = plotting.run(code)
         assert [image.shape for image in result.images] == [(100, 200, 3)], result
@@ -202,7 +202,7 @@ def test_process_that_is_not_locked_is_recognised():
 
 def test_limits_out_of_range_are_named():
     with pytest.raises(ValueError, match=r"limits\.memory_mb must be"):
-        Limits(memory_mb=1).check()
+        SandboxLimits(memory_mb=1).check()
 
 
 def verdict(code: list[seccomp.Instruction], arch: int, number: int, arguments: tuple[int, ...] = ()) -> int:

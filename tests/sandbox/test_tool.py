@@ -19,7 +19,7 @@ from kimi_jax.data import BadRecord
 from kimi_jax.data.conversation import apply_chat_template
 from kimi_jax.data.tool_declaration import declare_tools
 from kimi_jax.sandbox import walls
-from kimi_jax.sandbox.limits import Limits, SandboxError
+from kimi_jax.sandbox.limits import SandboxError, SandboxLimits
 from kimi_jax.sandbox.pool import Pool
 from kimi_jax.sandbox.session import Session
 from kimi_jax.sandbox.tool import IPYTHON, BadArguments, conversation_images, message_parts, read_code, run_tool
@@ -82,13 +82,13 @@ def test_tool_answers_malformed_arguments_in_words(session: Session, arguments):
 
 @given(st.text(max_size=50))
 def test_any_code_comes_through_its_json(code: str):
-    assert read_code(json.dumps({"code": code}), Limits()) == code
+    assert read_code(json.dumps({"code": code}), SandboxLimits()) == code
 
 
 @given(st.text(max_size=50))
 def test_any_arguments_are_code_or_bad_arguments(text: str):
     with contextlib.suppress(BadArguments):
-        assert isinstance(read_code(text, Limits()), str)
+        assert isinstance(read_code(text, SandboxLimits()), str)
 
 
 def test_images_of_a_conversation_are_numbered_in_their_order():
