@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 from kimi_jax import sharding
 from kimi_jax.config import ConfigError, MeshConfig, ModelConfig
 from kimi_jax.data.conversation import Message
+from kimi_jax.data.example import MediaItem
 from kimi_jax.data.patches import Grid, num_features, place_item
 from kimi_jax.data.reply import Reply
 from kimi_jax.data.routing import FREE, RoutingShape
@@ -162,18 +163,18 @@ class Model:
         padded = (_bucket(rows, 1), _bucket(length, MIN_TOKENS))
         items = self._check_media(pixel_values, grid_thws)
         pads = tokens == self.config.media_placeholder_token_id if self.config.vision else np.zeros_like(tokens, bool)
-        wanted = sum(num_features(grid) for _, grid in items)
+        wanted = sum(num_features(item.grid) for item in items)
         if pads.sum() != wanted:
             raise ValueError(
                 f"{pads.sum()} media pads (id {self.config.media_placeholder_token_id}) in input_ids, but the items "
                 f"have {wanted} features: each needs h*w/4 pads"
             )
-        bins, places = _bins(items, 3 * self._patch_size() ** 2)
+        bins, places = _bins(items)
         batch = padding(*padded, padded[0], self.config.pad_token_id, bins)
         batch.tokens[:rows, :length] = tokens
         batch.positions[:] = np.arange(padded[1])
         batch.segment_ids[:rows, :length] = 1
-        batch.feature_index[:rows, :length][pads] = places
+        batch.feature_index[:rows, :length][pads] = np.concatenate([np.zeros(0, np.int32), *map(_numbers, places)])
         if routed_experts is not None:
             experts = self._check_routed_experts(np.asarray(routed_experts), tokens.shape, padded)
             batch = dataclasses.replace(batch, routed_experts=experts)
@@ -185,11 +186,15 @@ class Model:
         Arguments as in `logits`. Raises ValueError for shapes that do not fit together or a text-only model.
         """
         items = self._check_media(pixel_values, grid_thws)
+        return np.concatenate([np.zeros((0, self.config.hidden_size), np.float32), *self.item_features(items)])
+
+    def item_features(self, items: Sequence[MediaItem]) -> list[np.ndarray]:
+        """The features float32 [h*w/4, D] of each item, all in one call of the tower."""
         if not items:
-            return np.zeros((0, self.config.hidden_size), np.float32)
-        bins, places = _bins(items, 3 * self._patch_size() ** 2)
-        features = self._features(self.params, bins)
-        return np.asarray(features.astype(jnp.float32))[places]
+            return []
+        bins, places = _bins(items)
+        features = np.asarray(self._features(self.params, bins).astype(jnp.float32))
+        return [features[place] for place in places]
 
     @functools.cached_property
     def _logits(self) -> Callable:
@@ -216,8 +221,7 @@ class Model:
             )
         return tokens.astype(np.int32)
 
-    def _check_media(self, pixel_values: Any, grid_thws: Any) -> list[tuple[np.ndarray, Grid]]:
-        """(patches [t*h*w, 3*p*p] in raster order, grid) of each item."""
+    def _check_media(self, pixel_values: Any, grid_thws: Any) -> list[MediaItem]:
         if (pixel_values is None) != (grid_thws is None):
             raise ValueError("pixel_values and grid_thws belong together; one of them is missing")
         if pixel_values is None:
@@ -239,7 +243,7 @@ class Model:
             raise ValueError(f"grid_thws asks for {counts.sum()} patches, pixel_values has {len(pixels)}")
         pixels = pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32)  # the model scales uint8 itself
         flat = np.split(pixels.reshape(len(pixels), 3 * size * size), np.cumsum(counts)[:-1])
-        return [(patches, tuple(map(int, grid))) for patches, grid in zip(flat, grids, strict=True)]  # type: ignore[misc]
+        return [MediaItem(patches, (t, h, w)) for patches, (t, h, w) in zip(flat, grids.tolist(), strict=True)]
 
     def _check_routed_experts(self, experts: np.ndarray, shape: tuple[int, ...], padded: tuple[int, int]) -> np.ndarray:
         routing = RoutingShape.of(self.config)
@@ -269,20 +273,25 @@ def _pad(array: np.ndarray, shape: Sequence[int], value: int) -> np.ndarray:
     return np.pad(array, [(0, to - size) for size, to in zip(array.shape, shape, strict=True)], constant_values=value)
 
 
-def _bins(items: list[tuple[np.ndarray, Grid]], channels: int) -> tuple[tuple[VisionBins, ...], np.ndarray]:
-    """The items as bins (one item each, classes by rounded size), and where each feature stands among them all.
+def _bins(items: Sequence[MediaItem]) -> tuple[tuple[VisionBins, ...], list[slice]]:
+    """The items as bins (one item each, classes by rounded size), and where each one's features stand among them all.
 
-    Returns the batch's `vision` and int32 [F]: index into the pack's features, item after item.
+    Returns the batch's `vision`, and of each item the numbers of its features.
     """
-    sizes = [bin_size(grid) for _, grid in items]
-    classes, places, offset = [], [np.zeros(0, np.int32)] * len(items), 0
+    sizes = [bin_size(item.grid) for item in items]
+    classes, places, offset = [], [slice(0)] * len(items), 0
     for size in sorted(set(sizes)):
         members = [i for i, each in enumerate(sizes) if each == size]
-        bins = empty_bins(_bucket(len(members), 1), size, channels, items[0][0].dtype)
+        patches = items[members[0]].patches
+        bins = empty_bins(_bucket(len(members), 1), size, patches.shape[1], patches.dtype)
         for v, i in enumerate(members):
-            patches, grid = items[i]
-            place_item(bins, v, 0, 1, patches, grid)
-            places[i] = offset + v * (size // 4) + np.arange(num_features(grid), dtype=np.int32)
+            place_item(bins, v, 0, 1, items[i].patches, items[i].grid)
+            start = offset + v * (size // 4)
+            places[i] = slice(start, start + num_features(items[i].grid))
         classes.append(bins)
         offset += bins.feature_slots.size
-    return tuple(classes), np.concatenate([np.zeros(0, np.int32), *places])
+    return tuple(classes), places
+
+
+def _numbers(place: slice) -> np.ndarray:
+    return np.arange(place.start, place.stop, dtype=np.int32)

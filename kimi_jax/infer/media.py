@@ -3,7 +3,7 @@
 The tower has a program for each class of image sizes and each number of images in a call. So that few are ever
 compiled, images of a class go TOGETHER at a time, and what is left of them one by one.
 
-F features of an item   D width   p patch size
+F features of an item   D width   p patch size   N patches
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kimi_jax.data.example import MediaItem
-from kimi_jax.data.patches import num_features
 
 if TYPE_CHECKING:
     from kimi_jax.model import Model
@@ -45,13 +44,9 @@ def encode_media(model: Model, items: Mapping[bytes, MediaItem]) -> dict[bytes, 
 
 
 def _encode(model: Model, items: dict[bytes, MediaItem]) -> dict[bytes, np.ndarray | Exception]:
-    size = model.config.vision.patch_size  # type: ignore[union-attr]
     try:
-        pixels = np.concatenate([item.patches.reshape(-1, 3, size, size) for item in items.values()])
-        features = model.vision_features(pixels, [item.grid for item in items.values()])
+        return dict(zip(items, model.item_features(list(items.values())), strict=True))
     except Exception as error:  # whatever it is: it is told to the request whose image it was
         if len(items) == 1:
             return dict.fromkeys(items, error)
         return {k: v for key, item in items.items() for k, v in _encode(model, {key: item}).items()}
-    ends = np.cumsum([num_features(item.grid) for item in items.values()])
-    return dict(zip(items, np.split(features, ends[:-1]), strict=True))

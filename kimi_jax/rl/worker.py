@@ -84,7 +84,7 @@ class PendingGroup:
 
     def _trajectory(self, answer: Answer, reward: float) -> Trajectory:
         given = Segment.given(self.prompt.tokens, media=tuple(range(len(self.prompt.media))))
-        drawn = Segment.drawn(answer.tokens, np.minimum(answer.logp, 0), answer.versions, 0)
+        drawn = Segment.drawn(answer.tokens, answer.logp, answer.versions, 0)
         if answer.experts is not None:
             length = len(given.tokens) + len(drawn.tokens)
             experts = np.full((length, *answer.experts.shape[1:]), FREE, np.int32)

@@ -271,16 +271,16 @@ def test_what_can_never_fit_is_refused(engine, monkeypatch):
 
 def test_a_request_that_fails_does_not_touch_the_others(engine, monkeypatch):
     """The tower fails for one image: not for another that waits behind it, nor for text that is being decoded."""
-    see, cursed = engine.model.vision_features, make_image(9)
+    see, cursed = engine.model.item_features, make_image(9)
 
-    def broken(pixels, grids):
-        if np.array_equal(pixels.reshape(cursed.patches.shape), cursed.patches):
+    def broken(items):
+        if any(np.array_equal(item.patches, cursed.patches) for item in items):
             raise MemoryError("no room for this image")
-        return see(pixels, grids)
+        return see(items)
 
     good, seen = Request(text(6, 6), sampling=Sampling(0.0, max_new_tokens=9)), with_image(3, 5, make_image(1), 2)
     wanted = reference(good)[0], reference(seen)[0]
-    monkeypatch.setattr(engine.model, "vision_features", broken)
+    monkeypatch.setattr(engine.model, "item_features", broken)
     first = engine.submit(good)
     events = [event for _ in range(3) for event in engine.step()]
     bad, last = engine.submit(with_image(1, 2, cursed, 2)), engine.submit(seen)

@@ -37,8 +37,8 @@ def test_group_gives_the_answers_of_single_requests_and_reads_once(length):
 def test_group_encodes_its_image_once(monkeypatch):
     engine = fresh(eight_a_call())
     calls = []
-    real = engine.model.vision_features
-    monkeypatch.setattr(engine.model, "vision_features", lambda p, g: (calls.append(len(g)), real(p, g))[1])
+    real = engine.model.item_features
+    monkeypatch.setattr(engine.model, "item_features", lambda items: (calls.append(len(items)), real(items))[1])
     request = with_image(3, 2, make_image(1), 1, SAMPLED)
     numbers = engine.submit_group(request, range(4))
     found = drain(engine)

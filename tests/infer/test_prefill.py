@@ -83,21 +83,21 @@ def test_images_of_many_requests_are_encoded_together_and_each_once(monkeypatch)
     """Nine different ones of one size and one twice: a call of eight and one of one; features as one by one."""
     shown = model().with_params(model().params)
     calls = []
-    real = shown.vision_features
-    monkeypatch.setattr(shown, "vision_features", lambda p, g: (calls.append(len(g)), real(p, g))[1])
+    real = shown.item_features
+    monkeypatch.setattr(shown, "item_features", lambda items: (calls.append(len(items)), real(items))[1])
     items = {bytes([i]): make_image(i) for i in range(TOGETHER + 1)}
     found = encode_media(shown, items)
     assert calls == [TOGETHER, 1]
     for key, item in items.items():
-        want = real(item.patches.reshape(-1, 3, 4, 4), [item.grid])
+        (want,) = real([item])
         np.testing.assert_allclose(found[key], want, atol=1e-5 * np.abs(want).max())
 
 
 def test_images_of_requests_that_come_together_are_encoded_once(monkeypatch):
     engine = fresh(eight_a_call())
     calls = []
-    real = engine.model.vision_features
-    monkeypatch.setattr(engine.model, "vision_features", lambda p, g: (calls.append(len(g)), real(p, g))[1])
+    real = engine.model.item_features
+    monkeypatch.setattr(engine.model, "item_features", lambda items: (calls.append(len(items)), real(items))[1])
     requests = [with_image(n, 3, make_image(1), 2) for n in range(3)]
     found = engine.run(requests)
     assert calls == [1]
