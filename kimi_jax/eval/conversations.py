@@ -8,18 +8,12 @@ OUT/conversations.html with conversations and their images.
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import html
-import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from absl import app, flags
-from etils import epath
-from PIL import Image as PILImage
 from rich.console import Console
 from rich.table import Table
 
@@ -28,6 +22,7 @@ from kimi_jax.config import ConfigError
 from kimi_jax.data.reply import parse_reply
 from kimi_jax.data.sources.demo_chat import question_message
 from kimi_jax.data.sources.demo_image import VQA_ANSWERS, vqa_image, vqa_records
+from kimi_jax.eval import before_after
 from kimi_jax.eval.tasks import shuffled
 from kimi_jax.infer.engine import Engine
 from kimi_jax.infer.generate import Chat, chat_request
@@ -36,15 +31,10 @@ from kimi_jax.model import Model, load
 
 SHOWN = 24  # conversations on the page
 TOKENS_OF_AN_ANSWER = 16  # at most; the longest right one has a few
-STYLE = """body{font:15px/1.45 system-ui,sans-serif;max-width:64em;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:1em 0}td,th{padding:.35em .8em;border-bottom:1px solid #ddd;text-align:left}
-.c{display:flex;gap:1em;padding:.8em 0;border-bottom:1px solid #eee}
-img{width:96px;height:96px;image-rendering:pixelated}
-.u{color:#555}.ok{color:#00705a}.no{color:#b3401a}code{background:#f3f3f3;padding:0 .25em}"""
 
 
 @dataclass(frozen=True)
-class Question:
+class ImageQuestion:
     """One question about one image. image: its number in the validation split."""
 
     image: int
@@ -53,7 +43,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Answered:
+class ImageAnswer:
     """What a model answered. text: its whole answer; finished: it ended the answer itself."""
 
     text: str
@@ -66,7 +56,7 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class Score:
+class FormatScore:
     """Shares of the questions. stderr: standard error of `correct`."""
 
     model: str
@@ -77,13 +67,15 @@ class Score:
     n: int
 
 
-def questions_of(limit: int) -> list[Question]:
+def questions_of(limit: int) -> list[ImageQuestion]:
     """Held-out questions whose answer is a shape or a colour, in a fixed random order."""
-    asked = [Question(r.image, q, a) for r in vqa_records("validation") for q, a in r.questions if a in VQA_ANSWERS]
+    asked = [
+        ImageQuestion(r.image, q, a) for r in vqa_records("validation") for q, a in r.questions if a in VQA_ANSWERS
+    ]
     return shuffled(asked, limit)
 
 
-def ask(model: Model, questions: Sequence[Question], blank: bool = False) -> list[Answered]:
+def ask(model: Model, questions: Sequence[ImageQuestion], blank: bool = False) -> list[ImageAnswer]:
     """The greedy answers of a model, all requests batched. blank: a white image in place of each."""
     engine = Engine(model, slots=16, max_sequence_length=256)
     sampling = Sampling(temperature=0.0, max_new_tokens=TOKENS_OF_AN_ANSWER)
@@ -95,56 +87,41 @@ def ask(model: Model, questions: Sequence[Question], blank: bool = False) -> lis
     answers = []
     for completion in engine.run(requests):
         reply = parse_reply(completion.token_ids, model.tokenizer, thinking=False)
-        answers.append(Answered(reply.content, reply.finished))
+        answers.append(ImageAnswer(reply.content, reply.finished))
     return answers
 
 
-def score(model: str, image: str, questions: Sequence[Question], answers: Sequence[Answered]) -> Score:
+def is_correct(asked: ImageQuestion, answer: ImageAnswer) -> bool:
+    """Whether it is well formed and the right one."""
+    return answer.well_formed and answer.text.strip() == asked.gold
+
+
+def score(model: str, image: str, questions: Sequence[ImageQuestion], answers: Sequence[ImageAnswer]) -> FormatScore:
     """Format and correctness apart."""
-    right = [a.well_formed and a.text.strip() == q.gold for q, a in zip(questions, answers, strict=True)]
+    right = [is_correct(q, a) for q, a in zip(questions, answers, strict=True)]
     share = float(np.mean(right))
     error = float(np.sqrt(share * (1 - share) / len(right)))
-    return Score(model, image, float(np.mean([a.well_formed for a in answers])), share, error, len(right))
+    return FormatScore(model, image, float(np.mean([a.well_formed for a in answers])), share, error, len(right))
 
 
-def page(scores: Sequence[Score], questions: Sequence[Question], answers: dict[str, list[Answered]]) -> str:
+def page(
+    scores: Sequence[FormatScore], questions: Sequence[ImageQuestion], answers: dict[str, list[ImageAnswer]]
+) -> str:
     """The page: the table, then conversations with their images. answers: by name of the model."""
-    rows = "".join(
-        f"<tr><td>{s.model}</td><td>{s.image}</td><td>{s.well_formed:.3f}</td>"
-        f"<td>{s.correct:.3f} ± {s.stderr:.3f}</td><td>{s.n}</td></tr>"
-        for s in scores
-    )
-    head = "<tr><th>model<th>image<th>well formed<th>correct<th>n</tr>"
+    rows = [(s.model, s.image, s.well_formed, f"{s.correct:.3f} ± {s.stderr:.3f}", s.n) for s in scores]
+    table = before_after.table(("model", "image", "well formed", "correct", "n"), rows)
     shown = "".join(_conversation(i, asked, answers) for i, asked in enumerate(questions[:SHOWN]))
-    return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>Conversations</title><style>{STYLE}</style>"
-        f"<h1>Image questions asked in conversations</h1><table>{head}{rows}</table>{shown}</html>"
-    )
+    return before_after.document("Conversations", "Image questions asked in conversations", table + shown)
 
 
-def _conversation(number: int, asked: Question, answers: dict[str, list[Answered]]) -> str:
-    file = io.BytesIO()
-    PILImage.fromarray(vqa_image("validation", asked.image)).save(file, "png")
-    uri = base64.b64encode(file.getvalue()).decode()
-    message = html.escape(question_message(asked.question)["content"][0]["text"])
-    lines = []
-    for name, given in answers.items():
-        answer = given[number]
-        right = answer.well_formed and answer.text.strip() == asked.gold
-        end = "" if answer.finished else " (not ended)"
-        lines.append(f"<div class={'ok' if right else 'no'}>{name}: <code>{html.escape(answer.text)}</code>{end}</div>")
-    return (
-        f'<div class=c><img alt="" src="data:image/png;base64,{uri}"><div><div class=u>user: {message}</div>'
-        f"{''.join(lines)}<div class=u>right answer: {html.escape(asked.gold)}</div></div></div>"
-    )
-
-
-def define_flags() -> None:
-    """The command's flags."""
-    flags.DEFINE_string("before", "runs/demo", "Workdir of the model before SFT.")
-    flags.DEFINE_string("after", "runs/sft_demo", "Workdir of the model after SFT.")
-    flags.DEFINE_string("out", "", "Folder of the results; default: that of --after.")
-    flags.DEFINE_integer("limit", 300, "Questions.", lower_bound=1)
+def _conversation(number: int, asked: ImageQuestion, answers: dict[str, list[ImageAnswer]]) -> str:
+    given = [
+        before_after.ShownAnswer(name, a.text, is_correct(asked, a), "" if a.finished else " (not ended)")
+        for name, a in ((name, each[number]) for name, each in answers.items())
+    ]
+    text = question_message(asked.question)["content"][0]["text"]
+    pixels = vqa_image("validation", asked.image)
+    return before_after.question([pixels], f"user: {text}", asked.gold, before_after.answers(given))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -167,13 +144,11 @@ def main(argv: Sequence[str]) -> None:
     for s in scores:
         table.add_row(s.model, s.image, f"{s.well_formed:.3f}", f"{s.correct:.3f} ± {s.stderr:.3f}", str(s.n))
     Console().print(table)
-    out = epath.Path(f.out or f.after)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "conversations.json").write_text(json.dumps([dataclasses.asdict(s) for s in scores], indent=1))
-    (out / "conversations.html").write_text(page(scores, questions, answers))
-    print(f"{out / 'conversations.html'}: {min(SHOWN, len(questions))} conversations")
+    numbers = [dataclasses.asdict(s) for s in scores]
+    path = before_after.write(f.out or f.after, "conversations", numbers, page(scores, questions, answers))
+    print(f"{path}: {min(SHOWN, len(questions))} conversations")
 
 
 if __name__ == "__main__":
-    define_flags()
+    before_after.define_flags("runs/demo", "runs/sft_demo", 300, "Questions.")
     app.run(main)

@@ -75,7 +75,16 @@ def _rewards(problems: Sequence[Problem], answers: Sequence[str]) -> np.ndarray:
 
 
 def _shown(name: str, problem: Problem, answer: str, control: str) -> Shown:
-    media = tuple(np.asarray(part.image) for part in problem.parts if isinstance(part, Image))
-    question = "".join(part.text for part in problem.parts if isinstance(part, Text))
+    question, media = question_of(problem), images_of(problem)
     correct = problem.reward(answer) >= 1.0
-    return Shown(name, question.strip(), str(problem.truth), answer.strip(), control.strip(), correct, media)
+    return Shown(name, question, str(problem.truth), answer.strip(), control.strip(), correct, media)
+
+
+def question_of(problem: Problem) -> str:
+    """The text of a problem."""
+    return "".join(part.text for part in problem.parts if isinstance(part, Text)).strip()
+
+
+def images_of(problem: Problem) -> tuple[np.ndarray, ...]:
+    """The images of a problem, uint8 [h, w, 3]."""
+    return tuple(np.asarray(part.image) for part in problem.parts if isinstance(part, Image))

@@ -8,11 +8,8 @@ than the bounds of the run's loss allow are marked: they would have no policy gr
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import html
-import io
-import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -20,53 +17,45 @@ from typing import Any
 import jax
 import numpy as np
 from absl import app, flags
-from etils import epath
-from PIL import Image as PILImage
 from rich.console import Console
 from rich.table import Table
 
 from kimi_jax import cli, sharding
 from kimi_jax.config import ConfigError, MeshConfig, TrainConfig
 from kimi_jax.config_rl import PolicyConfig
-from kimi_jax.data.example import Image, Text
+from kimi_jax.eval import before_after
 from kimi_jax.eval.runner import Row, Sample
 from kimi_jax.rl import shaping
-from kimi_jax.rl.evaluate import evaluate
+from kimi_jax.rl.evaluate import evaluate, images_of, question_of
 from kimi_jax.rl.rollout import settings
-from kimi_jax.rl.tasks import Problem, open_task
+from kimi_jax.rl.tasks import open_task
 from kimi_jax.rl.worker import PendingGroup, RolloutWorker
 from kimi_jax.train import checkpoint
 
 GROUPS = 6  # of rollouts on the page
 NAMES = ("before", "after")
-STYLE = """body{font:15px/1.45 system-ui,sans-serif;max-width:64em;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:1em 0}td,th{padding:.35em .8em;border-bottom:1px solid #ddd;text-align:left}
-.p{display:flex;gap:1em;padding:.8em 0;border-bottom:1px solid #eee}
-img{width:84px;height:84px;image-rendering:pixelated;border:1px solid #ddd}
-.q{color:#555}.ok{color:#00705a}.no{color:#b3401a}code{background:#f3f3f3;padding:0 .25em;margin-right:2px}
-.low{background:#ffd9c7}.high{background:#cfe3ff}td.n{text-align:right;font-variant-numeric:tabular-nums}"""
 
 
 def page(
     rows: dict[str, list[Row]], shown: dict[str, list[Sample]], groups: Sequence[str], bounds: tuple[float, float]
 ) -> str:
     """The page. rows, shown: by NAMES. groups: as `rollouts` makes them. bounds: of the ratio of probabilities."""
-    lines = "".join(
-        f"<tr><td>{html.escape(r.task)}<td>{name}<td class=n>{r.score:.3f} ± {r.stderr:.3f}<td class=n>{r.control:.3f}"
-        f"<td>{html.escape(r.control_name)}<td class=n>{r.chance:.3f}<td class=n>{r.n}</tr>"
-        for name in NAMES
-        for r in rows[name]
+    table = before_after.table(
+        ("task", "model", "reward, greedy", "control", "", "always the most common answer", "n"),
+        [
+            (r.task, name, f"{r.score:.3f} ± {r.stderr:.3f}", r.control, r.control_name, r.chance, r.n)
+            for name in NAMES
+            for r in rows[name]
+        ],
     )
-    head = "<tr><th>task<th>model<th>reward, greedy<th>control<th><th>always the most common answer<th>n</tr>"
     problems = "".join(_problem(*pair) for pair in zip(shown["before"], shown["after"], strict=True))
-    return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>Reinforcement learning</title><style>{STYLE}</style>"
-        f"<h1>What the reward has taught</h1><table>{head}{lines}</table>"
-        f"<h2>The first held-out problems</h2>{problems}"
+    body = (
+        f"{table}<h2>The first held-out problems</h2>{problems}"
         f"<h2>Rollouts of the first model</h2><p>Each row is an answer that was drawn. A token is marked where "
         f"the second model's probability over the first one's lies <code class=low>below {bounds[0]:g}</code> or "
-        f"<code class=high>above {bounds[1]:g}</code>.</p>{''.join(groups)}</html>"
+        f"<code class=high>above {bounds[1]:g}</code>.</p>{''.join(groups)}"
     )
+    return before_after.document("Reinforcement learning", "What the reward has taught", body)
 
 
 def rollouts(worker: RolloutWorker, config: TrainConfig, before: Any, after: Any) -> list[str]:
@@ -101,39 +90,14 @@ def _group(worker: RolloutWorker, group: PendingGroup, logp: Sequence[np.ndarray
             f"<tr><td>{''.join(tokens)}<td class=n>{reward:.2f}<td class=n>{advantage:+.2f}<td>{answer.finish}</tr>"
         )
     head = "<tr><th>tokens<th>reward<th>advantage<th>end</tr>"
-    truth = html.escape(str(group.problem.truth))
-    return (
-        f"<div class=p>{_image_tags(_images(group.problem))}<div><div class=q>{html.escape(_question(group.problem))} "
-        f"({truth})</div><table>{head}{''.join(lines)}</table></div></div>"
-    )
+    problem = group.problem
+    table = f"<table>{head}{''.join(lines)}</table>"
+    return before_after.question(images_of(problem), question_of(problem), str(problem.truth), table)
 
 
 def _problem(before: Sample, after: Sample) -> str:
-    answers = "".join(
-        f"<div class={'ok' if s.correct else 'no'}>{name}: <code>{html.escape(s.answer) or '&nbsp;'}</code></div>"
-        for name, s in zip(NAMES, (before, after), strict=True)
-    )
-    return (
-        f"<div class=p>{_image_tags(after.media)}<div><div class=q>{html.escape(after.question)} "
-        f"({html.escape(after.gold)})</div>{answers}</div></div>"
-    )
-
-
-def _question(problem: Problem) -> str:
-    return "".join(part.text for part in problem.parts if isinstance(part, Text)).strip()
-
-
-def _images(problem: Problem) -> list[np.ndarray]:
-    return [np.asarray(part.image) for part in problem.parts if isinstance(part, Image)]
-
-
-def _image_tags(images: Sequence[np.ndarray]) -> str:
-    out = []
-    for image in images:
-        file = io.BytesIO()
-        PILImage.fromarray(image).save(file, "png")
-        out.append(f'<img alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">')
-    return "".join(out)
+    shown = [before_after.ShownAnswer(n, s.answer, s.correct) for n, s in zip(NAMES, (before, after), strict=True)]
+    return before_after.question(after.media, after.question, after.gold, before_after.answers(shown))
 
 
 def compare(before: str, after: str, limit: int) -> tuple[dict[str, list[Row]], str]:
@@ -154,14 +118,6 @@ def compare(before: str, after: str, limit: int) -> tuple[dict[str, list[Row]], 
     return rows, page(rows, shown, groups, bounds_of(rl.policy))
 
 
-def define_flags() -> None:
-    """The command's flags."""
-    flags.DEFINE_string("before", "runs/rl_sft", "Workdir of the model before.")
-    flags.DEFINE_string("after", "runs/rl_count", "Workdir of the run of reinforcement learning.")
-    flags.DEFINE_string("out", "", "Folder of the results; default: that of --after.")
-    flags.DEFINE_integer("limit", 512, "Held-out problems a task.", lower_bound=2)
-
-
 def main(argv: Sequence[str]) -> None:
     """Runs the command line; exits with a message and status 1 when it cannot."""
     f = flags.FLAGS
@@ -178,14 +134,11 @@ def main(argv: Sequence[str]) -> None:
             score, control = f"{r.score:.3f} ± {r.stderr:.3f}", f"{r.control:.3f} ({r.control_name})"
             table.add_row(r.task, name, score, control, f"{r.chance:.3f}", str(r.n))
     Console().print(table)
-    out = epath.Path(f.out or f.after)
-    out.mkdir(parents=True, exist_ok=True)
     found = {name: [dataclasses.asdict(r) for r in rows[name]] for name in NAMES}
-    (out / "rl.json").write_text(json.dumps(found, indent=1))
-    (out / "rl.html").write_text(text)
-    print(f"{out / 'rl.html'}: problems before and after, and rollouts")
+    path = before_after.write(f.out or f.after, "rl", found, text)
+    print(f"{path}: problems before and after, and rollouts")
 
 
 if __name__ == "__main__":
-    define_flags()
+    before_after.define_flags("runs/rl_sft", "runs/rl_count", 512, "Held-out problems a task.")
     app.run(main)

@@ -6,14 +6,19 @@ import pytest
 
 from kimi_jax.data.sources.demo_image import VQA_ANSWERS
 from kimi_jax.eval import conversations
-from kimi_jax.eval.conversations import Answered, Question, ask, page, questions_of, score
+from kimi_jax.eval.conversations import ImageAnswer, ImageQuestion, ask, page, questions_of, score
 from tests.serve.server import load_checkpoint
 
-ASKED = [Question(k, "what shape is shown?", gold) for k, gold in enumerate(("circle", "red", "blue", "circle"))]
+ASKED = [ImageQuestion(k, "what shape is shown?", gold) for k, gold in enumerate(("circle", "red", "blue", "circle"))]
 
 
 def test_format_and_correctness_are_scored_apart():
-    answers = [Answered("circle", True), Answered("blue", True), Answered("blue", False), Answered("a circle", True)]
+    answers = [
+        ImageAnswer("circle", True),
+        ImageAnswer("blue", True),
+        ImageAnswer("blue", False),
+        ImageAnswer("a circle", True),
+    ]
     found = score("m", "as it is", ASKED, answers)
     assert (found.well_formed, found.correct, found.n) == (0.5, 0.25, 4)
     assert found.stderr == pytest.approx(np.sqrt(0.25 * 0.75 / 4))
@@ -25,7 +30,7 @@ def test_questions_are_held_out_and_have_one_word_answers():
 
 
 def test_page_escapes_what_models_write():
-    answers = {"before": [Answered("<script>alert(1)</script>", False)], "after": [Answered("circle", True)]}
+    answers = {"before": [ImageAnswer("<script>alert(1)</script>", False)], "after": [ImageAnswer("circle", True)]}
     text = page([score("m", "as it is", ASKED[:1], answers["after"])], ASKED[:1], answers)
     assert "<script>" not in text and "&lt;script&gt;" in text and "(not ended)" in text
     assert text.count("data:image/png;base64,") == 1 and "<code>circle</code>" in text
