@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from kimi_jax.data.tokenizer import MAX_TOKENIZER, Tokenizer
+from kimi_jax.data.tokenizer import MAX_TOKENIZER, Tokenizer, split_pattern
 from kimi_jax.untrusted import MAX_CONFIG, describe, read_bytes, read_json
 
 RELEASED_SHA256 = "b6c497a7469b33ced9c38afb1ad6e47f03f5e5dc05f15930799210ec050c5103"
@@ -40,20 +40,8 @@ SPECIALS = {
     255: ("[PAD]", True),
 }  # fmt: skip
 
-# As tokenizer.SPLIT_PATTERN, with set intersections in place of its look-aheads: the same strings, twice as fast here.
-_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-_LEAD, _TAIL = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-SPLIT_PATTERN = "|".join([
-    r"[\p{Han}]+",
-    f"{_LEAD}{_UPPER}*{_LOWER}+{_TAIL}",
-    f"{_LEAD}{_UPPER}+{_LOWER}*{_TAIL}",
-    r"\p{N}{1,3}",
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-    r"\s*[\r\n]+",
-    r"\s+(?!\S)",
-    r"\s+",
-])  # fmt: skip
+# As `tokenizer.SPLIT_PATTERN`, with set intersections in place of look-aheads: the same strings, twice as fast here.
+SPLIT_PATTERN = split_pattern(r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]")
 
 WINDOW = 400_000  # characters that are encoded at a time
 LONGEST_RUN = 25_000  # spaces, or other characters, in a row

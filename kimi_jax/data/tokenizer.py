@@ -34,20 +34,26 @@ SPECIAL_TOKENS = (
     "<|tool_call_argument_begin|>", "<|tool_call_end|>", "<|start_header_id|>", "<|end_header_id|>",
 )  # fmt: skip
 
-# The released eight alternatives; `&&[^\p{Han}]` is written as a look-ahead, which matches the same strings.
-_UPPER = r"(?:(?!\p{Han})[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}])"
-_LOWER = r"(?:(?!\p{Han})[\p{Ll}\p{Lm}\p{Lo}\p{M}])"
-_LEAD, _TAIL = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-SPLIT_PATTERN = "|".join([
-    r"[\p{Han}]+",
-    f"{_LEAD}{_UPPER}*{_LOWER}+{_TAIL}",
-    f"{_LEAD}{_UPPER}+{_LOWER}*{_TAIL}",
-    r"\p{N}{1,3}",
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-    r"\s*[\r\n]+",
-    r"\s+(?!\S)",
-    r"\s+",
-])  # fmt: skip
+
+def split_pattern(upper: str, lower: str) -> str:
+    """The released eight alternatives. upper, lower: a letter of that case that is not Han, as regular expressions."""
+    lead, tail = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    return "|".join([
+        r"[\p{Han}]+",
+        f"{lead}{upper}*{lower}+{tail}",
+        f"{lead}{upper}+{lower}*{tail}",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ])  # fmt: skip
+
+
+# `&&[^\p{Han}]` of the release is written as a look-ahead, which matches the same strings
+SPLIT_PATTERN = split_pattern(
+    r"(?:(?!\p{Han})[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}])", r"(?:(?!\p{Han})[\p{Ll}\p{Lm}\p{Lo}\p{M}])"
+)
 
 # Byte-level BPE writes each byte as one character: itself where it is printable, else one from U+0100 on, in order.
 _PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
