@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,29 +19,25 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 
-from kimi_jax import sharding
-from kimi_jax.config import ConfigError, MeshConfig, ModelConfig
+from kimi_jax.config import ModelConfig
 from kimi_jax.data.conversation import Message
 from kimi_jax.data.example import MediaItem
-from kimi_jax.data.patches import Grid, num_features, place_item
+from kimi_jax.data.patches import num_features, place_item
 from kimi_jax.data.reply import Reply
 from kimi_jax.data.routing import FREE, RoutingShape
 from kimi_jax.data.tokenizer import Tokenizer, load_tokenizer
-from kimi_jax.hf import stream
+from kimi_jax.infer.media import bin_size, bucket
 from kimi_jax.infer.request import Sampling
-from kimi_jax.nn import lora
 from kimi_jax.nn.kimi import KimiK25
 from kimi_jax.packed_batch import VisionBins, empty_bins, padding
+from kimi_jax.train.weights import load_weights
 
 if TYPE_CHECKING:
     from kimi_jax.infer.engine import Engine
 
-DTYPES = ("float32", "bfloat16", "float16")
-EXPERTS = ("float", "int4")
-MIN_TOKENS, MIN_PATCHES, LEAST_CACHE = 16, 64, 1024
+MIN_TOKENS, LEAST_CACHE = 16, 1024
 
 
 def load(
@@ -64,33 +59,7 @@ def load(
     "int4" for experts that are not, hf.files.CheckpointError that lists every tensor that does not fit, or
     every damaged file of a workdir.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if experts not in EXPERTS:
-        raise ConfigError(f"experts={experts!r} is not one of {', '.join(EXPERTS)}")
-    folder = epath.Path(path)
-    if (folder / "checkpoints").is_dir():
-        if experts == "int4":
-            raise ConfigError(
-                f"{folder} is a workdir and holds floats; for INT4 experts: python -m kimi_jax.convert to-hf --int4, "
-                "and load what it writes"
-            )
-        from kimi_jax.train import checkpoint  # here: a released directory needs neither Orbax nor the trainer
-
-        one = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
-        run, params = checkpoint.load(str(folder), mesh=mesh or one, dtype=dtype, verify=verify)
-        if run.lora is not None:
-            base = load(run.lora.base, dtype, run.lora.experts, mesh, verify)
-            return Model(base.config, lora.merge(base.params, params, run.lora), base.tokenizer_path, mesh)
-        config = dataclasses.replace(run.model, dtype=dtype, param_dtype=dtype, remat=False)
-        tokenizer_path = run.data.tokenizer or str(folder / "released")  # where conversion keeps what came along
-        return Model(config, params, tokenizer_path, mesh)
-    if (folder / "config.json").is_file():  # a run has one too, of its settings
-        config, params = stream.load(folder, dtype, keep_int4=experts == "int4", mesh=mesh)
-        return Model(config, params, str(folder), mesh)
-    raise FileNotFoundError(
-        f"{folder} is no model: it has neither config.json (a released checkpoint) nor checkpoints/ (a workdir)"
-    )
+    return Model(*load_weights(path, dtype, experts, mesh, verify), mesh)
 
 
 class Model:
@@ -133,13 +102,13 @@ class Model:
 
         One conversation at a time; `kimi_jax.infer.engine.Engine` runs many.
         """
-        from kimi_jax.infer import generate  # it imports this module
+        from kimi_jax.infer import generate  # here, as the engine is not needed for logits
         from kimi_jax.infer.engine import Engine
 
         sampling = Sampling(temperature, top_p, seed, max_new_tokens)
         chat = generate.Chat(messages, tools, thinking, open_url=open_url)
         request = generate.chat_request(chat, self.tokenizer, self.config, sampling)
-        length = _bucket(len(request.token_ids) + max_new_tokens, LEAST_CACHE)
+        length = bucket(len(request.token_ids) + max_new_tokens, LEAST_CACHE)
         made_for, engine = self._engine or (None, None)
         if engine is None or made_for is not self.params or engine.max_sequence_length < length:
             engine = Engine(self, slots=1, max_sequence_length=length, mesh=self.mesh)
@@ -160,7 +129,7 @@ class Model:
         """
         tokens = self._check_tokens(input_ids)
         rows, length = tokens.shape
-        padded = (_bucket(rows, 1), _bucket(length, MIN_TOKENS))
+        padded = (bucket(rows, 1), bucket(length, MIN_TOKENS))
         items = self._check_media(pixel_values, grid_thws)
         pads = tokens == self.config.media_placeholder_token_id if self.config.vision else np.zeros_like(tokens, bool)
         wanted = sum(num_features(item.grid) for item in items)
@@ -254,20 +223,6 @@ class Model:
         return _pad(experts.astype(np.int32), (padded[0], layers, padded[1], k), FREE)
 
 
-def _bucket(n: int, least: int) -> int:
-    """n rounded up to `least`, or to one of four sizes between powers of two."""
-    if n <= least:
-        return least
-    step = 1 << max((n - 1).bit_length() - 3, 0)
-    return -(-n // step) * step
-
-
-def bin_size(grid: Grid) -> int:
-    """Patches of the bin that an item is put into: those of one size are one class, for which a program is compiled."""
-    size = _bucket(math.prod(grid), MIN_PATCHES)
-    return size + -size % 4
-
-
 def _pad(array: np.ndarray, shape: Sequence[int], value: int) -> np.ndarray:
     """The array in the corner of a larger one."""
     return np.pad(array, [(0, to - size) for size, to in zip(array.shape, shape, strict=True)], constant_values=value)
@@ -283,7 +238,7 @@ def _bins(items: Sequence[MediaItem]) -> tuple[tuple[VisionBins, ...], list[slic
     for size in sorted(set(sizes)):
         members = [i for i, each in enumerate(sizes) if each == size]
         patches = items[members[0]].patches
-        bins = empty_bins(_bucket(len(members), 1), size, patches.shape[1], patches.dtype)
+        bins = empty_bins(bucket(len(members), 1), size, patches.shape[1], patches.dtype)
         for v, i in enumerate(members):
             place_item(bins, v, 0, 1, items[i].patches, items[i].grid)
             start = offset + v * (size // 4)

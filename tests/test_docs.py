@@ -56,6 +56,46 @@ def test_code_that_a_page_names_exists(page):
             assert function in definitions(path), f"{rel(page)}: {name} has no {function}"
 
 
+SECTION = re.compile(r"(\w+\.md),? sections? (\d+(?:\.\d+)*)((?:(?:,| and| to) \d+(?:\.\d+)*)*)")
+
+
+def test_sections_that_are_cited_exist():
+    """Where a page is cited by the number of a section, it has such a heading. The number may be on the next line."""
+    headings = {p.name: re.findall(r"(?m)^#+ (\d+(?:\.\d+)*)\.? ", p.read_text(encoding="utf-8")) for p in PAGES}
+    met = 0
+    for path in (p for p in SOURCES if p.name != Path(__file__).name):
+        text = re.sub(r"\n\s*#?\s*", " ", path.read_text(encoding="utf-8"))
+        for page, first, others in SECTION.findall(text):
+            for number in [first, *re.findall(r"\d+(?:\.\d+)*", others)]:
+                met += 1
+                assert number in headings.get(page, ()), (
+                    f"{rel(path)} cites section {number} of {page}: no such heading"
+                )
+    assert met > 80
+
+
+@pytest.mark.parametrize(
+    ("term", "file", "name"),
+    [
+        ("FSDP", "kimi_jax/kernels/fsdp.py", "fsdp_matmul"),
+        ("reduce-scatter", "kimi_jax/kernels/fsdp.py", "reduce_scatter"),
+        ("prefix cache", "kimi_jax/infer/cache.py", "PagePool"),
+        ("loss mask", "kimi_jax/data/conversation.py", "encode"),
+        ("gradient accumulation", "kimi_jax/train/step.py", "gradients"),
+        ("capacity_factor", "kimi_jax/kernels/moe/expert_parallel.py", "expert_parallel"),
+        ("routing replay", "kimi_jax/data/routing.py", "RoutingShape"),
+        ("packed batch", "kimi_jax/packed_batch.py", "PackedBatch"),
+    ],
+)
+def test_term_of_the_field_leads_to_the_file_that_defines_it(term, file, name):
+    """A reader who greps for the term meets it in that file, in the docstring of the file or of the definition."""
+    tree = ast.parse((REPO / file).read_text(encoding="utf-8"))
+    nodes = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name == name]
+    assert nodes, f"{file} has no {name}"
+    said = " ".join(ast.get_docstring(n) or "" for n in (tree, *nodes)).lower()
+    assert term.lower() in re.sub(r"\s+", " ", said), f"{file} never says {term!r}"
+
+
 def test_citations_lead_to_a_page_of_the_clone():
     pages = {rel(p) for p in PAGES} | {p.name for p in PAGES}
     for path in SOURCES:

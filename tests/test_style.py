@@ -18,6 +18,11 @@ FORBIDDEN = {
     "data": ("nn", "train", "eval", "optim", "kernels", "sharding"),
     "optim": ("train", "eval", "data", "cli", "report"),
 }
+# entry points beside the files __main__.py: what a user runs, or another program loads
+COMMANDS = (
+    "kimi_jax/data/inspect.py", "kimi_jax/data/vocabulary.py", "kimi_jax/eval/conversations.py",
+    "kimi_jax/eval/lm_eval_adapter.py", "kimi_jax/rl/page.py",
+)  # fmt: skip
 # third-party packages that a package may not import, not even inside a function
 FORBIDDEN_LIBRARIES = {
     "data": ("jax", "flax", "optax", "orbax", "torch"),
@@ -86,6 +91,50 @@ def test_packages_import_downwards_only(path):
     for library in FORBIDDEN_LIBRARIES.get(package(path), ()):
         bad = [n for n in names if starts(n, library)]
         assert not bad, f"{rel(path)} must not import {bad[0]}"
+
+
+def runtime_imports(path: Path) -> list[str]:
+    """As `imports`, without those that only type checkers see."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = [ast.Pass()]
+    nodes = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+    return [f"{n.module}.{alias.name}" for n in nodes for alias in n.names]
+
+
+def test_packages_import_each_other_in_no_circle():
+    """Not even inside functions. Commands may import what they like: nobody imports them."""
+    edges: dict[str, dict[str, str]] = {}
+    for path in PACKAGE:
+        if path.name == "__main__.py" or rel(path) in COMMANDS:
+            continue
+        own = package(path).removesuffix(".py")
+        for name in runtime_imports(path):
+            parts = name.split(".")
+            if parts[0] == "kimi_jax" and len(parts) > 1 and parts[1] != own:
+                edges.setdefault(own, {})[parts[1]] = rel(path)
+    order: list[str] = []
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, f"circle of packages: {[*above, name]}, by {[edges[a].get(name) for a in above[-1:]]}"
+        if name not in order:
+            for other in edges.get(name, ()):
+                visit(other, (*above, name))
+            order.append(name)
+
+    for name in sorted(edges):
+        visit(name, ())
+    assert (
+        order.index("data") < order.index("infer") < order.index("eval") < order.index("train") < order.index("model")
+    )
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=rel)
+def test_commands_are_imported_by_nobody(path):
+    modules = [name.removesuffix(".py").replace("/", ".") for name in COMMANDS]
+    bad = [n for n in imports(path) if path.name != "__main__.py" and any(starts(n, m) for m in modules)]
+    assert not bad or rel(path) in COMMANDS, f"{rel(path)} imports the command {bad[0]}"
 
 
 @pytest.mark.parametrize("path", PACKAGE, ids=rel)

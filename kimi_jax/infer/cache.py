@@ -1,4 +1,4 @@
-"""The paged latent cache: the arrays on the device, and on the host who owns which page and what it holds.
+"""The paged latent cache and its prefix cache: arrays on the device; on the host, who owns which page with what in it.
 
 Source: docs/architecture.md section 9 (pages from the start: prefix reuse and RL's length tails need them).
 A token takes kv_lora_rank + qk_rope_head_dim numbers a layer (576 in K2.5), whatever the number of heads. Full pages

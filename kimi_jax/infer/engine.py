@@ -31,7 +31,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jax.sharding import Mesh
@@ -47,7 +47,9 @@ from kimi_jax.infer.request import Completion, Event, Grammar, GrammarError, Mat
 from kimi_jax.infer.sequence import Sequence as Answer
 from kimi_jax.infer.sequence import SequenceGroup
 from kimi_jax.infer.unfinished import Unfinished, restore
-from kimi_jax.model import Model
+
+if TYPE_CHECKING:
+    from kimi_jax.model import Model
 
 CHUNKS = (32, 128, 512)  # lengths of a prompt's pieces; the last one also bounds how long a decoding step may wait
 LOOK_AHEAD = 4  # times the slots: of those who wait, how many are looked at while others wait for a prompt to be read

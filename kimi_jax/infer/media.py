@@ -8,6 +8,7 @@ F features of an item   D width   p patch size   N patches
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -15,12 +16,28 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kimi_jax.data.example import MediaItem
+from kimi_jax.data.patches import Grid
 
 if TYPE_CHECKING:
     from kimi_jax.model import Model
 
 TOGETHER = 8
+MIN_PATCHES = 64  # of a bin
 MOST_PATCHES = 8192  # of a call: larger images go one by one
+
+
+def bucket(n: int, least: int) -> int:
+    """n rounded up to `least`, or to one of four sizes between powers of two."""
+    if n <= least:
+        return least
+    step = 1 << max((n - 1).bit_length() - 3, 0)
+    return -(-n // step) * step
+
+
+def bin_size(grid: Grid) -> int:
+    """Patches of the bin that an item is put into: those of one size are one class, for which a program is compiled."""
+    size = bucket(math.prod(grid), MIN_PATCHES)
+    return size + -size % 4
 
 
 def encode_media(model: Model, items: Mapping[bytes, MediaItem]) -> dict[bytes, np.ndarray | Exception]:
@@ -28,8 +45,6 @@ def encode_media(model: Model, items: Mapping[bytes, MediaItem]) -> dict[bytes, 
 
     items: by what tells them apart (`cache.media_digest`); patches [N, 3*p*p], bytes or floats in [-1, 1].
     """
-    from kimi_jax.model import bin_size  # it imports this package
-
     classes: dict[tuple, list[bytes]] = defaultdict(list)
     for key, item in items.items():
         classes[bin_size(item.grid), item.patches.dtype.str].append(key)  # bytes reach the device as bytes

@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 from kimi_jax import sharding
 from kimi_jax.config import ConfigError, MeshConfig, TrainConfig
 from kimi_jax.hf.files import CheckpointError
-from kimi_jax.model import load
 from kimi_jax.train import checkpoint
+from kimi_jax.train.weights import load_weights
 
 COMPUTED = ("dtype", "scan_layers", "remat", "remat_policy")  # what of `config.model` is the run's, not the base's
 
@@ -30,7 +30,7 @@ def load_base(config: TrainConfig, mesh: Mesh) -> tuple[TrainConfig, Any]:
     if not config.lora.base:
         raise ConfigError("config.lora.base is empty; name a released directory or a workdir")
     try:
-        base = load(config.lora.base, config.model.dtype, config.lora.experts, mesh, config.checkpoint.verify)
+        base = load_weights(config.lora.base, config.model.dtype, config.lora.experts, mesh, config.checkpoint.verify)
     except (FileNotFoundError, CheckpointError) as error:
         raise ConfigError(f"config.lora.base: {error}") from error
     own = {name: getattr(config.model, name) for name in COMPUTED}

@@ -21,6 +21,7 @@ from kimi_jax.hf.files import CheckpointError
 from kimi_jax.nn.kimi import abstract_params
 from kimi_jax.nn.param import unbox
 from kimi_jax.train import checkpoint
+from kimi_jax.train.weights import load_weights
 
 TOWERS = ("vision", "projector")
 COMPUTED = ("dtype", "param_dtype", "scan_layers", "remat", "remat_policy")  # of a model: not facts about its weights
@@ -111,8 +112,6 @@ def _read(path: str, dtype: str, mesh: Mesh, names: list[str], verify: bool) -> 
             return stream.load(path, dtype, mesh=mesh, parts=names)[1]
         if checkpoint.load_settings(path).lora is None:
             return checkpoint.load(path, mesh=mesh, dtype=dtype, verify=verify, parts=names)[1]
-        from kimi_jax.model import load  # merges adapters into their base
-
-        return load(path, dtype, mesh=mesh, verify=verify).params
+        return load_weights(path, dtype, mesh=mesh, verify=verify).params  # merges adapters into their base
     except (FileNotFoundError, CheckpointError, ConfigError) as error:
         raise ConfigError(f"config.init_from: {error}") from error

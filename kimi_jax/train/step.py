@@ -151,11 +151,11 @@ def gradients(
     frozen: Any = None,
     objective: Objective | None = None,
 ) -> tuple[tuple[jax.Array, dict[str, Any]], Any]:
-    """((loss, what `loss_fn` returns beside it), gradients) of a batch, in one go or summed over microbatches.
+    """((loss, what `loss_fn` returns beside it), gradients) of a batch, in one go or by gradient accumulation.
 
     The gradients have None in place of what `config.freeze` names, for which nothing is computed.
 
-    Every device takes the same number of its own packs in each microbatch; sums are kept in float32.
+    Every device takes the same number of its own packs in each microbatch; gradients are accumulated in float32.
     """
     parts, objective = config.memory.microbatches, objective or next_token()
     infos = _infos(config)
