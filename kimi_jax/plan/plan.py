@@ -90,7 +90,7 @@ def decode(
 
 
 def _description(config: TrainConfig, topology: Topology, mesh: Mesh) -> dict[str, Any]:
-    tx = make_optimizer(config, mesh.devices.flat[0].platform)
+    tx = make_optimizer(config, mesh)
     state = state_lib.abstract(config.model, tx, mesh)
     return {
         "topology": topology.name,

@@ -112,9 +112,9 @@ def abstract_batch(config: TrainConfig, mesh: Mesh) -> PackedBatch:
 
 def lower(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
     """The training step for the devices of `mesh`, before compilation."""
-    tx = make_optimizer(config, mesh.devices.flat[0].platform)
-    _, step = make_train_step(config, mesh)
-    return cast(Any, step).lower(state_lib.abstract(config.model, tx, mesh), abstract_batch(config, mesh))
+    optimizer = make_optimizer(config, mesh)
+    _, step = make_train_step(config, mesh, optimizer=optimizer)
+    return cast(Any, step).lower(state_lib.abstract(config.model, optimizer, mesh), abstract_batch(config, mesh))
 
 
 def compile_step(config: TrainConfig, mesh: Mesh) -> Compiled:

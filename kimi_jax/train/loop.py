@@ -124,8 +124,9 @@ def _run(config: TrainConfig, given: _Given, stop: Stop) -> int:
         say(*describe(config), f"compiled programs are kept in {cache}")
 
         # --------------------------------------------------------------------------------------- model, optimizer
-        init_state, train_step = make_train_step(config, mesh, given.objective)
-        abstract = state_lib.abstract(config.model, make_optimizer(config), mesh, config.lora)
+        optimizer = make_optimizer(config, mesh)
+        init_state, train_step = make_train_step(config, mesh, given.objective, optimizer)
+        abstract = state_lib.abstract(config.model, optimizer, mesh, config.lora)
         say(parameter_table(state_lib.infos(config.model, config.lora, config.freeze), abstract.params))
 
         # -------------------------------------------------------------------------------- where the run stands

@@ -45,14 +45,13 @@ from kimi_jax.train.objective import (
 from kimi_jax.train.state import TrainState
 
 
-def make_optimizer(
-    config: TrainConfig, platform: str | None = None, layout: Layout | None = None
-) -> optax.GradientTransformation:
-    """MuonClip for this model's parameter groups; platform: of the devices, if not those of this process.
+def make_optimizer(config: TrainConfig, mesh: Mesh | None = None) -> optax.GradientTransformation:
+    """MuonClip for this model's parameter groups.
 
-    layout: distributes Newton-Schulz to the devices. The state is the same with and without.
+    mesh: Newton-Schulz is distributed to its devices. The state is the same with and without.
     """
-    dtype = newton_schulz.default_dtype(platform)
+    layout = None if mesh is None else make_layout(config, mesh)
+    dtype = newton_schulz.default_dtype(None if mesh is None else mesh.devices.flat[0].platform)
     return muonclip(config.optimizer, config.steps, _infos(config), dtype, layout)
 
 
@@ -61,11 +60,15 @@ def _infos(config: TrainConfig) -> Any:
 
 
 def make_train_step(
-    config: TrainConfig, mesh: Mesh | None = None, objective: Objective | None = None
+    config: TrainConfig,
+    mesh: Mesh | None = None,
+    objective: Objective | None = None,
+    optimizer: optax.GradientTransformation | None = None,
 ) -> tuple[Callable[[], TrainState], Callable[[TrainState, PackedBatch], tuple[TrainState, dict[str, Any]]]]:
     """Returns (init_state, train_step).
 
-    objective: what is minimised; `next_token()` unless another is given.
+    objective: what is minimised; `next_token()` unless another is given. optimizer: that of `make_optimizer`, where the
+    caller has it already.
 
     init_state() makes the state of `config.seed` directly in its shardings; of `config.lora` without `frozen`, which
     the caller has (`train.adapters`). train_step(state, batch) returns (state, metrics) and gives up (donates) the
@@ -79,7 +82,7 @@ def make_train_step(
     mesh = mesh or sharding.make_mesh(config.mesh)
     sharding.check_packs(config.data.num_packs, mesh, config.memory.microbatches)
     layout = make_layout(config, mesh)
-    tx = make_optimizer(config, mesh.devices.flat[0].platform, layout)
+    tx = optimizer or make_optimizer(config, mesh)
     shardings = state_lib.shardings(config.model, tx, mesh, config.lora)
     fresh = dataclasses.replace(shardings, frozen=None)
     whole = sharding.replicated(mesh)
