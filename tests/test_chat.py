@@ -50,7 +50,7 @@ def prompt(engine):
     return TOKENIZER.decode(engine.requests[max(engine.requests)].token_ids)
 
 
-def test_a_conversation_is_remembered(run, engine):
+def test_conversation_is_remembered(run, engine):
     out, notes, conversation = run("one\n", "\n", "two\n", "/exit\n", "three\n", system="Be brief.")
     assert out == "you said one\nyou said two\n"
     assert notes == ""
@@ -89,7 +89,7 @@ def test_what_cannot_be_answered_is_said_and_forgotten(run, engine, tmp_path):
     assert len(conversation.messages) == 2
 
 
-def test_a_cut_off_answer_says_so(run):
+def test_cut_off_answer_says_so(run):
     out, notes, _ = run("x" * 200)
     assert "truncated" in notes
 
@@ -113,7 +113,7 @@ def test_ctrl_c_ends_the_answer_and_keeps_what_there_is(run, engine):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_the_command(tmp_path):
+def test_command(tmp_path):
     """As a user runs it, piped: on the fixture's weights, with an image."""
     model = checkpoint(tmp_path / "tiny")
     image = FIXTURES / "images/rgb_56x56.png"

@@ -144,7 +144,7 @@ def test_on_a_mesh_every_device_gets_its_part_and_no_more(experts, axes, io, med
     assert error(model.logits(io["mm.input_ids"], *media), theirs) <= EXACT
 
 
-def test_a_workdir_on_a_mesh(tmp_path, model, io):
+def test_workdir_on_a_mesh(tmp_path, model, io):
     from_hf(FIXTURES / "tiny_fp32", tmp_path / "ours", mesh=MeshConfig(fsdp=8))
     ours = kimi.load(tmp_path / "ours", mesh=sharding.make_mesh(MeshConfig(fsdp=4, expert=2)))
     gate = ours.params["moe_layers"]["mlp"]["experts"]["gate"]

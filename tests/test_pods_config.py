@@ -23,7 +23,7 @@ FITS = {
 
 
 @pytest.mark.parametrize("model", FITS)
-def test_a_layout_wherever_it_fits(model):
+def test_layout_wherever_it_fits(model):
     for topology, (devices, _) in PODS["TOPOLOGIES"].items():
         if topology not in FITS[model]:
             with pytest.raises(ConfigError, match="do not fit into three quarters of"):

@@ -149,6 +149,6 @@ def test_memory_table_follows_from_the_shapes():
             assert f"{(packed + extra) / 1e9:.0f} GB" in memory
 
 
-def test_a_misspelt_setting_names_the_nearest():
+def test_misspelt_setting_names_the_nearest():
     with pytest.raises(ConfigError, match="peak_lr"):
         freeze({"optimizer": {"peek_lr": 1.0}})

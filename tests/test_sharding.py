@@ -52,7 +52,7 @@ def test_slices_hold_whole_replicas():
         sharding.make_mesh(MeshConfig(), chips)
 
 
-def test_an_array_is_cut_once_by_preference_and_only_where_it_divides(mesh):
+def test_array_is_cut_once_by_preference_and_only_where_it_divides(mesh):
     def spec_of(axes, shape):
         return sharding.spec(ParamInfo(axes, Muon()), shape, mesh)
 

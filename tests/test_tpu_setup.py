@@ -255,7 +255,7 @@ def test_nothing_starts_where_the_devices_do_not_add_up(cloud):
     assert not (cloud / "starts.here").exists()
 
 
-def test_a_signal_reaches_the_program_which_is_not_started_again(cloud):
+def test_signal_reaches_the_program_which_is_not_started_again(cloud):
     run = program(cloud, 'trap "exit 75" TERM; touch "$CLOUD/up"; while :; do read -rt 0.1 <> <(:) || :; done')
     here = environment(cloud) | {"WORKER": "here", "KIMI_STATE": str(cloud / "state_here")}
     process = subprocess.Popen([str(SCRIPT), "run", *run], cwd=cloud, env=here)

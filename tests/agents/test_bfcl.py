@@ -84,7 +84,7 @@ def test_one_call(right, arguments, ok):
     assert (check(case(weather(right)), [call(**arguments)]) == "") is ok
 
 
-def test_the_function_has_to_be_the_right_one_with_or_without_its_dot():
+def test_function_has_to_be_the_right_one_with_or_without_its_dot():
     assert check(case(weather({})), [call("weather.get", city="Oslo")]) == ""
     assert "is called, not weather.get" in check(case(weather({})), [call("clock", zone="Oslo")])
 

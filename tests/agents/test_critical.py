@@ -288,6 +288,6 @@ def test_from_events_refuses_a_record_that_contradicts_itself():
             critical.from_events(events)
 
 
-def test_a_thousand_nodes_in_a_row_are_no_recursion():
+def test_thousand_nodes_in_a_row_are_no_recursion():
     graph = Graph(tuple(Node(f"n{i}", 1, (f"n{i - 1}",) if i else ()) for i in range(5000)))
     assert critical.span(graph) == critical.makespan(graph, 1) == len(critical.critical_path(graph)) == 5000

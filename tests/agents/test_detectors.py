@@ -89,7 +89,7 @@ def test_duplicates_are_briefs_of_the_same_words():
     assert detectors.duplicates(briefs) == [(0, 1), (3, 4)]
 
 
-def test_a_result_is_used_when_a_word_that_only_it_brought_comes_back():
+def test_result_is_used_when_a_word_that_only_it_brought_comes_back():
     brief = "What is the capital of Norway?"
     assert detectors.is_used("The capital is Oslo.", brief, "Norway's capital: Oslo")
     assert not detectors.is_used("The capital is Oslo.", brief, "What is the capital of Norway? Bergen")

@@ -67,7 +67,7 @@ def test_one_wrong_cell_costs_its_row_and_one_item():
     assert found.success == 0
 
 
-def test_a_wrong_key_costs_all_cells_of_its_row():
+def test_wrong_key_costs_all_cells_of_its_row():
     rows = [list(row) for row in GOLD.rows]
     rows[0][0] = "Sweden"
     found = score(with_rows(rows), GOLD, COLUMNS)
@@ -108,7 +108,7 @@ def test_no_table_or_other_columns_is_zero_with_a_reason(answer):
     assert found == Score(reason=found.reason) and found.reason
 
 
-def test_a_table_without_rows_is_zero():
+def test_table_without_rows_is_zero():
     assert score(markdown(with_rows([])), GOLD, COLUMNS) == Score()
 
 
@@ -254,12 +254,12 @@ def test_judge_maps_columns_and_keys_and_decides_cells():
         Scripted({"Chile": "Norway", "Norway": 7}, lambda pairs: [1] * len(pairs)),
     ],
 )
-def test_a_judge_that_answers_nonsense_gives_nothing(judge):
+def test_judge_that_answers_nonsense_gives_nothing(judge):
     found = score(SHORT, SHORT, JUDGED, judge)
     assert found.row_f1 == 0 and found.item_f1 == pytest.approx(1 / 2), "keys are text and count as before"
 
 
-def test_a_judge_cannot_map_two_rows_to_one_key():
+def test_judge_cannot_map_two_rows_to_one_key():
     answer = Table(("Country", "Capital"), (("A", "Oslo"), ("B", "Oslo"), ("Chile", "Santiago")))
     found = score(answer, SHORT, JUDGED, Scripted({"A": "Norway", "B": "Norway"}, lambda p: [True] * len(p)))
     assert found.row_recall == 1 and found.row_precision == pytest.approx(2 / 3)

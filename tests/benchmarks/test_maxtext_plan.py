@@ -40,7 +40,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_a_compiled_step_is_priced(folder):
+def test_compiled_step_is_priced(folder):
     found = maxtext_plan.read(folder, POD, sequences=2)
     assert found["memory"]["peak"] == 3 * 2**30 and found["memory"]["temporaries"] == 2 * 2**30
     assert found["memory"]["fits"] and found["memory"]["compile_seconds"] == 120.5
@@ -60,7 +60,7 @@ def test_of_two_accounts_of_the_memory_the_smaller_is_believed(folder):
     assert maxtext_plan.read(folder, POD, sequences=2)["memory"]["peak"] == 6 * 2**30
 
 
-def test_a_refused_step_says_what_it_needed(folder):
+def test_refused_step_says_what_it_needed(folder):
     (folder / "refused.txt").write_text("RESOURCE_EXHAUSTED: ... Used 120.50G of 95.74G hbm. Exceeded ...")
     found = maxtext_plan.read(folder, POD, sequences=4)
     assert not found["memory"]["fits"] and found["memory"]["peak"] == int(120.5 * 2**30)

@@ -7,7 +7,7 @@ import pytest
 from benchmarks.peer import Peer
 
 
-def test_a_peer_says_that_it_is_ready_and_then_times_steps():
+def test_peer_says_that_it_is_ready_and_then_times_steps():
     peer = Peer(sys.executable, "tests.benchmarks.peer_program", {"rows": 2})
     assert peer.ready == {"given": {"rows": 2}}
     assert 0 <= peer.seconds("works") < 60

@@ -88,7 +88,7 @@ def test_released_behaviour_for_odd_images():
 # --------------------------------------------------------------------------------------------------------------- videos
 
 
-def test_a_file_as_path_bytes_or_open(tmp_path):
+def test_file_as_path_bytes_or_open(tmp_path):
     data = movie(30, rate=10)
     path = tmp_path / "clip.mp4"
     path.write_bytes(data)
@@ -201,7 +201,7 @@ def test_there_is_an_end_to_frames_and_memory():
 
 
 @pytest.mark.parametrize("name", ["list.m3u8", "list.txt", "image%03d.png"])
-def test_a_list_of_other_files_is_not_followed(name, tmp_path):
+def test_list_of_other_files_is_not_followed(name, tmp_path):
     (tmp_path / "clip.mp4").write_bytes(movie(10, rate=10))
     target = tmp_path / "clip.mp4"
     text = {
@@ -228,7 +228,7 @@ def test_paths_that_are_no_file(name, path):
 
 
 @pytest.mark.parametrize("name", ["process_image", "process_video"])
-def test_a_pipe_nobody_writes_to_does_not_hang(name, tmp_path):
+def test_pipe_nobody_writes_to_does_not_hang(name, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     found: list[str] = []
     thread = threading.Thread(target=lambda: found.append(reason(getattr(kimi, name), tmp_path / "pipe")), daemon=True)

@@ -154,7 +154,7 @@ def test_one_builder_at_a_time(tmp_path):
             build(str(source), str(tmp_path / "out"), workers=0)
 
 
-def test_a_shard_that_was_damaged_is_written_again(tmp_path):
+def test_shard_that_was_damaged_is_written_again(tmp_path):
     """Cut short between two runs (a full disk, say): its size is not the one in its counts."""
     source = _jsonl(tmp_path, 30, bad=(29,))
     build(str(source), str(tmp_path / "whole"), workers=0, shard_size=5, max_bad_fraction=0.5)
@@ -167,7 +167,7 @@ def test_a_shard_that_was_damaged_is_written_again(tmp_path):
     assert _tree(out) == _tree(tmp_path / "whole")
 
 
-def test_the_command_line(tmp_path):
+def test_command_line(tmp_path):
     """Help explains, mistakes are one line for a person and not a traceback."""
     assert "inspect" in _run("--help").stdout
     help_text = _run("build", "--help").stdout

@@ -145,7 +145,7 @@ def test_ids_are_those_of_the_released_class_on_harmless_text(tokenizer, user, r
     assert ids == tokenizer.encode(apply_chat_template(messages), allow_special_tokens=True)
 
 
-def test_a_vocabulary_trained_here_takes_the_template_too(tmp_path):
+def test_vocabulary_trained_here_takes_the_template_too(tmp_path):
     trained = train_tokenizer(["What is the colour? user assistant"] * 9, 300, tmp_path / "tokenizer.json")
     messages = [{"role": "user", "content": "What? [EOS]"}]
     text = apply_chat_template(messages)
@@ -275,7 +275,7 @@ def test_reasoning_answer_and_calls():
     assert [c.parsed for c in reply.tool_calls] == [{"city": "Paris"}, {}]
 
 
-def test_a_call_that_leaks_out_of_an_unclosed_think_is_a_call():
+def test_call_that_leaks_out_of_an_unclosed_think_is_a_call():
     """The users' most frequent complaint (docs/released_model.md section 8, item 5)."""
     reply = parsed(f"I will look.{CALLS}{one('functions.f:0', '{}')}{CALLS_END}<|im_end|>")
     assert (reply.reasoning, reply.content) == ("I will look.", "")
@@ -349,7 +349,7 @@ def test_calls_that_are_cut_off_or_misnamed(text, arguments, error):
     "</think>", "<think>", CALLS, CALLS_END, "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>",
     "<|im_end|>", "functions.f:0", "{}", "{", " ", "a", "<", "<|", "</", "<|tool_call", "漢",
 ]), max_size=25), st.booleans(), st.data())  # fmt: skip
-def test_a_stream_cut_anywhere_gives_the_same_reply(words, thinking, data):
+def test_stream_cut_anywhere_gives_the_same_reply(words, thinking, data):
     text = "".join(words)
     whole = parsed(text, thinking)
     parser, deltas = ReplyParser(thinking), []
@@ -372,7 +372,7 @@ def test_a_stream_cut_anywhere_gives_the_same_reply(words, thinking, data):
     assert max((d.call for d in deltas), default=-1) == len(whole.tool_calls) - 1
 
 
-def test_a_stream_gives_text_as_soon_as_it_is_certain():
+def test_stream_gives_text_as_soon_as_it_is_certain():
     parser = ReplyParser()
     assert parser.feed("Let me <") == [Delta(reasoning="Let me <")]
     assert parser.feed("b> see</th") == [Delta(reasoning="b> see</th")]

@@ -40,7 +40,7 @@ def check(config: TrainConfig, batches: int) -> dict:
         return stream.report()
 
 
-def test_the_first_batches_of_the_demo(tmp_path):
+def test_first_batches_of_the_demo(tmp_path):
     report = check(demo(tmp_path / "tokenizer.json", 500_000), 6)
     assert report["token_fill"] >= 0.97
 

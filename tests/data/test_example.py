@@ -83,7 +83,7 @@ def test_images_of_one_example_shrink_together(tokenizer):
     assert tokenizer.decode(encoded.tokens, skip_special_tokens=True) == "image red imageimageblue"
 
 
-def test_an_example_always_fits_an_empty_group(tokenizer):
+def test_example_always_fits_an_empty_group(tokenizer):
     """Three images that fit alone, but not together, in the one bin there is."""
     example = Example(tuple(Image(make_image(RNG, 112, 112)) for _ in range(3)) + (Text("red"),))
     limits = EncodeLimits(512, ((64, 1),))

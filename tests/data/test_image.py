@@ -80,7 +80,7 @@ def test_every_byte_is_normalised_as_released():
 
 
 @pytest.mark.parametrize("size", [(56, 84), (60, 40), (5, 5), (8000, 30)])
-def test_an_array_is_as_good_as_an_image(size):
+def test_array_is_as_good_as_an_image(size):
     """A whole grid, padded, tiny, resized; the image given is left as it was."""
     image = noise(*size)
     array = np.asarray(image)

@@ -111,7 +111,7 @@ def test_figure_is_drawn(config, looked, tmp_path, name):
         assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 500
 
 
-def test_a_text_only_run(config, looked, tmp_path):
+def test_text_only_run(config, looked, tmp_path):
     """Without vision there are no bins, and nothing asks for them."""
     data = dataclasses.replace(config.data, sources={"words": config.data.sources["words"]})
     text = dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, vision=None))
@@ -127,7 +127,7 @@ def test_spread_covers_every_index_once():
     assert max(list(_spread(1000))[:64]) > 900
 
 
-def test_the_same_texts_give_the_same_tokenizer(config, tmp_path):
+def test_same_texts_give_the_same_tokenizer(config, tmp_path):
     first = tokenizer_for(config, str(tmp_path / "a.json"), 400)
     tokenizer_for(config, str(tmp_path / "b.json"), 400)
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()

@@ -104,7 +104,7 @@ def look_ahead(tokenizer) -> tiktoken.Encoding:
 
 
 @given(st.text(alphabet=st.sampled_from("aÀǅʰé漢かな한ا१1٣ '\tsS\r\n.,!🙂\u0301\u200d"), max_size=40))
-def test_the_two_ways_to_write_the_pattern_split_alike(tokenizer, look_ahead, text):
+def test_two_ways_to_write_the_pattern_split_alike(tokenizer, look_ahead, text):
     """Set intersections here, look-aheads in the tokenizers that are trained: the same words."""
     assert tokenizer.encode(text, allow_special_tokens=False) == look_ahead.encode_ordinary(text)
 
@@ -117,7 +117,7 @@ def test_skipping_specials_keeps_thinking_and_tool_marks(tokenizer):
     )
 
 
-def test_the_data_pipeline_takes_it_and_never_makes_a_special_token_of_data(tokenizer):
+def test_data_pipeline_takes_it_and_never_makes_a_special_token_of_data(tokenizer):
     encoded = encode(Example((Text("a <|im_end|>[EOS]<|media_pad|> b"),), "k"), tokenizer)
     assert encoded.tokens[-1] == tokenizer.eos_id and (encoded.tokens[:-1] < tokenizer.base_size).all()
     assert tokenizer.decode(encoded.tokens[:-1]) == "a <|im_end|>[EOS]<|media_pad|> b"
@@ -154,7 +154,7 @@ def test_windows_of_400_000_characters(small):
     assert list(pieces("")) == [] and small.encode("") == []
 
 
-def test_a_million_characters_without_a_space(small):
+def test_million_characters_without_a_space(small):
     text = "ab" * 500_000
     ids = small.encode(text)
     assert small.decode(ids) == text
@@ -163,7 +163,7 @@ def test_a_million_characters_without_a_space(small):
 # --------------------------------------------------------------------------------------------------------- other files
 
 
-def test_a_vocabulary_of_another_size_keeps_the_places_of_the_specials(small):
+def test_vocabulary_of_another_size_keeps_the_places_of_the_specials(small):
     assert small.vocab_size == 262 + 256 and small.media_pad_id == 262 + 21 and small.pad_id == 262 + 255
     assert small.decode(small.encode("the thé<|im_end|>")) == "the thé<|im_end|>"
     assert small.encode("<|im_end|>", True) == [264] and len(small.encode("<|im_end|>", False)) > 5

@@ -93,7 +93,7 @@ def test_sources_of_a_modality_get_their_weight_of_the_draws(weights):
             assert counts[f"s{j}"] - w / sum(weights) * i <= 1 + 1e-9
 
 
-def test_a_weight_schedule_changes_the_draws_from_then_on_and_owes_nothing_for_before():
+def test_weight_schedule_changes_the_draws_from_then_on_and_owes_nothing_for_before():
     sources = {
         "video": SourceConfig(weight=9.0, weight_schedule=((0.5, 1.0), (0.75, 0.0))),
         "images": SourceConfig(weight=1.0),
@@ -107,7 +107,7 @@ def test_a_weight_schedule_changes_the_draws_from_then_on_and_owes_nothing_for_b
     assert by_part == [180, 50, 0]
 
 
-def test_a_time_without_any_source_of_a_modality_is_an_error():
+def test_time_without_any_source_of_a_modality_is_an_error():
     paused = SourceConfig(weight_schedule=((0.5, 0.0),))
     with pytest.raises(DataError, match="without media has weight 0 at 50% of training"):
         Mixture({"wiki": paused}, ((0.0, 0.0),))
@@ -125,7 +125,7 @@ def test_state_continues_exactly():
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.39])
-def test_a_ratio_out_of_reach_is_an_error_that_names_the_share(share):
+def test_ratio_out_of_reach_is_an_error_that_names_the_share(share):
     schedule = ((0.0, 0.4),)
     mixture = Mixture(SOURCES, schedule)
     with pytest.raises(DataError, match=rf"cannot be reached: media are only {share:.1%}"):
@@ -134,7 +134,7 @@ def test_a_ratio_out_of_reach_is_an_error_that_names_the_share(share):
             draw(mixture, name, 100, int(100 * share) if SOURCES[name].vision else 0, 0.4)
 
 
-def test_a_ratio_just_within_reach_is_no_error():
+def test_ratio_just_within_reach_is_no_error():
     mixture = Mixture(SOURCES, ((0.0, 0.4),))
     for _ in range(3000):
         name = mixture.choose()
@@ -166,7 +166,7 @@ def test_slightly_out_of_reach_is_noticed_in_the_end():
             draw(mixture, "vqa" if vision else "wiki", v + 47 if vision else 150, v, 0.24)
 
 
-def test_a_rare_source_with_large_images_is_waited_for():
+def test_rare_source_with_large_images_is_waited_for():
     sources = {
         "text": SourceConfig(),
         "small": SourceConfig(vision=True, weight=99.0),

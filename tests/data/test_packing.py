@@ -141,7 +141,7 @@ def test_coordinates_and_slots_of_every_patch(seed):
     assert len(mine) == 24
 
 
-def test_an_example_that_cannot_fit_is_an_error_not_a_loop():
+def test_example_that_cannot_fit_is_an_error_not_a_loop():
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="does not fit an empty pack"):
         Pack(SHAPE).add(example(rng, 49), 0)

@@ -118,7 +118,7 @@ def test_workers_give_the_same_batches_and_states(reference, path):
         assert_same(next(s), reference[4])
 
 
-def test_a_new_process_gives_the_same_state(path):
+def test_new_process_gives_the_same_state(path):
     """The state before the first batch is that of the beginning."""
     with stream(path) as one:
         begin = through_json(one.state())
@@ -209,7 +209,7 @@ def test_too_many_bad_records_stop_the_run_with_counts_and_names(path):
                 next(s)
 
 
-def test_a_source_without_any_good_record_stops_the_run(path):
+def test_source_without_any_good_record_stops_the_run(path):
     with stream(path, opened={**SOURCES, "wiki": Synthetic("text", bad_every=1)}, max_bad_fraction=1.0) as s:
         with pytest.raises(DataError, match=r"source 'wiki': 97 of 97"):
             next(s)
@@ -231,14 +231,14 @@ def test_bad_fraction_is_judged_fairly():
         judge(1, 100, limit=0.0)
 
 
-def test_an_unexpected_error_names_source_and_record(path):
+def test_unexpected_error_names_source_and_record(path):
     with stream(path, opened={**SOURCES, "wiki": Synthetic("text", crash_at=20)}) as s:
         with pytest.raises(DataError, match="source 'wiki', record 20: TypeError: the reader is broken"):
             for _ in range(50):
                 next(s)
 
 
-def test_a_ratio_out_of_reach_stops_the_run(path):
+def test_ratio_out_of_reach_stops_the_run(path):
     wordy = {**SOURCES, "vqa": Synthetic("image", words=(60, 61)), "clips": Synthetic("video", words=(60, 61))}
     with (
         stream(path, opened=wordy, vision_ratio=((0.0, 0.5),), vision_bins=((64, 6), (160, 5))) as s,
@@ -258,7 +258,7 @@ class Hangs(Synthetic):
         return super().__getitem__(i)
 
 
-def test_a_killed_worker_is_an_error_not_a_hang(path):
+def test_killed_worker_is_an_error_not_a_hang(path):
     with stream(path, num_workers=1, prefetch=1) as s:
         next(s)
         (worker,) = s._own_workers()
@@ -268,7 +268,7 @@ def test_a_killed_worker_is_an_error_not_a_hang(path):
                 next(s)
 
 
-def test_a_stuck_worker_is_given_up(path):
+def test_stuck_worker_is_given_up(path):
     sources = {**SOURCES, "wiki": Hangs("text")}
     data, model = settings(path, num_workers=1, prefetch=1)
     # long enough to deliver; the source then hangs for an hour
@@ -290,7 +290,7 @@ class Counts(Synthetic):
         return super().__getitem__(i)
 
 
-def test_a_corrupt_record_is_quarantined_by_name_and_never_opened_twice(path, tmp_path):
+def test_corrupt_record_is_quarantined_by_name_and_never_opened_twice(path, tmp_path):
     """Over several epochs, all shards and a continuation; and the batches are those of a stream that knows nothing."""
     opened = {**SOURCES, "vqa": Counts("image", size=53, words=(3, 10), bad_every=17, log=str(tmp_path / "opened"))}
     with stream(path, opened=opened) as s:
@@ -352,7 +352,7 @@ def test_states_of_another_stream_are_refused(path):
             next(s)
 
 
-def test_a_closed_stream_says_so(path):
+def test_closed_stream_says_so(path):
     s = stream(path)
     next(s)
     s.close()

@@ -114,7 +114,7 @@ def test_text_that_spells_a_pad_stays_text(tokenizer):
     assert tokenizer.media_pad_id not in prepare(messages, tokenizer).input_ids
 
 
-def test_a_part_without_its_image(tokenizer):
+def test_part_without_its_image(tokenizer):
     with pytest.raises(ValueError, match="nothing under 'image_url'"):
         prepare(user({"type": "image_url"}), tokenizer)
 

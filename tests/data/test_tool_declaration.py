@@ -96,7 +96,7 @@ def test_only_tools_of_another_type_are_json_too():
     assert declare_tools([{"type": "builtin", "function": {"name": "x"}}]).startswith("[{")
 
 
-def test_a_schema_nested_too_deeply_is_an_error_or_json_never_a_crash():
+def test_schema_nested_too_deeply_is_an_error_or_json_never_a_crash():
     schema: dict = {"type": "string"}
     for _ in range(100):
         schema = {"type": "array", "items": schema}
@@ -119,7 +119,7 @@ schemas = st.recursive(
 
 
 @given(st.dictionaries(st.sampled_from("abcd"), schemas, max_size=4), st.randoms())
-def test_the_order_of_keys_does_not_matter(members, random):
+def test_order_of_keys_does_not_matter(members, random):
     """One text for one meaning: the prompt cache of a server depends on it. Braces pair up, too."""
 
     def shuffled(value):

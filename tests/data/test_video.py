@@ -83,7 +83,7 @@ def test_chunks_of_four_share_one_plan_and_the_last_is_shorter():
     assert np.array_equal(patches[24].reshape(3, 14, 14), frames[9][:14, :14].transpose(2, 0, 1))
 
 
-def test_a_frame_has_at_most_4096_patches_before_padding():
+def test_frame_has_at_most_4096_patches_before_padding():
     plan = plan_frame(1920, 1080)
     assert (plan.width // 14) * (plan.height // 14) <= 4096 < 137 * 77
     # by hand: sqrt(4096 / (137 * 77)) = 0.6231, so 1196 x 672 pixels, padded to 43 x 24 windows of 28

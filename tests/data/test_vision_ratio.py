@@ -136,7 +136,7 @@ class Stills:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_run_whose_images_leave_the_bins_short_is_refused_before_its_first_pack(workers, tmp_path):
+def test_run_whose_images_leave_the_bins_short_is_refused_before_its_first_pack(workers, tmp_path):
     """Eight bins of 64 patches hold 512, and 4 x 0.2 x 512 x 1.1 = 451 are needed; one image each leaves 384."""
     tokenizer(tmp_path)
     sources = {"wiki": SourceConfig(), "stills": SourceConfig(vision=True)}

@@ -111,7 +111,7 @@ def test_worker_process_gives_the_same_run_killed_or_not(config, uninterrupted, 
     assert_same_run(uninterrupted, tmp_path)
 
 
-def test_the_run_learns_and_drops_nothing(uninterrupted):
+def test_run_learns_and_drops_nothing(uninterrupted):
     found = rows(uninterrupted)
     assert found[-1]["loss_text"] < 0.7 * found[0]["loss_text"]
     assert found[-1]["loss_image"] < 0.7 * found[0]["loss_image"]

@@ -105,7 +105,7 @@ def sighted(tokenizer, says=lambda brightness: NAMES[round(brightness / 60) % 4]
 
 
 @pytest.mark.parametrize("kind", ["choice", "generate"])
-def test_a_model_that_sees_scores_one_and_its_blank_control_does_not(tokenizer, kind):
+def test_model_that_sees_scores_one_and_its_blank_control_does_not(tokenizer, kind):
     apply = lookup(sighted(tokenizer), tokenizer)
     scorer = packed.Scorer(None, config(tokenizer), tokenizer, apply)
     samples = []
@@ -116,7 +116,7 @@ def test_a_model_that_sees_scores_one_and_its_blank_control_does_not(tokenizer, 
     assert {s.control_answer for s in samples} == {"red"} and samples[1].gold == "green"
 
 
-def test_a_model_that_knows_nothing_takes_the_first_choice_and_writes_nothing_right(tokenizer):
+def test_model_that_knows_nothing_takes_the_first_choice_and_writes_nothing_right(tokenizer):
     scorer = packed.Scorer(None, config(tokenizer), tokenizer, lookup(lambda b, t: None, tokenizer))
     same_length = colour_task(by_length=False)
     score = runner.run_task(scorer, same_length, 12)[0].score
@@ -126,13 +126,13 @@ def test_a_model_that_knows_nothing_takes_the_first_choice_and_writes_nothing_ri
     assert runner.run_task(scorer, colour_task("generate"), 8)[0].score == 0.0
 
 
-def test_a_blind_model_gains_nothing_over_its_control(tokenizer):
+def test_blind_model_gains_nothing_over_its_control(tokenizer):
     apply = lookup(sighted(tokenizer, says=lambda b: "blue"), tokenizer)
     row = runner.run_task(packed.Scorer(None, config(tokenizer), tokenizer, apply), colour_task(), 16)[0]
     assert row.score == row.control == row.chance == 0.25
 
 
-def test_the_answer_to_another_question_is_a_control(tokenizer):
+def test_answer_to_another_question_is_a_control(tokenizer):
     apply = lookup(sighted(tokenizer), tokenizer)
     task = colour_task("generate", controls=(Control("other", other_answers=True),), metrics=("exact_match",))
     row = runner.run_task(packed.Scorer(None, config(tokenizer), tokenizer, apply), task, 12)[0]

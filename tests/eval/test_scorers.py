@@ -17,7 +17,7 @@ def test_accuracy_is_the_mean_with_its_usual_error():
     np.testing.assert_allclose(error, np.std(right, ddof=1) / 2)  # exact: same formula
 
 
-def test_the_error_of_a_ratio_with_clusters_agrees_with_a_bootstrap():
+def test_error_of_a_ratio_with_clusters_agrees_with_a_bootstrap():
     """Bits over bytes of documents of unequal length in clusters; 4,000 resamplings of clusters, to 10 %: their own
     error is about 1 %, the linearisation's a few per cent at 150 clusters."""
     rng = np.random.default_rng(0)

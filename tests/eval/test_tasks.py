@@ -44,7 +44,7 @@ def test_questions_are_fixed_well_formed_and_chance_is_right(task):
 
 
 @pytest.mark.parametrize("task", [t for t in EVERY if t.kind == "choice"], ids=lambda t: t.name)
-def test_the_right_answer_has_no_favourite_place(task):
+def test_right_answer_has_no_favourite_place(task):
     """Where the gold stands among shuffled choices (4 places, 200 questions): no place has more than 40 %."""
     questions = task.build(200)
     if len(questions[0].choices) == 4 and questions[0].choices != questions[1].choices:
@@ -72,7 +72,7 @@ def test_arithmetic_asks_only_held_out_pairs():
         assert eval(question.shown.split(" =")[0]) == int(question.gold)
 
 
-def test_a_blank_image_has_the_size_and_nothing_else():
+def test_blank_image_has_the_size_and_nothing_else():
     question = tasks.TASKS["digit_string"].build(3)[2]
     blank = tasks.blank_image(question, 0)
     (before,), (after,) = media(question, Image), media(blank, Image)

@@ -70,14 +70,14 @@ def test_wrong_results_cost_the_answer_unless_they_are_checked():
     assert simulate(WIDE, "checked", fault="wrong", level=1).score.success == 1
 
 
-def test_a_wrong_link_of_a_chain_costs_every_later_row():
+def test_wrong_link_of_a_chain_costs_every_later_row():
     task = make("trap", 0, Knobs(items=6))
     state = Run(task, "parallel", "wrong", 0, 8, random.Random(0))
     state.found = {i: i != 2 for i in range(6)}
     assert task.verify(state.answer()).row_f1 == pytest.approx(2 / 6)
 
 
-def test_an_injected_order_costs_work_and_is_obeyed_within_the_budget():
+def test_injected_order_costs_work_and_is_obeyed_within_the_budget():
     found, clean = (simulate(WIDE, "parallel", fault="injected", level=x) for x in (1, 0))
     extra = len({e.agent for e in found.events}) - len({e.agent for e in clean.events})
     assert extra == 60 and clean.work < found.work <= WORK_BUDGET * WIDE.work

@@ -101,7 +101,7 @@ def test_training_reads_what_from_hf_writes(tmp_path):
     tiny.assert_same(jax.device_get(params), jax.device_get(want))
 
 
-def test_a_trained_workdir_is_exported(tmp_path):
+def test_trained_workdir_is_exported(tmp_path):
     """As Orbax saves it: one database, compressed, whole leaves as chunks; no trace of a released checkpoint."""
     import orbax.checkpoint as ocp
 
@@ -271,7 +271,7 @@ def test_killed_half_way_both_ways_and_run_again(tmp_path):
     assert tensors_of(back) == tensors_of(source)
 
 
-def test_an_interrupted_run_of_another_source_is_not_continued(tmp_path, monkeypatch):
+def test_interrupted_run_of_another_source_is_not_continued(tmp_path, monkeypatch):
     source = released(tmp_path)
 
     def fail(done, total):
@@ -326,7 +326,7 @@ def test_half_packed_stacks_are_refused(tmp_path):
         from_hf(source, tmp_path / "ours")
 
 
-def test_the_command(tmp_path):
+def test_command(tmp_path):
     """As a process, with its help."""
     source = released(tmp_path, int4_experts=True)
     command = [sys.executable, "-m", "kimi_jax.convert", "from-hf", str(source), str(tmp_path / "ours")]

@@ -59,7 +59,7 @@ def test_logits_are_those_of_the_dequantised_model(dtype, io):
     tiny.assert_same(*map(jax.device_get, rest))
 
 
-def test_the_tree_is_the_one_that_the_model_declares():
+def test_tree_is_the_one_that_the_model_declares():
     """Shapes, dtypes and logical axes, so that sharding, checkpoints and memory plans know INT4 too."""
     packed = kimi.load(FIXTURES / "tiny_int4", experts="int4")
     assert packed.config.moe.int4_group_size == 32

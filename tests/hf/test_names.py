@@ -15,7 +15,7 @@ from kimi_jax.hf.stream import BIAS, output_entries, pieces
 from tests.hf import tiny
 
 
-def test_the_released_checkpoint_to_the_last_byte():
+def test_released_checkpoint_to_the_last_byte():
     """208,550 tensors, 170,738,182,128 elements, 595,148,192,736 bytes (docs/released_model.md section 4)."""
     every = tensors(preset("kimi_k2_5"), "kimi_k25")
     entries = [e for t in every for e in output_entries(t, "F32" if t.leaf == BIAS else "BF16", ".experts." in t.leaf)]
@@ -48,7 +48,7 @@ def test_prefixes_of_the_families():
     assert "model.layers.0.self_attn.q_a_proj.weight" in names["kimi_k2"]
 
 
-def test_a_family_without_vision_refuses_a_tower():
+def test_family_without_vision_refuses_a_tower():
     with pytest.raises(ConfigError, match="vision tower"):
         tensors(tiny.config("kimi_k25"), "kimi_k2")
     with pytest.raises(ConfigError, match="did you mean 'kimi_k25'"):

@@ -51,7 +51,7 @@ def written(tmp_path, model_type="kimi_k25", **save):
     return tmp_path / "m", model, params
 
 
-def test_the_library_reads_what_is_written(tmp_path):
+def test_library_reads_what_is_written(tmp_path):
     """The safetensors library agrees on every tensor, and the index names them all."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stream, "MAX_FILE", 20_000)
@@ -154,7 +154,7 @@ def test_fp8_is_read(tmp_path):
     np.testing.assert_array_equal(got["dense_layers"]["attention"]["q_a"]["kernel"][0], want[name].T)
 
 
-def test_a_checkpoint_is_never_overwritten(tmp_path):
+def test_checkpoint_is_never_overwritten(tmp_path):
     path, model, params = written(tmp_path)
     with pytest.raises(FileExistsError, match="another directory"):
         stream.save(path, model, params, "kimi_k25")

@@ -123,7 +123,7 @@ def test_greedy_is_repeated_full_forward_for_text_and_images(engine):
     assert engine.stats()["decode_tokens"] >= 20
 
 
-def test_the_same_beside_others_that_come_and_go(engine):
+def test_same_beside_others_that_come_and_go(engine):
     """Joined in the middle of others, one of which is cancelled while it runs, one while it waits."""
     one, two = (Request(text(n, n), sampling=Sampling(0.0, max_new_tokens=9)) for n in (6, 9))
     first = engine.submit(one)
@@ -269,7 +269,7 @@ def test_what_can_never_fit_is_refused(engine, monkeypatch):
         engine.submit(Request(text(0, 60)))
 
 
-def test_a_request_that_fails_does_not_touch_the_others(engine, monkeypatch):
+def test_request_that_fails_does_not_touch_the_others(engine, monkeypatch):
     """The tower fails for one image: not for another that waits behind it, nor for text that is being decoded."""
     see, cursed = engine.model.item_features, make_image(9)
 

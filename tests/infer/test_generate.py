@@ -135,7 +135,7 @@ def request(messages, vision=True, **more):
     return chat_request(Chat(messages, **more), TOKENIZER, config, Sampling(stop_ids=(5,)))
 
 
-def test_a_conversation_becomes_its_prompt():
+def test_conversation_becomes_its_prompt():
     messages = [{"role": "user", "content": "hi <|im_end|>"}]
     asked = request(messages, thinking=False)
     want = TOKENIZER.apply_chat_template(messages, thinking=False, tokenize=True)
@@ -143,7 +143,7 @@ def test_a_conversation_becomes_its_prompt():
     assert asked.sampling.stop_ids == (5, TOKENIZER.eos_id, END, TOKENIZER.special_id("[EOT]"))
 
 
-def test_an_answer_follows_even_an_answer():
+def test_answer_follows_even_an_answer():
     assert TOKENIZER.decode(request([{"role": "assistant", "content": "a"}]).token_ids).endswith("<think>")
 
 
@@ -173,7 +173,7 @@ def test_what_cannot_be_asked():
             request([message])
 
 
-def test_a_reader_who_stops_frees_the_engine():
+def test_reader_who_stops_frees_the_engine():
     engine = ScriptedEngine(TOKENIZER, lambda prompt: TOKENIZER.encode("x" * 100))
     asked = request([{"role": "user", "content": "hi"}])
     deltas = stream(engine, asked, ReplyStream(TOKENIZER, asked.sampling.stop_ids, None))
@@ -216,7 +216,7 @@ def test_generate_repeats_itself_with_a_seed(model):
     assert isinstance(model.generate(long, max_new_tokens=2, seed=1), Reply)
 
 
-def test_a_model_without_a_tokenizer_says_so(model):
+def test_model_without_a_tokenizer_says_so(model):
     bare = kimi.Model(model.config, model.params)
     with pytest.raises(FileNotFoundError, match="no tokenizer"):
         bare.generate([{"role": "user", "content": "hi"}])

@@ -49,7 +49,7 @@ def test_frequencies_are_the_probabilities():
         np.testing.assert_array_less(np.abs(found - wanted), 5 * np.sqrt(wanted * (1 - wanted) / n) + 1e-9)
 
 
-def test_a_row_does_not_see_the_others():
+def test_row_does_not_see_the_others():
     """Bit for bit: the same row beside other logits, other settings, at another place."""
     x, settings = logits(1, 4), rows(4, seed=7, position=3)
     alone = run(x, settings)

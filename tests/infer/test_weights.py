@@ -189,7 +189,7 @@ def test_unfinished_answers_go_on_elsewhere_as_if_nothing_had_happened():
             np.testing.assert_array_equal(got.experts, want.experts)
 
 
-def test_a_snapshot_of_unfinished_answers_disturbs_nobody():
+def test_snapshot_of_unfinished_answers_disturbs_nobody():
     engine, request = fresh(one_by_one()), Request(text(1, 6), sampling=GREEDY)
     (number,), events = begun(engine, [request], 3)
     (found,) = engine.unfinished().values()

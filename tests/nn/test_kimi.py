@@ -27,7 +27,7 @@ def reference():
     return params, batch, tiny.loss_and_grads()(params, batch)
 
 
-def test_the_batch_is_worth_testing_on():
+def test_batch_is_worth_testing_on():
     _, batch, _ = reference()
     ids, grids = batch.vision[0].segment_ids, batch.vision[0].grids
     assert len(np.unique(np.asarray(grids)[np.asarray(ids) > 0], axis=0)) >= 8
@@ -114,7 +114,7 @@ def test_text_only_batches_use_the_same_parameters():
         assert all(not np.any(g) for g in jax.tree.leaves(grads[part])), part
 
 
-def test_a_batch_of_padding_only_is_finite():
+def test_batch_of_padding_only_is_finite():
     params, batch, _ = reference()
     empty = dataclasses.replace(
         batch, segment_ids=jnp.zeros_like(batch.segment_ids), loss_weights=jnp.zeros_like(batch.loss_weights)
@@ -124,7 +124,7 @@ def test_a_batch_of_padding_only_is_finite():
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
-def test_a_feature_that_does_not_exist_is_not_silent():
+def test_feature_that_does_not_exist_is_not_silent():
     x = vision_stage.place_features(jnp.zeros((1, 2, 3)), jnp.ones((1, 4, 3)), jnp.array([[-1, 4]]))
     assert not np.isnan(x[0, 0]).any() and np.isnan(x[0, 1]).all()
 

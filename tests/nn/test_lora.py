@@ -120,7 +120,7 @@ def test_gradients_are_those_of_the_merged_weights():
     tiny.assert_trees_close(direct, want, 3e-5)
 
 
-def test_a_sharded_base_and_adapters_give_the_same_loss(int4_base):
+def test_sharded_base_and_adapters_give_the_same_loss(int4_base):
     """Under the rules of `kimi_jax.sharding` on 8 devices: INT4 words and scales sharded like their floats."""
     mesh = sharding.make_mesh(MeshConfig())
     boxed, adapters = lora.init(INT4, ALL, jax.random.key(0)), adapters_of(INT4, ALL)
@@ -135,7 +135,7 @@ def test_a_sharded_base_and_adapters_give_the_same_loss(int4_base):
     np.testing.assert_allclose(run(*placed), want, rtol=1e-5)
 
 
-def test_a_merged_int4_model_goes_back_with_its_words(int4_base, tmp_path):
+def test_merged_int4_model_goes_back_with_its_words(int4_base, tmp_path):
     """Adapters of attention merge into floats beside INT4 experts; the export holds the words as they were."""
     options = LoRAConfig(rank=2, targets=("attention",))
     merged = lora.merge(int4_base, adapters_of(INT4, options), options)

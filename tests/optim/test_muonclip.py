@@ -79,7 +79,7 @@ def test_six_steps_equal_the_numpy_reference(changes):
             np.testing.assert_allclose(params[name], reference.params[name], rtol=1e-6, atol=4e-6, err_msg=name)
 
 
-def test_the_numpy_reference_notices_a_wrong_group():
+def test_numpy_reference_notices_a_wrong_group():
     """Negative control of the golden test: taking `o` as rows=1 is a different update."""
     config = dataclasses.replace(CONFIG, warmup_steps=0)
     wrong = oracle.MuonClip({k: v.astype(np.float64) for k, v in draw(0).items()}, {"o": Muon(1, 1)}, config)
@@ -246,7 +246,7 @@ def test_every_parameter_of_the_real_models_has_its_group(name):
 # --------------------------------------------------------------------------------------------------------------- errors
 
 
-def test_a_leaf_without_a_known_group_is_refused():
+def test_leaf_without_a_known_group_is_refused():
     unknown = ParamInfo(("x",), AdamW())
     object.__setattr__(unknown, "group", "sgd")  # past the type check that tests switch on
     with pytest.raises(TypeError, match=r"attention\.q has no optimizer group .*'sgd'"):
@@ -270,7 +270,7 @@ def test_infos_of_another_model_are_refused_by_name():
 
 
 @pytest.mark.parametrize("group", [Muon(0, 2), Muon(1, 1), Muon(0, 0), Muon(-1, 1)], ids=str)
-def test_a_split_that_leaves_no_columns_is_refused(group):
+def test_split_that_leaves_no_columns_is_refused(group):
     with pytest.raises(ValueError, match=r"parameter w of shape \(3, 4\) cannot be split"):
         muonclip(CONFIG, 10, {"w": ParamInfo(("x", "y"), group)}).init({"w": jnp.zeros((3, 4))})
 

@@ -63,7 +63,7 @@ def test_zero_stays_zero_and_the_next_matrix_is_untouched():
 
 
 @pytest.mark.parametrize("shape", [(4, 64), (64, 4)])
-def test_the_gram_matrix_is_on_the_short_side(shape):
+def test_gram_matrix_is_on_the_short_side(shape):
     text = str(jax.make_jaxpr(orthogonalize)(jnp.zeros((1, *shape))))
     assert "f32[1,4,4]" in text and "64,64]" not in text
 

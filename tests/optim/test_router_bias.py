@@ -45,7 +45,7 @@ def route(scores: jax.Array, bias: jax.Array, k: int) -> jax.Array:
 
 
 @pytest.mark.parametrize("rate,balanced", [(0.01, True), (0.0, False)])
-def test_a_skewed_router_becomes_balanced_and_without_the_bias_stays_skewed(rate, balanced):
+def test_skewed_router_becomes_balanced_and_without_the_bias_stays_skewed(rate, balanced):
     """Inputs share a component that two of eight experts like; load is measured on fresh tokens each step."""
     experts, k, width = 8, 2, 16
     weights = jax.random.normal(jax.random.key(0), (width, experts)) / width**0.5
@@ -83,6 +83,6 @@ def test_rate_zero_and_models_without_experts_are_left_alone():
     assert router_bias.apply(params, jnp.zeros((0, 0)), 0.1) is params
 
 
-def test_a_tree_without_routers_is_an_error():
+def test_tree_without_routers_is_an_error():
     with pytest.raises(KeyError):
         router_bias.apply({"nothing": jnp.zeros(1)}, jnp.ones((2, 4)), 0.1)

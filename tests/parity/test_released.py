@@ -88,7 +88,7 @@ def multimodal_batch(config, io, vision_bin):
     return dataclasses.replace(text_batch(ids), feature_index=jnp.asarray(index), vision=(bins,))
 
 
-def test_the_tree_has_the_models_shapes(released):
+def test_tree_has_the_models_shapes(released):
     config, params, _ = released
     ours = jax.tree.map(lambda a: a.shape, unbox(abstract_params(config)))
     assert jax.tree.map(lambda a: a.shape, params) == ours

@@ -195,7 +195,7 @@ def test_prediction_is_between_full_overlap_and_none(network):
     np.testing.assert_allclose(sum(row["wire_bytes"] for row in timed["traffic"]), found.wire)
 
 
-def test_the_table_says_what_is_predicted_and_what_fits(network):
+def test_table_says_what_is_predicted_and_what_fits(network):
     """Every figure of the plan that people decide by, for a plan that fits and for one that does not."""
     from tests.train.tiny import CONFIG
 

@@ -42,7 +42,7 @@ def test_weights_are_those_of_the_engine(engine, mesh):
         assert got.sharding.is_equivalent_to(want.sharding, want.ndim), (got.sharding, want.sharding)
 
 
-def test_the_plan_lowers_the_function_that_the_engine_jits(engine, mesh):
+def test_plan_lowers_the_function_that_the_engine_jits(engine, mesh):
     rows, width = np.zeros(SLOTS, np.int32), LENGTH // PAGE
     chunk = Chunk(rows[:, None], rows, rows, np.zeros((SLOTS, width), np.int32))
     settings = Settings(rows.astype(np.float32), rows.astype(np.float32), rows.astype(np.uint32), rows, rows)

@@ -65,6 +65,6 @@ def test_collectives_are_as_many_as_ever():
     assert counts() == GOLDEN
 
 
-def test_a_lost_rule_changes_the_counts(monkeypatch):
+def test_lost_rule_changes_the_counts(monkeypatch):
     monkeypatch.setitem(sharding.RULES, "embed", ())
     assert counts()[str(LAYERS)] != GOLDEN[str(LAYERS)]

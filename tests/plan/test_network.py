@@ -66,7 +66,7 @@ def test_axes_and_time_on_a_torus():
     assert network.seconds("all-gather", 1000, np.array([5])) == 0
 
 
-def test_a_side_that_is_no_ring_has_half_the_wires():
+def test_side_that_is_no_ring_has_half_the_wires():
     network = pod("v5p:2x2x1", fsdp=4)
     assert network.seconds("all-gather", 1000, np.arange(2)) == pytest.approx(1000 / LINK)
     assert network.seconds("all-to-all", 1000, np.arange(4)) == pytest.approx(1000 * 2 / (4 * LINK))

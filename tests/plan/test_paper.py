@@ -81,7 +81,7 @@ def test_state_is_weights_and_moments():
     assert not any(found["wire_bytes"].values()) and found["seconds"]["ici"] == 0
 
 
-def test_a_step_takes_the_longest_part_to_the_sum_of_all():
+def test_step_takes_the_longest_part_to_the_sum_of_all():
     found = estimate(expert=16)
     seconds = found["seconds"]
     slow, fast = found["tokens_per_second_per_chip"]

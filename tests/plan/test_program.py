@@ -21,14 +21,14 @@ def mesh():
     return sharding.make_mesh(MeshConfig())
 
 
-def test_the_plan_lowers_the_function_that_train_jits(mesh):
+def test_plan_lowers_the_function_that_train_jits(mesh):
     """Text for text, from a real state and batch on the one side and from shapes on the other."""
     init, step = make_train_step(CONFIG, mesh)
     trained = step.lower(init(), sharding.put_batch(make_batch(0), mesh)).as_text()
     assert program.lower(CONFIG, mesh).as_text() == trained
 
 
-def test_a_planned_batch_is_a_packed_batch(mesh):
+def test_planned_batch_is_a_packed_batch(mesh):
     real = sharding.put_batch(make_batch(0), mesh)
     planned = program.abstract_batch(CONFIG, mesh)
     assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), planned) == jax.tree.map(

@@ -40,7 +40,7 @@ def rank(prefer, answers, **settings):
 
 
 @given(st.lists(st.integers(10, 99), min_size=2, max_size=5, unique=True))
-def test_an_honest_judge_gives_the_order_of_quality(numbers):
+def test_honest_judge_gives_the_order_of_quality(numbers):
     """Win rates: the best of K gets 1, the worst 0, and the mean is 1/2."""
     ranking = rank(by(int), [str(n) for n in numbers])
     assert np.argsort(ranking.rewards).tolist() == np.argsort(numbers).tolist()
@@ -49,7 +49,7 @@ def test_an_honest_judge_gives_the_order_of_quality(numbers):
 
 
 @pytest.mark.parametrize("always", ["A", "B"])
-def test_a_judge_that_goes_by_position_tells_nothing(always):
+def test_judge_that_goes_by_position_tells_nothing(always):
     """Both orders are asked, so each pair is a tie, and the share of flips shows it."""
     ranking = rank(lambda a, b: always, ["5", "7", "9"])
     assert ranking.rewards.tolist() == [0.5] * 3 and ranking.flips == 1
@@ -62,7 +62,7 @@ def test_rewards_follow_the_answers_when_these_are_permuted(order):
     np.testing.assert_allclose(permuted.rewards, ranking.rewards[list(order)])
 
 
-def test_a_judge_that_likes_length_pays_no_more_than_a_tie_for_padding():
+def test_judge_that_likes_length_pays_no_more_than_a_tie_for_padding():
     """Twice the tolerance is worth 3/4, a hundred times the length about 1/2; within the tolerance it is all."""
     short = "x" * 10
     for longer, want in (("y" * 15, 1.0), ("y" * 30, 0.75), ("y" * 1500, 0.505)):
@@ -139,7 +139,7 @@ def test_verdicts_are_the_last_object():
     assert read_verdict('{"quality": "A", "form": "B"} unless not', RUBRIC) is None
 
 
-def test_a_broken_judge_is_an_error_and_no_reward():
+def test_broken_judge_is_an_error_and_no_reward():
     with pytest.raises(JudgeError, match="no verdicts"):
         Judge(lambda m: "I cannot", (RUBRIC,)).rank("p", ["a", "b"])
     with pytest.raises(TimeoutError):
@@ -178,13 +178,13 @@ def test_several_rubrics_share_the_reward_evenly_by_their_criteria():
     np.testing.assert_allclose(ranking.rewards, [0.5 / 3, (2 + 0.5) / 3])
 
 
-def test_the_built_in_rubrics_have_names_of_their_own():
+def test_built_in_rubrics_have_names_of_their_own():
     assert len({r.name for r in RUBRICS}) == len(RUBRICS) >= 3
     names = [c for r in RUBRICS for c in r.criteria]
     assert len(set(names)) == len(names)
 
 
-def test_an_openai_compatible_client_is_asked_without_temperature():
+def test_openai_compatible_client_is_asked_without_temperature():
     calls = []
 
     def create(**request):

@@ -286,7 +286,7 @@ def test_bounds_belong_to_the_interval():
     np.testing.assert_allclose(slope(ends, 1.0, tau=0.0), [-0.5, -2.0], rtol=1e-5)
 
 
-def test_a_biased_sampler_shows():
+def test_biased_sampler_shows():
     """The share of dropped tokens and the KL rise with a bias between sampler and trainer; without one they are 0."""
     new, _, advantage, mask = on_device(batch(6, spread=0.0))
     noise = 0.3 * np.random.default_rng(0).normal(size=new.shape).astype(np.float32)

@@ -119,12 +119,12 @@ def test_any_answer_gets_a_reward_between_zero_and_one(name, answer):
     ("boxes", [[0, 0, 0, 5]]), ("boxes", [[0, 0, 1, math.nan]]), ("boxes", "[[0, 0, 1, 1]]"), ("points", [[1, 2]]),
     ("points", {"points": [[1, 2]], "sigma": 0}), ("polygon", [[0, 0], [1, 1]]), ("polygon", [[0, 0], [1, 1], [2, 2]]),
 ])  # fmt: skip
-def test_a_truth_of_another_form_is_our_error_and_no_score(name, truth):
+def test_truth_of_another_form_is_our_error_and_no_score(name, truth):
     with pytest.raises(ValueError):  # of the truth, never Unreadable's 0
         verify(name, "1", truth)
 
 
-def test_an_unknown_verifier_names_the_known_ones():
+def test_unknown_verifier_names_the_known_ones():
     with pytest.raises(ValueError, match="exact, mathematics, count"):
         verify("magic", "", "")
 

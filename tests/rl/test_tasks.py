@@ -116,7 +116,7 @@ def test_fields_are_not_templates_again(tmp_path):
     assert JsonlProblems(path, "{{q}}", "{{a}}", "exact")[0].parts[0].text == "{{a}}"
 
 
-def test_a_problem_checks_its_truth():
+def test_problem_checks_its_truth():
     with pytest.raises(ValueError, match="truth is a count"):
         Problem("p", (Text("x"),), "count", "3")
 

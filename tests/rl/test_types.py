@@ -124,7 +124,7 @@ def vision_group(count=6, seed=0):
     )
 
 
-def test_an_image_of_a_group_lies_once_in_a_pack_and_all_samples_see_it():
+def test_image_of_a_group_lies_once_in_a_pack_and_all_samples_see_it():
     """Six samples with one image of 16 patches: one item in the bins, and each document unpacks to that image."""
     group = vision_group()
     batch, left = pack(samples(group, [1.0] * 6, MEDIA_PAD), SHAPE, 2)

@@ -100,7 +100,7 @@ def test_reasoning_answer_and_usage(ask, engine):
     assert answer.usage.total_tokens == tokens + len(request.token_ids)
 
 
-def test_a_stream_is_the_answer_in_pieces_and_splits_no_character(ask):
+def test_stream_is_the_answer_in_pieces_and_splits_no_character(ask):
     """One byte a token, so a piece without care would end within a character."""
     pieces = list(ask(stream=True, stream_options={"include_usage": True}))
     assert pieces[0].choices[0].delta.role == "assistant"
@@ -137,7 +137,7 @@ def test_what_strangers_write_is_no_special_token(ask, engine):
 # --------------------------------------------------------------------------------------------------------------- tools
 
 
-def test_a_tool_call_and_the_turn_after_it(ask, engine):
+def test_tool_call_and_the_turn_after_it(ask, engine):
     first = ask(user("weather"), tools=[WEATHER])
     message = first.choices[0].message
     assert first.choices[0].finish_reason == "tool_calls"
@@ -203,7 +203,7 @@ def test_stop_strings_are_never_shown_not_even_in_part(ask):
     assert ask(user("stop"), stop="absent").choices[0].message.content == "one STOTWO, STOP three"
 
 
-def test_a_stop_string_frees_the_slot():
+def test_stop_string_frees_the_slot():
     engine = ScriptedEngine(TOKENIZER, script, patient=True)
     with serving(engine, TOKENIZER, config()) as address, client(address) as api:
         engine.permits.release(4)  # </think>, o, n, e
@@ -420,7 +420,7 @@ def test_overload_is_a_429_and_room_comes_back():
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("tokens", [0, 20])
-def test_a_client_that_goes_away_frees_its_slots(stream, tokens):
+def test_client_that_goes_away_frees_its_slots(stream, tokens):
     """Before the first token as well as amid the answer."""
     engine = ScriptedEngine(TOKENIZER, script, slots=1, patient=True)
     with serving(engine, TOKENIZER, config(), limit=2) as address:
@@ -440,7 +440,7 @@ def test_a_client_that_goes_away_frees_its_slots(stream, tokens):
         assert client(address).chat.completions.create(model="tiny", messages=HELLO, n=2).choices
 
 
-def test_an_engine_that_fails_is_said_and_the_server_lives():
+def test_engine_that_fails_is_said_and_the_server_lives():
     engine = ScriptedEngine(TOKENIZER, script, patient=True)
     with serving(engine, TOKENIZER, config()) as address, client(address) as api:
         assert json.loads(get(address, "/health")) == {"status": "ok"}
@@ -457,7 +457,7 @@ def test_an_engine_that_fails_is_said_and_the_server_lives():
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_request_that_fails_does_so_alone(stream):
+def test_request_that_fails_does_so_alone(stream):
     """An engine that cannot see the image of one: a 500 with the reason for it, whole answers for its neighbours."""
     engine = ScriptedEngine(TOKENIZER, script, patient=True)
     with serving(engine, TOKENIZER, config()) as address, client(address) as api:

@@ -71,7 +71,7 @@ def test_seeds_and_choices(ask):
     assert three[0] != three[1] != three[2]
 
 
-def test_an_image_is_seen(ask):
+def test_image_is_seen(ask):
     """Same words, other colours, other answer; the same image, the same answer."""
 
     def about(value):
@@ -83,7 +83,7 @@ def test_an_image_is_seen(ask):
     assert [t.logprob for t in bright] != [t.logprob for t in dark]
 
 
-def test_a_stream_with_tools_is_the_whole_answer(ask):
+def test_stream_with_tools_is_the_whole_answer(ask):
     call = {"tools": [WEATHER], "seed": 3, "logprobs": True, "top_logprobs": 2, "temperature": 0.5}
     whole = ask("weather?", **call)
     pieces = list(ask("weather?", stream=True, stream_options={"include_usage": True}, **call))
@@ -120,7 +120,7 @@ def test_32_at_once_each_get_their_own_answer(address, ask):
     assert metric(address, "kimi_engine_running") == 0
 
 
-def test_a_client_that_goes_away_frees_the_slot(address, ask):
+def test_client_that_goes_away_frees_the_slot(address, ask):
     body = json.dumps({"messages": user("long"), "stream": True, "n": SLOTS, "temperature": 5, "stop_token_ids": []})
     connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=PATIENCE)
     connection.request("POST", "/v1/chat/completions", body)

@@ -160,7 +160,7 @@ def test_tool_results_behind_ids_keep_the_ids_that_the_model_wrote():
 
 
 @pytest.mark.parametrize("end", [[], ["<|im_end|>"], ["[EOS]"]])
-def test_an_answer_in_the_history_ends_once_however_it_ended(end):
+def test_answer_in_the_history_ends_once_however_it_ended(end):
     ids = [*TOKENIZER.encode("no"), *map(TOKENIZER.special_id, end)]
     chat = Chat([{"role": "assistant"}, *HELLO], sampled={0: ids})
     text = TOKENIZER.decode(chat_request(chat, TOKENIZER, config(), Sampling()).token_ids)

@@ -105,7 +105,7 @@ def knowing(tokenizer):
     return apply
 
 
-def test_a_model_that_knows_scores_one_through_lm_eval(tokenizer, task_manager):
+def test_model_that_knows_scores_one_through_lm_eval(tokenizer, task_manager):
     from kimi_jax.eval.lm_eval_adapter import KimiLM
 
     lm = KimiLM(None, config(tokenizer), tokenizer, knowing(tokenizer))
@@ -113,7 +113,7 @@ def test_a_model_that_knows_scores_one_through_lm_eval(tokenizer, task_manager):
     assert run(lm, task_manager, "colour_write")["exact_match"] == 1.0
 
 
-def test_the_real_model_gives_lm_eval_its_own_log_likelihoods(tokenizer, task_manager):
+def test_real_model_gives_lm_eval_its_own_log_likelihoods(tokenizer, task_manager):
     """Bits per byte that lm-eval reports = those of logits computed here without packing (float32: 1e-4)."""
     from kimi_jax.eval.lm_eval_adapter import KimiLM
     from kimi_jax.nn import kimi, param

@@ -105,7 +105,7 @@ def test_memory_counted_is_memory_refused():
     assert reported == pytest.approx(needed, rel=1e-3)  # the message has two digits after the point
 
 
-def test_the_program_holds_the_kernels_and_collectives(compiled):
+def test_program_holds_the_kernels_and_collectives(compiled):
     """Tokens are sent by ragged-all-to-all, experts are megablox, attention is splash; nothing stands in for them."""
     plan, text = compiled
     assert text.count(" ragged-all-to-all") >= 7  # there and back; rows, gradient, gates there and two back

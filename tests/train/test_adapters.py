@@ -108,7 +108,7 @@ def test_what_is_evaluated_is_the_adapted_model(trained):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_cut_off_ends_with_the_same_adapters(trained, base, tmp_path):
+def test_run_that_was_cut_off_ends_with_the_same_adapters(trained, base, tmp_path):
     """From the checkpoint of step 6, which does not hold the base: it is read again. Bit for bit."""
     for name in ("checkpoints/6", "metrics.jsonl"):
         copy = shutil.copytree if "/" in name else shutil.copyfile
@@ -120,7 +120,7 @@ def test_a_run_that_was_cut_off_ends_with_the_same_adapters(trained, base, tmp_p
 
 
 @pytest.mark.slow
-def test_the_export_is_the_base_with_the_adapters_merged(trained, base, tmp_path):
+def test_export_is_the_base_with_the_adapters_merged(trained, base, tmp_path):
     """As it is served, with the experts' words untouched; the same from a base that was converted."""
     want = kimi.load(trained)
     to_hf(trained, tmp_path / "packed", int4_experts=True)

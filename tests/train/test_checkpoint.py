@@ -83,7 +83,7 @@ def test_nothing_saved_is_none(tmp_path):
     assert Checkpoints(str(tmp_path), CONFIG.checkpoint).restore(abstract(make_state(1)), CONFIG) is None
 
 
-def test_a_state_given_away_right_after_save_is_saved_whole(tmp_path):
+def test_state_given_away_right_after_save_is_saved_whole(tmp_path):
     """The copy off the devices is made before `save` returns: donating the buffers must not reach into the file."""
     overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)
     checkpoints = Checkpoints(str(tmp_path), CONFIG.checkpoint)

@@ -59,7 +59,7 @@ def steps(result: dict) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_batch_that_is_not_finite_leaves_no_trace_in_the_weights(found):
+def test_batch_that_is_not_finite_leaves_no_trace_in_the_weights(found):
     result = found["nan"]
     assert result["status"] == 0 and steps(result) == list(range(1, STEPS + 1))
     assert [row["skipped"] for row in result["rows"]] == [0, 0, 0, 0, 1, 0, 0, 0, 0, 0]
@@ -111,7 +111,7 @@ def test_killed_anywhere_a_run_continues_bit_for_bit(found, folder):
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_said_and_training_goes_on(found, folder):
+def test_full_disk_is_said_and_training_goes_on(found, folder):
     """Full while batches 3 to 6 are made: the checkpoint of step 4 is lost, no row and no later one, and it is said.
 
     Those of steps 2 and 6 are written while training goes on: lost too and said, or written while there is room.
@@ -132,13 +132,13 @@ def test_a_full_disk_is_said_and_training_goes_on(found, folder):
 # ------------------------------------------------------------------------------------------------------------- signals
 
 
-def test_the_machine_going_away_asks_for_a_restart_and_ctrl_c_does_not():
+def test_machine_going_away_asks_for_a_restart_and_ctrl_c_does_not():
     assert exit_status(signal.SIGTERM) == RESTART == 75
     assert exit_status(signal.SIGINT) == 130
 
 
 @pytest.mark.parametrize("patience", [0.0, 0.05])
-def test_a_signal_ends_what_need_not_be_finished(patience):
+def test_signal_ends_what_need_not_be_finished(patience):
     """An evaluation at once, the wait for a batch after a while: both could outlast the grace time of a machine."""
     with Stop() as stop:
         with pytest.raises(Interrupted):
@@ -150,7 +150,7 @@ def test_a_signal_ends_what_need_not_be_finished(patience):
             pass
 
 
-def test_a_signal_meanwhile_does_not_disturb_what_comes_in_time():
+def test_signal_meanwhile_does_not_disturb_what_comes_in_time():
     with Stop() as stop:
         with stop.raising(60.0):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -173,7 +173,7 @@ def judge(losses: list[float], **changes) -> list[bool]:
     return found
 
 
-def test_a_spike_is_far_above_the_running_mean_only():
+def test_spike_is_far_above_the_running_mean_only():
     noise = [3.0 + 0.1 * (-1) ** i for i in range(30)]
     assert judge([*noise, 3.3, 3.8, 3.0, 2.0]) == [False] * 30 + [False, True, False, False]
     assert not any(judge([*noise, 9.0], spike_sigmas=0.0))  # off

@@ -54,7 +54,7 @@ def test_every_second_has_one_name(clock):
     assert found.line().startswith("goodput 31.2% of 0.4 min, restarts included: steps 31.2%, start 8.3%")
 
 
-def test_a_restart_counts_what_was_lost_and_the_time_between(clock):
+def test_restart_counts_what_was_lost_and_the_time_between(clock):
     first = Goodput()
     pass_time(clock, first, "steps", 10)
     saved = first.state()

@@ -89,12 +89,12 @@ def test_two_hosts_give_the_curve_of_one(folder, one, two):
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_host_ends_all_at_the_same_step_to_be_restarted(two):
+def test_signal_to_one_host_ends_all_at_the_same_step_to_be_restarted(two):
     assert [host[2] for host in two] == [hosts.RESTART] * 2
 
 
 @pytest.mark.slow
-def test_a_run_moves_over_hosts_and_devices(folder, one, two):
+def test_run_moves_over_hosts_and_devices(folder, one, two):
     """8 devices on two hosts -> 4 -> 1 -> 8 on one: no step twice, none missing, the same curve."""
     assert one[1:] == [hosts.RESTART, hosts.RESTART, 0]
     assert_same_curve(rows(folder, "moved"), rows(folder, "one"), MESH_TOLERANCE, UPDATE_TOLERANCE)
@@ -111,7 +111,7 @@ def test_four_hosts_give_the_curve_of_one(folder, config):
 
 
 @pytest.mark.slow
-def test_a_host_that_dies_ends_the_others_who_name_it(config):
+def test_host_that_dies_ends_the_others_who_name_it(config):
     """By an error of ours or by jax's abort, whichever comes first: tpu_setup.sh starts the run again after both."""
     first, second = start_hosts(config, [["die"]], 2, 1, KIMI_HEARTBEAT_SECONDS="10")
     assert second.wait(600) == -signal.SIGKILL
@@ -194,5 +194,5 @@ def test_hosts_are_found_where_the_platform_says(monkeypatch):
         find({"KIMI_HOSTS": "a,b", "KIMI_HOST": "2"})
 
 
-def test_the_check_adds_a_one_from_every_device():
+def test_check_adds_a_one_from_every_device():
     assert hosts.check().endswith("1 hosts: sum 8")

@@ -103,7 +103,7 @@ def test_report_draws_every_chart_from_the_log_of_a_real_run(tmp_path):
     assert made_up and all(set(row) <= set(ROW) for row in made_up)  # what the tests of the report read
 
 
-def test_a_trace_of_some_steps_and_where_the_time_went(tmp_path, capsys):
+def test_trace_of_some_steps_and_where_the_time_went(tmp_path, capsys):
     """A run of six steps, traced in two of them, and two more in a second start: sums go on over both."""
     settings = config(tmp_path, profile=ProfileConfig(start_step=3, steps=2))
     assert train(dataclasses.replace(settings, steps=6, log_interval=2)) == 0
@@ -126,7 +126,7 @@ def test_a_trace_of_some_steps_and_where_the_time_went(tmp_path, capsys):
     assert rows[-1]["rounds"] == rows[-1]["imbalance"] == 1  # no expert axis
 
 
-def test_a_trace_that_cannot_be_written_is_said_and_no_more(tmp_path, monkeypatch):
+def test_trace_that_cannot_be_written_is_said_and_no_more(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("no room")
 

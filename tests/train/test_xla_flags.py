@@ -33,7 +33,7 @@ def test_what_the_user_sets_is_stronger():
 
 @pytest.mark.tpu
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
-def test_the_compiler_knows_the_options(topology):
+def test_compiler_knows_the_options(topology):
     pytest.importorskip("libtpu", reason="needs the extra [tpu]: make test-tpu")
     from kimi_jax.plan import chips, program
 

@@ -25,7 +25,7 @@ _RECORD = st.builds(Record, st.text(), st.lists(_TEXT | _MEDIA).map(tuple))
 
 
 @given(_RECORD, st.integers(-1, 2**31 - 1), st.integers(0, 2**31 - 1))
-def test_a_record_survives(record, tokens, patches):
+def test_record_survives(record, tokens, patches):
     """Any text (half surrogates too) and any bytes; the same record always gives the same bytes."""
     data = pack(record, tokens, patches)
     assert unpack(data) == (record, tokens, patches)
@@ -33,7 +33,7 @@ def test_a_record_survives(record, tokens, patches):
 
 
 @given(_RECORD, st.data())
-def test_a_damaged_record_is_refused(record, data):
+def test_damaged_record_is_refused(record, data):
     """Every proper beginning of a record, and one with a byte too many."""
     whole = pack(record, 1, 2)
     cut = data.draw(st.integers(0, len(whole) - 1))

@@ -50,7 +50,7 @@ def test_items_are_deterministic_and_survive_pickling(name, split):
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_a_record_is_the_example_without_images(name):
+def test_record_is_the_example_without_images(name):
     source = demo.open_demo(name, "train")
     for i in indices(source, 40):
         parts = tuple(p for p in source[i].parts if isinstance(p, Text))
@@ -77,7 +77,7 @@ def test_unknown_names_and_splits_say_what_there_is():
         demo.open_demo("wiki", "test")
 
 
-def test_a_missing_package_names_the_extra(monkeypatch):
+def test_missing_package_names_the_extra(monkeypatch):
     demo_text.wiki_documents.cache_clear()
     monkeypatch.setattr(demo_base.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(demo_base.MissingDemoPackage, match=r"pip install 'kimi_jax\[demo\]'"):
@@ -191,7 +191,7 @@ def test_digits_read_as_their_answer_and_splits_are_disjoint():
     assert len(widths) >= 4 and {n for _, n in kinds} == {1, 2, 3}
 
 
-def test_a_drawn_digit_is_the_scan_enlarged():
+def test_drawn_digit_is_the_scan_enlarged():
     glyphs = demo_image.digits("train")[0][:3]
     strip = demo_image.draw_digits(glyphs, 32, gap=4, dark_ink=False)
     assert strip.shape == (32, 3 * 32 + 2 * 4, 3)
@@ -208,7 +208,7 @@ BLACK = np.zeros((40, 120, 160, 3), np.uint8)
 
 
 @pytest.mark.parametrize("direction", demo_video.DIRECTIONS)
-def test_the_digit_moves_the_way_the_answer_says(direction):
+def test_digit_moves_the_way_the_answer_says(direction):
     """The edges of a bright tile on black frames, while the whole tile is seen."""
     y, x = demo_video.STEPS[direction]
     moves = []
@@ -226,7 +226,7 @@ def test_the_digit_moves_the_way_the_answer_says(direction):
     assert sizes.min() >= 9 and sizes.max() <= 14
 
 
-def test_the_first_frame_says_nothing_about_the_direction():
+def test_first_frame_says_nothing_about_the_direction():
     """With the same random numbers the first frame is the same array for every direction; the second one is not."""
     for seed in range(5):
         drawn = [

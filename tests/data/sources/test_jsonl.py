@@ -120,7 +120,7 @@ def test_media_that_do_not_read(tmp_path):
     assert reasons[3] in ("absurd_size", "broken_image")
 
 
-def test_a_link_of_the_users_own_is_followed(tmp_path):
+def test_link_of_the_users_own_is_followed(tmp_path):
     """Media folders are often links to a larger disk; only the path in the record is restricted."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "disk" / "a.png").write_bytes(png(8, 8))
@@ -131,7 +131,7 @@ def test_a_link_of_the_users_own_is_followed(tmp_path):
 
 
 @given(st.lists(st.text().map(lambda t: json.dumps({"text": "x" + t})), min_size=1), st.integers(1, 40), st.booleans())
-def test_the_index_finds_every_line(tmp_path_factory, lines, chunk, newline):
+def test_index_finds_every_line(tmp_path_factory, lines, chunk, newline):
     """Whatever the text and wherever the file is cut into chunks, with or without a last newline, CRLF or LF."""
     file = tmp_path_factory.mktemp("index") / "d.jsonl"
     separator = b"\r\n" if chunk % 2 else b"\r\n\n\r\n"  # also with blank lines between

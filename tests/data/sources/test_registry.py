@@ -16,7 +16,7 @@ def test_unknown_kind_names_the_nearest():
 
 
 @pytest.mark.parametrize("kind, package", [("tfds", "tensorflow_datasets"), ("seqio", "seqio"), ("parquet", "pyarrow")])
-def test_a_missing_extra_says_how_to_install_it(monkeypatch, kind, package):
+def test_missing_extra_says_how_to_install_it(monkeypatch, kind, package):
     """As on a machine without the package, whatever this one has."""
 
     def missing(name):
@@ -27,7 +27,7 @@ def test_a_missing_extra_says_how_to_install_it(monkeypatch, kind, package):
         open_source(SourceConfig(kind=kind, path="x?template={a}"))
 
 
-def test_a_fault_of_our_own_is_not_called_a_missing_package(monkeypatch):
+def test_fault_of_our_own_is_not_called_a_missing_package(monkeypatch):
     def missing(name):
         raise ModuleNotFoundError("No module named 'kimi_jax.gone'", name="kimi_jax.gone")
 
@@ -36,7 +36,7 @@ def test_a_fault_of_our_own_is_not_called_a_missing_package(monkeypatch):
         open_source(SourceConfig(kind="tfds", path="x?template={a}"))
 
 
-def test_the_registry_costs_nothing():
+def test_registry_costs_nothing():
     """Opening the package imports no reader's library: no TensorFlow, no pyarrow, no jax."""
     code = "import sys, kimi_jax.data.sources; print([m for m in ('tensorflow', 'pyarrow', 'jax') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

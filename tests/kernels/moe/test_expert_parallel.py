@@ -165,7 +165,7 @@ def test_int4_and_adapters_equal_one_device(config, kind):
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
 
 
-def test_an_inner_width_of_few_scales_is_not_sharded():
+def test_inner_width_of_few_scales_is_not_sharded():
     """F = 8 is one word and one group of down: two devices of the tensor axis do the same work, once counted."""
     config = MeshConfig(fsdp=2, expert=2, tensor=2)
     mesh = sharding.make_mesh(config)
@@ -177,7 +177,7 @@ def test_an_inner_width_of_few_scales_is_not_sharded():
 
 
 @pytest.mark.parametrize("config", [MeshConfig(expert=8), MeshConfig(fsdp=2, expert=4)], ids=["in place", "gathered"])
-def test_a_layer_of_a_stack(config):
+def test_layer_of_a_stack(config):
     """Inference: expert weights [2, E, ...], the second layer's."""
     x, gates, _, _ = inputs()
     experts, own = jnp.asarray(routings()["padded"]), other_banks("int4", D, F)

@@ -111,7 +111,7 @@ def test_adapters_learn_what_the_sum_would(base):
             np.testing.assert_allclose(a, b, atol=3e-5, rtol=1e-5)
 
 
-def test_a_bank_is_never_made_of_floats():
+def test_bank_is_never_made_of_floats():
     """Forward and backward of 64 experts need less room than one stack of bfloat16 would take (measured: a tenth)."""
     num, width, inner = 64, 256, 128
     rng = np.random.default_rng(0)
