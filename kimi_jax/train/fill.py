@@ -29,7 +29,7 @@ class FillWatch:
         """What the next interval is compared with, as JSON."""
         return {"before": self._before, "warned": sorted(self._warned)}
 
-    def __call__(self, report: dict[str, Any], data: DataConfig, steps: int, say: Callable[[str], None]) -> None:
+    def __call__(self, report: dict[str, Any], data: DataConfig, steps: int, console: Callable[[str], None]) -> None:
         """Adds `interval_token_fill` and `interval_ratio` to the report; logs one warning each time one falls.
 
         The first report of a run has no predecessor and adds nothing. steps: of the whole run.
@@ -48,15 +48,15 @@ class FillWatch:
         report |= {"interval_token_fill": fill, "interval_ratio": ratio}
         mixed = len({source.vision for source in data.sources.values()}) == 2
         asked = ratio_at(data.vision_ratio, before["batches"] / max(1, steps)) if mixed else 0.0
-        self._warn("token fill", fill, LOWEST_FILL, report["batches"], say)
-        self._warn("vision ratio", ratio, LOWEST_SHARE * asked, report["batches"], say)
+        self._warn("token fill", fill, LOWEST_FILL, report["batches"], console)
+        self._warn("vision ratio", ratio, LOWEST_SHARE * asked, report["batches"], console)
 
-    def _warn(self, what: str, value: float, least: float, step: int, say: Callable[[str], None]) -> None:
+    def _warn(self, what: str, value: float, least: float, step: int, console: Callable[[str], None]) -> None:
         if value >= least:
             self._warned.discard(what)
         elif what not in self._warned:
             self._warned.add(what)
-            say(
+            console(
                 f"WARNING: step {step}: the {what} of the last log interval is {value:.1%}, below {least:.1%}; "
                 "data.vision_bins may be too small for data.vision_ratio, or data.buffer_size too short"
             )

@@ -28,10 +28,10 @@ COMPUTED = ("dtype", "param_dtype", "scan_layers", "remat", "remat_policy")  # o
 SHOWN = 12  # lines of what does not fit
 
 
-def start(config: TrainConfig, params: Any, mesh: Mesh, say: Callable[..., None]) -> Any:
+def start(config: TrainConfig, params: Any, mesh: Mesh, console: Callable[..., None]) -> Any:
     """The parameters of step 0: `params` (fresh ones, sharded) with what `config.init_from` names in its place.
 
-    The fresh arrays that are replaced are deleted before others are read. say: told what came from where, and which
+    The fresh arrays that are replaced are deleted before others are read. console: told what came from where, and which
     settings of the model differ. Raises ConfigError for a path that is no checkpoint or a damaged one, and for parts
     that do not fit, naming every leaf that is missing, left over or of another shape.
     """
@@ -40,10 +40,10 @@ def start(config: TrainConfig, params: Any, mesh: Mesh, say: Callable[..., None]
     _check(chosen, found, params)
     for path, model in found.items():
         names = [name for name, source in chosen.items() if source == path]
-        say(f"weights of {', '.join(names)} from {path}")
+        console(f"weights of {', '.join(names)} from {path}")
         facts = {name: getattr(config.model, name) for name in COMPUTED}
         lines = diff(dataclasses.replace(model, **facts), config.model, "config.model")
-        say(*(f"  {line.replace('(default ', '(here ')} there" for line in lines))
+        console(*(f"  {line.replace('(default ', '(here ')} there" for line in lines))
         shardings = {name: jax.tree.map(lambda x: x.sharding, params[name]) for name in names}
         jax.tree.map(lambda x: x.delete(), {name: params[name] for name in names})
         read = _read(path, config.model.param_dtype, mesh, names, config.checkpoint.verify)

@@ -113,42 +113,44 @@ def _run(config: TrainConfig, given: _Given, stop: Stop) -> int:
     # jax lets host 0 alone write the cache, so several hosts need one that all of them see
     cache = cli.enable_compilation_cache(config.workdir if jax.process_count() > 1 else None)
     with contextlib.ExitStack() as stack:
-        say = stack.enter_context(Reporter(config.steps, quiet=not hosts.is_first()))
+        console = stack.enter_context(Reporter(config.steps, quiet=not hosts.is_first()))
         # until there is something to save a signal ends the run at once; several hosts agree on it after a step
         starting = stack.enter_context(contextlib.ExitStack())
         starting.enter_context(stop.raising(0.0 if jax.process_count() == 1 else None))
         _check(config, own_tasks=given.evaluate is not None)
-        _lock(config, stack, say)
+        _lock(config, stack, console)
         mesh = sharding.make_mesh(config.mesh)
         config, base = adapters.load_base(config, mesh)
-        say(*describe(config), f"compiled programs are kept in {cache}")
+        console(*describe(config), f"compiled programs are kept in {cache}")
 
         # --------------------------------------------------------------------------------------- model, optimizer
         optimizer = make_optimizer(config, mesh)
         init_state, train_step = make_train_step(config, mesh, given.objective, optimizer)
         abstract = state_lib.abstract(config.model, optimizer, mesh, config.lora)
-        say(parameter_table(state_lib.infos(config.model, config.lora, config.freeze), abstract.params))
+        console(parameter_table(state_lib.infos(config.model, config.lora, config.freeze), abstract.params))
 
         # -------------------------------------------------------------------------------- where the run stands
         with _storage(config):
-            checkpoints = stack.enter_context(contextlib.closing(Checkpoints(config.workdir, config.checkpoint, say)))
+            checkpoints = stack.enter_context(
+                contextlib.closing(Checkpoints(config.workdir, config.checkpoint, console))
+            )
         with clock.spend("restore"):
             restored = checkpoints.restore(abstract, config)
         step = restored.step if restored else 0
         state = dataclasses.replace(restored.state if restored else init_state(), frozen=base)
         if not restored:
             with clock.spend("restore"):
-                state = dataclasses.replace(state, params=init_from.start(config, state.params, mesh, say))
+                state = dataclasses.replace(state, params=init_from.start(config, state.params, mesh, console))
         host = restored.host if restored else {"data": None, "meter": None}
         fed = inputs.fingerprint(config.data)
         if restored:
             inputs.check(restored.config, host.get("inputs"), config, fed)
-            say(f"going on from the checkpoint of step {step}")
+            console(f"going on from the checkpoint of step {step}")
             changes = [line.replace("(default ", "(was ") for line in diff(config, restored.config)]
-            say(*(f"  changed since then: {line}" for line in changes))
+            console(*(f"  changed since then: {line}" for line in changes))
             clock.restore(restored.host.get("goodput"))
         with _storage(config):
-            log = stack.enter_context(contextlib.closing(Log(config.workdir, step, say, hosts.is_first())))
+            log = stack.enter_context(contextlib.closing(Log(config.workdir, step, console, hosts.is_first())))
         if hosts.is_first():
             with _storage(config):
                 write_atomic(
@@ -157,9 +159,9 @@ def _run(config: TrainConfig, given: _Given, stop: Stop) -> int:
                 inputs.keep_tokenizer(config)
         meter = Meter(config.model, config.log_interval, config.steps, host["meter"])
         idle = stack.enter_context(contextlib.closing(Idle()))
-        trace = stack.enter_context(Trace(config.profile, config.workdir, say))
+        trace = stack.enter_context(Trace(config.profile, config.workdir, console))
         fill = FillWatch(host.get("fill"))
-        this = _Run(config, given, mesh, checkpoints, log, meter, clock, idle, trace, stop, say, fill, fed)
+        this = _Run(config, given, mesh, checkpoints, log, meter, clock, idle, trace, stop, console, fill, fed)
 
         # ------------------------------------------------------------------------------------------- train, end
         starting.close()
@@ -178,13 +180,13 @@ def _storage(config: TrainConfig) -> Iterator[None]:
         ) from error
 
 
-def _lock(config: TrainConfig, stack: contextlib.ExitStack, say: Reporter) -> None:
+def _lock(config: TrainConfig, stack: contextlib.ExitStack, console: Reporter) -> None:
     """Host 0 takes the lock of the workdir for all; what it cannot do is raised on every host."""
     problem = None
     if hosts.is_first():
         try:
             with _storage(config):
-                stack.enter_context(lock.held(config.workdir, say))
+                stack.enter_context(lock.held(config.workdir, console))
         except (lock.WorkdirBusy, StorageError) as error:
             problem = [type(error).__name__, str(error)]
     problem = hosts.gather(problem)[0]
@@ -207,7 +209,7 @@ class _Run:
     idle: Idle
     trace: Trace
     stop: Stop
-    say: Reporter
+    console: Reporter
     fill: FillWatch
     fed: dict[str, Any]  # fingerprint of the tokenizer and the sources
 
@@ -220,7 +222,7 @@ class _Run:
 
         evaluate = self.given.evaluate or evaluate_registered
         step, before = int(state.step), time.perf_counter()
-        self.say(f"step {step}: evaluating {', '.join(self.config.eval.tasks)}, up to {limit} questions each")
+        self.console(f"step {step}: evaluating {', '.join(self.config.eval.tasks)}, up to {limit} questions each")
         with self.clock.spend("evaluation"), self.stop.raising(0.0 if jax.process_count() == 1 else None):
             rows = evaluate(
                 state.params, self.config, self.config.eval.tasks, limit, samples=samples, frozen=state.frozen
@@ -228,8 +230,8 @@ class _Run:
         self.log.evaluation(step, [dataclasses.asdict(row) for row in rows])
         for row in rows:
             scored = f"{row.metric:<16}{row.score:.3f} +- {row.stderr:.3f}"
-            self.say(f"  {row.task:<28}{scored}  {row.control_name} {row.control:.3f}  chance {row.chance:.3f}")
-        self.say(f"  in {time.perf_counter() - before:.0f} s")
+            self.console(f"  {row.task:<28}{scored}  {row.control_name} {row.control:.3f}  chance {row.chance:.3f}")
+        self.console(f"  in {time.perf_counter() - before:.0f} s")
         return rows
 
     def evaluated(self) -> set[int]:
@@ -255,29 +257,29 @@ class _Run:
 
 def _work(this: _Run, train_step: Any, abstract: TrainState, state: TrainState, step: int, data: dict | None) -> int:
     """From `step` to the end, evaluations included; the exit status. Raises Interrupted from an evaluation."""
-    config, say, signal = this.config, this.say, 0
+    config, console, signal = this.config, this.console, 0
     if step < config.steps:
         if _evaluation_due(config, step) and step not in this.evaluated():  # killed in the middle of it
             this.evaluate(state, config.eval.limit)
         rate = measure_matmul_rate(this.mesh, config.model.dtype)  # while no data worker competes
         devices = f"{this.mesh.size} x {jax.devices()[0].device_kind}"
-        say(f"{devices}: plain {config.model.dtype} matmuls reach {rate / 1e9:,.0f} GFLOP/s (MFU 100 %)")
+        console(f"{devices}: plain {config.model.dtype} matmuls reach {rate / 1e9:,.0f} GFLOP/s (MFU 100 %)")
         packs = sharding.local_packs(config.data.num_packs, this.mesh)
         with contextlib.closing(this.given.batches(config, packs, data)) as source:
             with this.clock.spend("steps"):
                 state, step, signal = _train(this, train_step, abstract, source, state, step, rate)
     with this.clock.spend("checkpoint"):
         saved = this.checkpoints.wait()
-    say(this.clock.line())
+    console(this.clock.line())
     if signal:
         how = "saved" if saved else "NOT saved"
-        say(f"stopped at step {step} of {config.steps}; {how}. The same command goes on from there.")
+        console(f"stopped at step {step} of {config.steps}; {how}. The same command goes on from there.")
         return exit_status(signal)
     if not saved:
-        say(f"step {step} is NOT saved; make room in {config.workdir} and start again")
+        console(f"step {step} is NOT saved; make room in {config.workdir} and start again")
         return NOT_SAVED
     _evaluate_at_end(this, state)
-    say(f"done: {step} steps, in {config.workdir}. For more, raise --config.steps and run again.")
+    console(f"done: {step} steps, in {config.workdir}. For more, raise --config.steps and run again.")
     return 0
 
 
@@ -311,7 +313,7 @@ def _train(
         _record(this, meter.push(step, metrics, _about_data(this, source) if meter.due(step) else {}), rate)
         if meter.skipped_in_row >= config.recovery.max_skipped_in_row:
             state = _roll_back(this, abstract, state, step, rate)
-        this.say.advance(step)
+        this.console.advance(step)
 
         stop = vote.answer()
         interval = config.checkpoint.interval
@@ -345,9 +347,9 @@ def _next_batch(this: _Run, source: BatchSource) -> Any:
 def _compile(this: _Run, train_step: Any, state: TrainState, batch: Any) -> Any:
     before = time.perf_counter()
     options = xla_flags.options(list(this.mesh.devices.flat), this.config.xla_preset)
-    this.say(*(f"option of the compiler: {name}={value}" for name, value in options.items()))
+    this.console(*(f"option of the compiler: {name}={value}" for name, value in options.items()))
     compiled = train_step.lower(state, batch).compile(compiler_options=options)
-    this.say(f"training step compiled in {time.perf_counter() - before:.1f} s")
+    this.console(f"training step compiled in {time.perf_counter() - before:.1f} s")
     hosts.wait_for_all("training step compiled")
     return compiled
 
@@ -355,18 +357,18 @@ def _compile(this: _Run, train_step: Any, state: TrainState, batch: Any) -> Any:
 def _about_data(this: _Run, source: BatchSource) -> dict[str, Any]:
     report = source.report()
     this.log.quarantine(report.pop("quarantined", {}))
-    this.fill(report, this.config.data, this.config.steps, this.say)
+    this.fill(report, this.config.data, this.config.steps, this.console)
     return {"token_fill": report.get("token_fill"), "vision_ratio": report.get("ratio"), "data": report}
 
 
 def _record(this: _Run, row: dict[str, Any] | None, rate: float) -> None:
     """Logs a row if there is one, and what went wrong if something did."""
     if this.meter.skipped_now:
-        this.say(f"WARNING: step {this.meter.fetched_step}: {this.meter.skipped_now}; its update is left out")
+        this.console(f"WARNING: step {this.meter.fetched_step}: {this.meter.skipped_now}; its update is left out")
     if row is not None:
         row |= {"mfu": row["flops_per_s"] / rate, **this.clock.row()}
         this.log.train(row)
-        this.say.row(row)
+        this.console.row(row)
         this.checkpoints.check_errors()
 
 
@@ -394,7 +396,7 @@ def _roll_back(this: _Run, abstract: TrainState, state: TrainState, step: int, r
     _record(this, meter.flush(), rate)  # of the step under way, which counts as skipped like the others
     meter.rollbacks += 1
     meter.skipped_in_row = 0
-    this.say(
+    this.console(
         f"WARNING: going back to the weights of step {found.step} ({meter.rollbacks} of {recovery.max_rollbacks} times "
         f"allowed); the {step - found.step} batches since then are left out"
     )

@@ -18,13 +18,13 @@ from kimi_jax.config import ProfileConfig
 class Trace(contextlib.AbstractContextManager):
     """The trace of one run; `begin` before and `end` after every step. What goes wrong is said and ends the trace only.
 
-    say: takes a line.
+    console: takes a line.
     """
 
-    def __init__(self, config: ProfileConfig, workdir: str, say: Callable[[str], Any]):
+    def __init__(self, config: ProfileConfig, workdir: str, console: Callable[[str], Any]):
         self._steps = range(config.start_step, config.start_step + config.steps)
         self._folder = epath.Path(workdir) / "xprof"
-        self._say, self._on = say, False
+        self._console, self._on = console, False
 
     def begin(self, step: int) -> None:
         """Starts the trace if `step`, about to be dispatched, is in the window and none is being made."""
@@ -44,12 +44,12 @@ class Trace(contextlib.AbstractContextManager):
     def _stop(self) -> None:
         self._on = False
         if self._try(jax.profiler.stop_trace):
-            self._say(f"trace of steps {self._steps[0]} to {self._steps[-1]} in {self._folder}")
+            self._console(f"trace of steps {self._steps[0]} to {self._steps[-1]} in {self._folder}")
 
     def _try(self, action: Callable[[], Any]) -> bool:
         try:
             action()
         except Exception as error:  # a full disk, or a folder that the profiler cannot write to
-            self._say(f"WARNING: no trace in {self._folder} ({type(error).__name__}: {str(error)[:200]})")
+            self._console(f"WARNING: no trace in {self._folder} ({type(error).__name__}: {str(error)[:200]})")
             return False
         return True
