@@ -106,7 +106,7 @@ class Engine:
         self._programs = Programs(self.config, mesh, Sizes(slots, num_pages, page_size, width, tokens_per_call, rows))
         self._slots: list[Answer | None] = [None] * slots
         self._waiting = Line()
-        self._reading: list[Answer] = []
+        self._prefilling: list[Answer] = []
         self._coming: tuple[dict[str, Any], int] | None = None
         self._numbers = itertools.count()
         self._counts = dict.fromkeys(("prefill_tokens", "decode_tokens", "prefix_hit_tokens"), 0)
@@ -213,12 +213,12 @@ class Engine:
         return events
 
     def _turn(self, tokens: int) -> list[Event]:
-        running = [s for s in self._slots if s is not None and not s.reading]
-        if self._reading and (self._decoded_last or not running):
+        running = [s for s in self._slots if s is not None and not s.prefilling]
+        if self._prefilling and (self._decoded_last or not running):
             self._decoded_last = False
             return self._read()
         self._decoded_last = True
-        steps = 1 if self._reading else min(tokens, self._programs.sizes.tokens)
+        steps = 1 if self._prefilling else min(tokens, self._programs.sizes.tokens)
         return self._decode(running, steps) if running else []
 
     @property
@@ -294,7 +294,7 @@ class Engine:
             raise RuntimeError("warmup needs an idle engine")
         for record in {False, experts}:
             for size, scored in itertools.product(self._chunks, {False, scores}):
-                self._programs.read([], size, scored, record)
+                self._programs.prefill([], size, scored, record)
             self._programs.decode([], 1, 1, record)
             if grammars:
                 self._programs.decode([], 1, 1, record, {0: np.zeros(0, np.uint32)})
@@ -328,7 +328,7 @@ class Engine:
         if self._coming is not None or not self._waiting or None not in self._slots:
             return []
         joined, copies = [], []
-        coming = self._pages.being_read(self._reading)
+        coming = self._pages.being_prefilled(self._prefilling)
         for answer in list(itertools.islice(self._waiting, LOOK_AHEAD * len(self._slots))):
             if None not in self._slots:
                 break
@@ -341,7 +341,7 @@ class Engine:
                 break
             self._waiting.take(answer)
             self._join(answer, place)
-            coming.update(self._pages.to_read(answer, answer.filled))
+            coming.update(self._pages.to_prefill(answer, answer.num_cached))
             copies += [place.copied] if place.copied else []
             joined.append(answer)
         if copies:
@@ -349,19 +349,19 @@ class Engine:
         return self._encode_media(joined)
 
     def _join(self, answer: Answer, place: Place) -> None:
-        answer.pages, answer.cached, answer.filled = place.pages, place.filled, place.filled
-        self._counts["prefix_hit_tokens"] += place.filled
+        answer.pages, answer.num_hits, answer.num_cached = place.pages, place.num_cached, place.num_cached
+        self._counts["prefix_hit_tokens"] += place.num_cached
         answer.slot = self._slots.index(None)
         self._slots[answer.slot] = answer
-        if answer.reading:
-            self._reading.append(answer)
+        if answer.prefilling:
+            self._prefilling.append(answer)
             if answer.group is not None:
-                answer.group.reader = answer
+                answer.group.prefiller = answer
         self._pages.begun(answer)
 
     def _encode_media(self, joined: Sequence[Answer]) -> list[Event]:
         """The features of what they still have to read. Those whose images fail end."""
-        seeing = [s for s in joined if (s.owners[s.filled :] >= 0).any()]
+        seeing = [s for s in joined if (s.owners[s.num_cached :] >= 0).any()]
         if not seeing:
             return []
         items = {d: item for s in seeing for d, item in zip(s.digests, s.media, strict=True)}
@@ -384,22 +384,22 @@ class Engine:
         if answer.slot >= 0:
             self._slots[answer.slot] = None
             if keep:
-                self._pages.insert(answer, answer.page_keys(answer.filled, self.page_size))
+                self._pages.insert(answer, answer.page_keys(answer.num_cached, self.page_size))
             self._pool.release(answer.pages)
             answer.slot = -1
-        if answer.group is not None and answer.group.reader is answer:
-            answer.group.reader = None
-        if answer in self._reading:
-            self._reading.remove(answer)
+        if answer.group is not None and answer.group.prefiller is answer:
+            answer.group.prefiller = None
+        if answer in self._prefilling:
+            self._prefilling.remove(answer)
 
     # ------------------------------------------------------------------------------------------------- the two programs
 
     def _read(self) -> list[Event]:
         """The next pieces of prompts, all of one length; after the last one of a prompt its first new token."""
-        size = self._piece(self._reading[0].goal - self._reading[0].filled)
+        size = self._piece(self._prefilling[0].goal - self._prefilling[0].num_cached)
         pieces: list[PrefillChunk] = []
-        for answer in self._reading:
-            start = answer.filled
+        for answer in self._prefilling:
+            start = answer.num_cached
             while start < answer.goal and len(pieces) < self._programs.sizes.rows[size]:
                 if self._piece(answer.goal - start) != size:
                     break
@@ -407,17 +407,17 @@ class Engine:
                 start += size
         scored = any(s.sampling.score_from is not None and start < s.prompt for s, start, _ in pieces)
         record = any(piece.sequence.sampling.routed_experts for piece in pieces)
-        drawn = self._programs.read(pieces, size, scored, record)
+        drawn = self._programs.prefill(pieces, size, scored, record)
         events = []
         for row, (answer, start, count) in enumerate(pieces):
-            answer.filled = start + count
+            answer.num_cached = start + count
             self._counts["prefill_tokens"] += count
             if drawn.scores is not None:
                 answer.add_scores(start + 1, drawn.scores[row, :count])
             if drawn.experts is not None:
                 answer.add_experts(start, drawn.experts[row, :count])
             self._pages.insert(answer, answer.keys)
-            if answer.reading:
+            if answer.prefilling:
                 continue
             answer.features = None
             self._pages.hold(answer)
@@ -427,9 +427,9 @@ class Engine:
                 token, logprob, *top = (a[row] for a in drawn.sampled)
                 events.append(self._advance(answer, int(token), float(logprob), *top))
         # who still reads goes behind those who had no room in this call
-        rest = [s for s in self._reading if s.reading and s.slot >= 0]
+        rest = [s for s in self._prefilling if s.prefilling and s.slot >= 0]
         moved = {piece.sequence for piece in pieces}
-        self._reading = [s for s in rest if s not in moved] + [s for s in rest if s in moved]
+        self._prefilling = [s for s in rest if s not in moved] + [s for s in rest if s in moved]
         return events
 
     def _piece(self, left: int) -> int:
@@ -452,8 +452,8 @@ class Engine:
                 slot = answer.slot
                 if slot >= 0:
                     if decoded.experts is not None:
-                        answer.add_experts(answer.filled, decoded.experts[i, slot][None])
-                    answer.filled += 1
+                        answer.add_experts(answer.num_cached, decoded.experts[i, slot][None])
+                    answer.num_cached += 1
                     self._counts["decode_tokens"] += 1
                     listed = (a[i, slot] for a in top)
                     events.append(self._advance(answer, tokens[i][slot], logprobs[i][slot], *listed))

@@ -19,14 +19,14 @@ from kimi_jax.infer.sequence import Sequence, SequenceGroup
 
 
 class Place(NamedTuple):
-    """Pages in order: the first `shared` hold earlier tokens; of the whole sequence `filled` tokens are in the cache.
+    """Pages in order: the first `shared` hold earlier tokens; `num_cached` tokens of the sequence are in the cache.
 
     copied: (from, to) if the page behind the shared ones begins as another does.
     """
 
     pages: list[int]
     shared: int
-    filled: int
+    num_cached: int
     copied: tuple[int, int] | None = None
 
 
@@ -44,18 +44,18 @@ class Pages:
 
     # --------------------------------------------------------------------------------------------------------- giving
 
-    def being_read(self, reading: Iterable[Sequence]) -> dict[bytes, bool]:
+    def being_prefilled(self, prefilling: Iterable[Sequence]) -> dict[bytes, bool]:
         """Keys of the pages that these will fill, and whether they record the experts."""
-        return dict(pair for s in reading if not s.stale for pair in self.to_read(s, s.filled))
+        return dict(pair for s in prefilling if not s.stale for pair in self.to_prefill(s, s.num_cached))
 
-    def to_read(self, sequence: Sequence, filled: int) -> list[tuple[bytes, bool]]:
+    def to_prefill(self, sequence: Sequence, num_cached: int) -> list[tuple[bytes, bool]]:
         """The same of one that has read so many tokens."""
-        return [(key, sequence.sampling.routed_experts) for key in sequence.keys[filled // self.page_size :]]
+        return [(key, sequence.sampling.routed_experts) for key in sequence.keys[num_cached // self.page_size :]]
 
     def worth_waiting(self, sequence: Sequence, coming: dict[bytes, bool]) -> bool:
         """Whether somebody is reading what it would have to read next."""
         group = sequence.group
-        if group is not None and (group.pages is not None or group.reader is not None):
+        if group is not None and (group.pages is not None or group.prefiller is not None):
             return group.pages is None
         known, keys = self._known(sequence), self._keys(sequence)
         if len(known) == len(keys) or keys[len(known)] not in coming:
@@ -87,7 +87,7 @@ class Pages:
                 sequence.add_experts(i * self.page_size, self._experts[page])
         first = self.pool.first_decoded(shared)
         if first < len(shared):
-            sequence.read = min(sequence.read, first * self.page_size)
+            sequence.num_prefilled = min(sequence.num_prefilled, first * self.page_size)
         return Place(pages, len(shared), count, copied)
 
     def _keys(self, sequence: Sequence) -> list[bytes]:
@@ -109,9 +109,9 @@ class Pages:
         if sequence.stale:
             return
         size = self.page_size
-        full = keys[: sequence.filled // size]
+        full = keys[: sequence.num_cached // size]
         for i, (page, key) in enumerate(zip(sequence.pages, full, strict=False), 1):
-            self.pool.insert(page, key, decoded=i * size > sequence.read)
+            self.pool.insert(page, key, decoded=i * size > sequence.num_prefilled)
             if sequence.sampling.routed_experts and sequence.goal <= sequence.prompt and page not in self._experts:
                 self._experts[page] = np.array(sequence.experts[(i - 1) * size : i * size])
 
@@ -134,13 +134,13 @@ class Pages:
     def hold(self, sequence: Sequence) -> None:
         """Its prompt has been read: the pages are held for the members of its group that still have to begin."""
         group = sequence.group
-        if group is None or group.reader is not sequence:
+        if group is None or group.prefiller is not sequence:
             return
-        group.reader = None
+        group.prefiller = None
         if group.left and not sequence.stale:
             pages = sequence.pages[: self.count(sequence.prompt - 1)]
             group.pages = self.pool.share(pages, len(pages))
-            group.num_read = sequence.read
+            group.num_prefilled = sequence.num_prefilled
             group.experts, group.scores = sequence.experts[: sequence.prompt - 1], list(sequence.scores)
             self._groups.add(group)
 

@@ -121,7 +121,7 @@ class Programs:
 
     # --------------------------------------------------------------------------------------------------------- calls
 
-    def read(self, pieces: Sequence[PrefillChunk], size: int, scored: bool, record: bool) -> Drawn:
+    def prefill(self, pieces: Sequence[PrefillChunk], size: int, scored: bool, record: bool) -> Drawn:
         """Pieces of prompts, each padded to `size` tokens, in rows of one call; arrays of the host.
 
         Several pieces of one prompt may stand in it one after the other: in every layer all of them are in the pages
@@ -161,7 +161,7 @@ class Programs:
         tokens, start, count, limit = (np.zeros(slots, np.int32) for _ in range(4))
         stop_ids = np.full((slots, STOP_IDS), -1, np.int32)
         for s in running:
-            tokens[s.slot], start[s.slot], count[s.slot], limit[s.slot] = s.tokens[-1], s.filled, 1, s.limit
+            tokens[s.slot], start[s.slot], count[s.slot], limit[s.slot] = s.tokens[-1], s.num_cached, 1, s.limit
             known = [i for i in s.sampling.stop_ids if 0 <= i < self.config.vocab_size][:STOP_IDS]
             stop_ids[s.slot, : len(known)] = known
         table, settings = self._rows({s.slot: s for s in running}, slots, start + count)

@@ -22,23 +22,23 @@ class SequenceGroup:
     """
 
     left: int  # members that have not begun
-    reader: Sequence | None = None
+    prefiller: Sequence | None = None
     pages: list[int] | None = None
-    num_read: int = 0  # tokens whose cache entries are the work of reading alone
+    num_prefilled: int = 0  # tokens whose cache entries are the work of reading alone
     experts: list[np.ndarray] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
 
     def lend(self, member: Sequence) -> None:
         """What was found out about the prompt. The member begins as if it had decoded up to the prompt's last token."""
         member.goal = member.prompt - 1
-        member.read = min(self.num_read, member.goal)
+        member.num_prefilled = min(self.num_prefilled, member.goal)
         member.experts, member.scores = list(self.experts), list(self.scores)
         member.unreported = tuple(self.scores)
 
 
 @dataclass(eq=False)
 class Sequence:
-    """A request on its way. `tokens` holds the prompt, then what was sampled; the first `filled` are in the cache.
+    """A request on its way. `tokens` holds the prompt, then what was sampled; the first `num_cached` are in the cache.
 
     It is read until `goal` tokens are in the cache (those it had when it began: the prompt, and after an interruption
     the answer so far), and decoded from then on.
@@ -61,10 +61,10 @@ class Sequence:
     keys: list[bytes] = field(default_factory=list)  # of the full pages of what is read
     features: np.ndarray | None = None  # [F, D], until the prompt is read
     pages: list[int] = field(default_factory=list)
-    filled: int = 0
+    num_cached: int = 0
     goal: int = 0
-    cached: int = 0
-    read: int = 0  # tokens whose cache entries are the work of reading prompts alone; at most `goal`
+    num_hits: int = 0  # tokens that the prefix cache had
+    num_prefilled: int = 0  # tokens whose cache entries are the work of reading prompts alone; at most `goal`
     stale: bool = False  # part of its cache is of earlier weights: its pages must not become known
     slot: int = -1
     cancelled: bool = False
@@ -74,9 +74,9 @@ class Sequence:
     experts: list[np.ndarray] = field(default_factory=list)  # int32 [L, k] each, of the first tokens
 
     @property
-    def reading(self) -> bool:
+    def prefilling(self) -> bool:
         """Whether tokens are left that are given, not to be drawn."""
-        return self.filled < self.goal
+        return self.num_cached < self.goal
 
     def page_keys(self, count: int, page_size: int) -> list[bytes]:
         """Keys of the full pages of the first `count` tokens."""
@@ -89,8 +89,8 @@ class Sequence:
 
         With a grammar the last one is decoded, not read: only that program takes masks.
         """
-        self.filled = self.cached = 0
-        self.goal = self.read = len(self.tokens) - (self.matcher is not None)
+        self.num_cached = self.num_hits = 0
+        self.goal = self.num_prefilled = len(self.tokens) - (self.matcher is not None)
         self.pages, self.slot, self.stale = [], -1, False
         if not self.scored:
             self.scores = []  # of several versions they would mean nothing
@@ -128,6 +128,6 @@ class Sequence:
         """The next event, remembered for `Engine.run`."""
         experts = np.array(self.experts) if reason is not None and self.sampling.routed_experts else None
         scores, self.unreported = self.unreported, ()
-        event = Event(self.number, token, logprob, top, reason, error, self.cached, version, scores, experts)
+        event = Event(self.number, token, logprob, top, reason, error, self.num_hits, version, scores, experts)
         self.events.append(event)
         return event

@@ -129,4 +129,4 @@ def test_thousands_of_tiny_requests_leave_everything_as_it_was():
     assert engine.idle and after["free_pages"] == stats["free_pages"] == 39
     assert after["compilations"] == stats["compilations"]
     assert len(jax.live_arrays()) == arrays
-    assert len(engine._pool._key) <= 39 and not engine._reading and not engine._waiting
+    assert len(engine._pool._key) <= 39 and not engine._prefilling and not engine._waiting
