@@ -22,7 +22,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 EXPERTS = ("float", "int4")
 
 
-class Weights(NamedTuple):
+class LoadedWeights(NamedTuple):
     """A model's settings, its plain tree of parameters (`nn.kimi`), and where its tokenizer is."""
 
     config: ModelConfig
@@ -36,7 +36,7 @@ def load_weights(
     experts: str = "float",
     mesh: Mesh | None = None,
     verify: bool = True,
-) -> Weights:
+) -> LoadedWeights:
     """The weights of a directory, which `kimi_jax.load` describes, with its arguments and errors."""
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -58,10 +58,10 @@ def load_weights(
             return base._replace(params=lora.merge(base.params, params, run.lora))
         config = dataclasses.replace(run.model, dtype=dtype, param_dtype=dtype, remat=False)
         tokenizer_path = run.data.tokenizer or str(folder / "released")  # where conversion keeps what came along
-        return Weights(config, params, tokenizer_path)
+        return LoadedWeights(config, params, tokenizer_path)
     if (folder / "config.json").is_file():  # a run has one too, of its settings
         config, params = stream.load(folder, dtype, keep_int4=experts == "int4", mesh=mesh)
-        return Weights(config, params, str(folder))
+        return LoadedWeights(config, params, str(folder))
     raise FileNotFoundError(
         f"{folder} is no model: it has neither config.json (a released checkpoint) nor checkpoints/ (a workdir)"
     )
