@@ -417,7 +417,7 @@ def _kept_parts(example: Example, dropped: int) -> frozenset[int]:
 def _plan_together(
     visuals: Sequence[_Visual], spans: Sequence[Span], limits: EncodeLimits, patch_size: int, example: Example
 ) -> list[ResizePlan]:
-    """Plans of all visuals of an example, shrunk by one common factor of area if they do not fit together.
+    """Plans of all images and videos of an example, shrunk by one common factor of area if they do not fit together.
 
     Raises BadRecord(too_long).
     """
@@ -445,7 +445,7 @@ def _plan_together(
         raise BadRecord(
             "too_long",
             key,
-            f"{fixed} tokens of text and {len(visuals)} visuals do not fit, however small the visuals",
+            f"{fixed} tokens of text and {len(visuals)} images and videos do not fit, however small they are",
         )
     for _ in range(16):
         middle = (low + high) / 2
