@@ -50,9 +50,10 @@ def main(argv: list[str]) -> int:
     if _LIST.value:
         return 0
     if _SCALE.value == "pod":
-        name = f"{experiment.name}/{next(iter(experiment.rows))}/{experiment.seeds[0]}@pod"
+        row = next(row for row in experiment.rows if row not in experiment.untrained)
+        name = f"{experiment.name}/{row}/{experiment.seeds[0]}@pod"
         print(f"not run from here; check it with: python -m kimi_jax.plan --config=experiments/config.py:{name} "
-              "--topology=v5p:4x8x8, and start each run with python -m kimi_jax.train on the pod")  # fmt: skip
+              "--topology=v5p:8x8x16, and start each run with python -m kimi_jax.train on the pod")  # fmt: skip
         return 0
     failed = []
     if not _REPORT.value:

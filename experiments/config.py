@@ -1,7 +1,7 @@
 """Any run of an experiment as settings of another command: `--config=experiments/config.py:NAME/ROW/SEED@SCALE`.
 
 python -m kimi_jax.train --config=experiments/config.py:fusion_timing/early/0@cpu
-python -m kimi_jax.plan --config=experiments/config.py:fusion_timing/early/0@pod --topology=v5p:4x8x8
+python -m kimi_jax.plan --config=experiments/config.py:fusion_timing/early/0@pod --topology=v5p:8x8x16
 """
 
 import ml_collections

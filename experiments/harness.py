@@ -67,9 +67,12 @@ class Experiment:
 
     base: scale ("smoke", "cpu", "pod") -> configuration; rows change it by `kimi_jax.config.override`. A row that
       holds a dict under a scale's name has these changes beside the others at that scale.
-    seeds: of data order and initial weights alike, so that rows are paired.
+    seeds: of data order and initial weights alike, so that rows are paired. by_seed: (configuration, seed) -> what it
+      is for this seed where more follows from it, such as the weights that the run begins with.
+    untrained: rows that are scored as they begin (`init_from`), without a step of training.
     tasks, limit: scored with the final weights, so many questions each; `scoring` overrides shapes for it.
-    prepare: writes data that the runs read. measure: workdir -> {name: (score, n)} from a run's own log.
+    prepare: writes data, or the weights, that a run begins with. measure: workdir -> {name: (score, n)} from a run's
+      log or its weights; of an untrained row the workdir is that of `init_from`.
     check: table -> sentences about what must hold for rows to be comparable. Raises ValueError where it does not.
     curves: names of evaluations during training that are kept. plots: writes the files of `captions` into a folder.
     """
@@ -83,6 +86,8 @@ class Experiment:
     seeds: tuple[int, ...]
     scores: tuple[Score, ...]
     claims: tuple[Claim, ...]
+    by_seed: Callable[[TrainConfig, int], TrainConfig] = lambda config, seed: config
+    untrained: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     limit: int = 256
     scoring: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -103,7 +108,8 @@ class Experiment:
         """The configuration of a run. Raises KeyError for an unknown row or scale, ConfigError for a bad override."""
         changes = {k: v for k, v in self.rows[row].items() if not isinstance(v, dict)} | self.rows[row].get(scale, {})
         workdir = f"{runs}/{self.name}/{scale}/{row}/{seed}"
-        return override(self.base[scale](), {**changes, "seed": seed, "data.seed": seed, "workdir": workdir})
+        config = override(self.base[scale](), {**changes, "seed": seed, "data.seed": seed, "workdir": workdir})
+        return self.by_seed(config, seed)
 
     def runs(self) -> list[tuple[str, int]]:
         """(row, seed) of every run, seed by seed, so that whatever is finished is as balanced as can be."""

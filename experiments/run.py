@@ -23,10 +23,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from experiments import harness
 from experiments.harness import Experiment, Record
-from kimi_jax.config import ConfigError, nearest, override
+from kimi_jax.config import ConfigError, TrainConfig, nearest, override
 from kimi_jax.train.log import read_rows, write_atomic
 
-NAMES = ("fusion_timing", "muon_adamw", "token_clip")
+NAMES = ("fusion_timing", "muon_adamw", "token_clip", "long_context", "zero_vision_sft")
 POLL = 0.5  # seconds between two looks at the running processes
 REPO = harness.HERE.parent
 
@@ -45,37 +45,48 @@ def run_one(experiment: Experiment, row: str, seed: int, scale: str, runs: str) 
     """Trains, scores and writes `records.json` into the workdir; the exit status of the training loop."""
     from kimi_jax import cli
     from kimi_jax.eval.runner import evaluate
-    from kimi_jax.rl import run as rl_run
-    from kimi_jax.train import adapters, loop
+    from kimi_jax.train import adapters
 
     config, code = experiment.config(row, seed, scale, runs), harness.commit()
     experiment.prepare(config)
     cli.enable_compilation_cache()
-    status = rl_run.run(config) if config.rl is not None else loop.run(config)
-    if status:
+    trains = row not in experiment.untrained
+    if trains and (status := _train(config)):
         return status
-    workdir = Path(config.workdir)
-    saved, params, frozen = adapters.load_run(config.workdir)
+    workdir = Path(config.workdir if trains else config.init_from.path)
+    saved, params, frozen = adapters.load_run(str(workdir))
+    if not trains:  # the weights of another run, the settings of this one
+        saved = config
     scored = evaluate(params, override(saved, experiment.scoring), experiment.tasks, experiment.limit, frozen=frozen)
     results: dict[str, tuple[float, int]] = {}
     for found in scored:
         results[f"{found.task}/{found.metric}"] = (found.score, found.n)
         results[f"{found.task}/{found.metric}/{found.control_name}"] = (found.control, found.n)
     results |= experiment.measure(workdir)
-    seconds = read_rows(workdir / "metrics.jsonl")[-1]["seconds"]
-    results["seconds"] = (round(sum(seconds.values()), 1), 1)
+    if trains:
+        seconds = read_rows(workdir / "metrics.jsonl")[-1]["seconds"]
+        results["seconds"] = (round(sum(seconds.values()), 1), 1)
     about = {"row": row, "seed": seed, "config": harness.config_hash(config), "commit": code}
     records = [
-        {**about, "task": task, "step": config.steps, "score": score, "n": n} for task, (score, n) in results.items()
+        {**about, "task": task, "step": config.steps if trains else 0, "score": score, "n": n}
+        for task, (score, n) in results.items()
     ]
     curves = [
         {**about, "task": f"{r['task']}/{r['metric']}", "step": line["step"], "score": r["score"], "n": r["n"]}
-        for line in read_rows(workdir / "eval.jsonl")
+        for line in (read_rows(workdir / "eval.jsonl") if trains else [])
         for r in line["rows"]
         if f"{r['task']}/{r['metric']}" in experiment.curves
     ]
-    write_atomic(workdir / "records.json", json.dumps({"results": records, "curves": curves}))
+    write_atomic(Path(config.workdir) / "records.json", json.dumps({"results": records, "curves": curves}))
     return 0
+
+
+def _train(config: TrainConfig) -> int:
+    """Trains, or goes on; the exit status of the loop."""
+    from kimi_jax.rl import run as rl_run
+    from kimi_jax.train import loop
+
+    return rl_run.run(config) if config.rl is not None else loop.run(config)
 
 
 # ------------------------------------------------------------------------------------------------------------ all runs

@@ -1,10 +1,6 @@
-"""Rendered scenes with captions, as a JSONL file with PNG files beside it, and the tasks that ask about held-out ones.
+"""The scenes of `kimi_jax.data.sources.demo_scene` as a JSONL file with PNG files beside it, and tasks about others.
 
-Five scenes in six hold two coloured shapes of which one stands left of, right of, above or below the other: "a red
-circle above a blue square". One in six is a printed digit: "the number 7". Images have 112 to 168 pixels a side, 16 to
-36 tokens, so that an example is mostly vision tokens and a vision ratio of a half can be reached.
-
-Scene i of a split depends on the split and i only. Licence of the data: generated.
+An example is mostly vision tokens, so that a vision ratio of a half can be reached.
 """
 
 from __future__ import annotations
@@ -12,85 +8,16 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image as PILImage
-from PIL import ImageDraw, ImageFont
 
 from kimi_jax.data.example import Image, Text
-from kimi_jax.data.sources.demo_base import generator
+from kimi_jax.data.sources.demo_scene import COLOURS, DIGITS, RELATIONS, SHAPES, scene
 from kimi_jax.eval.tasks import Control, Question, Task, blank_image, register
 from kimi_jax.train.log import write_atomic
 
-COLOURS = {
-    "red": (214, 48, 38), "green": (38, 150, 62), "blue": (40, 74, 204), "yellow": (238, 202, 34),
-    "purple": (142, 60, 168), "black": (24, 24, 24),
-}  # fmt: skip
-SHAPES = ("circle", "square", "triangle")
-RELATIONS = {"left": "right", "right": "left", "above": "below", "below": "above"}
-SIDES = (112, 140, 168)
-DIGITS = tuple("0123456789")
 BLANK = Control("blank image", change=blank_image)
-
-
-@dataclass(frozen=True)
-class Scene:
-    """An image (RGB) and its caption in `words`: one element for each answer that a task may ask for."""
-
-    image: PILImage.Image
-    words: tuple[str, ...]
-
-    @property
-    def caption(self) -> str:
-        """The caption as it is trained on."""
-        return " ".join(self.words)
-
-
-def scene(split: str, i: int) -> Scene:
-    """Scene i of "train" or "validation"."""
-    rng = generator("fusion_timing/scenes", split, i)
-    width, height = (int(side) for side in rng.choice(SIDES, size=2))
-    image = PILImage.new("RGB", (width, height), tuple(int(v) for v in rng.integers(222, 256, size=3)))
-    draw = ImageDraw.Draw(image)
-    if i % 6 == 5:
-        return Scene(image, _digit(draw, width, height, rng))
-    first, second = (str(colour) for colour in rng.choice(list(COLOURS), size=2, replace=False))
-    shapes = [str(shape) for shape in rng.choice(SHAPES, size=2)]
-    relation = str(rng.choice(list(RELATIONS)))
-    size = rng.integers(30, 45, size=2)
-    along, across = (0, 1) if relation in ("left", "right") else (1, 0)
-    centres = np.zeros((2, 2))
-    for k, (low, high) in enumerate(((0.25, 0.29), (0.71, 0.75))):  # the nearer one along the axis, then the other
-        centres[k, along] = rng.uniform(low, high) * (width, height)[along]
-        centres[k, across] = rng.uniform(0.3, 0.7) * (width, height)[across]
-    if relation in ("right", "below"):
-        centres = centres[::-1]
-    for centre, side, shape, colour in zip(centres, size, shapes, (first, second), strict=True):
-        _shape(draw, centre, int(side), shape, COLOURS[colour])
-    link = f"{relation} of" if along == 0 else relation
-    return Scene(image, ("a", first, shapes[0], link, "a", second, shapes[1]))
-
-
-def _digit(draw: ImageDraw.ImageDraw, width: int, height: int, rng: np.random.Generator) -> tuple[str, ...]:
-    digit = str(rng.choice(DIGITS))
-    font = ImageFont.load_default(size=int(rng.integers(64, 96)))
-    place = (width / 2 + rng.uniform(-8, 8), height / 2 + rng.uniform(-8, 8))
-    draw.text(place, digit, fill=COLOURS["black"], font=font, anchor="mm")
-    return ("the", "number", digit)
-
-
-def _shape(draw: ImageDraw.ImageDraw, centre: np.ndarray, side: int, shape: str, colour: tuple[int, int, int]) -> None:
-    x, y = float(centre[0]), float(centre[1])
-    half = side / 2
-    box = (x - half, y - half, x + half, y + half)
-    if shape == "circle":
-        draw.ellipse(box, fill=colour)
-    elif shape == "square":
-        draw.rectangle(box, fill=colour)
-    else:
-        draw.polygon([(x, y - half), (x - half, y + half), (x + half, y + half)], fill=colour)
 
 
 def write(folder: Path, count: int) -> Path:

@@ -7,7 +7,7 @@ from kimi_jax.data.example import Image, Text, Video
 from kimi_jax.eval import tasks
 from kimi_jax.eval.tasks import COLUMNS, Control, Question, Task
 
-EVERY = tasks.resolve("all")
+EVERY = [*tasks.resolve("all"), *(task for task in tasks.TASKS.values() if task.only_by_name)]
 
 
 def media(question, kind):

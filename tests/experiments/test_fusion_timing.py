@@ -9,6 +9,7 @@ from experiments import harness
 from experiments.fusion_timing import EXPERIMENT, MAIN, TOLERANCE, check, dip, scenes
 from kimi_jax.config import override
 from kimi_jax.data.pipeline import BatchStream
+from kimi_jax.data.sources import demo_scene
 from kimi_jax.data.vocabulary import tokenizer_for
 from kimi_jax.eval import tasks
 
@@ -17,18 +18,18 @@ CURVE = [(4 * k, 3.0 - 0.01 * k) for k in range(1, 51)]  # falls from 2.99 to 2.
 
 def test_scene_shows_what_its_caption_says():
     for i in (0, 1, 2, 3, 4, 6, 7, 8):
-        shown = scenes.scene("validation", i)
+        shown = demo_scene.scene("validation", i)
         _, first, _, link, _, second, _ = shown.words
         pixels = np.asarray(shown.image).astype(int)
-        centres = [np.argwhere((pixels == scenes.COLOURS[c]).all(-1)).mean(0) for c in (first, second)]
+        centres = [np.argwhere((pixels == demo_scene.COLOURS[c]).all(-1)).mean(0) for c in (first, second)]
         (y, x), (other_y, other_x) = centres
         relation = {"left of": x < other_x, "right of": x > other_x, "above": y < other_y, "below": y > other_y}
         assert relation[link], shown.caption
 
 
 def test_scene_depends_on_split_and_number_only():
-    assert np.array_equal(scenes.scene("train", 3).image, scenes.scene("train", 3).image)
-    assert scenes.scene("train", 3).caption != scenes.scene("validation", 3).caption
+    assert np.array_equal(demo_scene.scene("train", 3).image, demo_scene.scene("train", 3).image)
+    assert demo_scene.scene("train", 3).caption != demo_scene.scene("validation", 3).caption
 
 
 def test_scene_tasks_offer_one_right_answer():
@@ -36,7 +37,7 @@ def test_scene_tasks_offer_one_right_answer():
     for name in ("scene_colour", "scene_shape", "scene_relation", "scene_digit"):
         for question in tasks.TASKS[name].build(20):
             assert question.choices.count(question.gold) == 1
-            caption = scenes.scene("validation", int(question.cluster.split()[1])).words
+            caption = demo_scene.scene("validation", int(question.cluster.split()[1])).words
             if name == "scene_colour":  # the other shape's colour would be right as well
                 assert f" {caption[5]}" not in question.choices and len(question.choices) == 5
 

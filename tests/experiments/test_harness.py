@@ -101,6 +101,11 @@ def test_records_of_a_run_replace_its_older_ones(tmp_path):
     assert set(json.loads(lines[0])) == {"row", "seed", "config", "commit", "task", "step", "score", "n"}
 
 
+def test_run_takes_from_its_seed_what_the_experiment_says():
+    of = experiment(by_seed=lambda config, seed: dataclasses.replace(config, steps=10 + seed))
+    assert [of.config("plain", seed, "cpu").steps for seed in SEEDS] == [10 + seed for seed in SEEDS]
+
+
 def test_config_hash_ignores_the_workdir_and_sees_every_other_setting():
     of = experiment()
     assert harness.config_hash(of.config("plain", 0, "cpu", "a")) == harness.config_hash(of.config("plain", 0, "cpu"))

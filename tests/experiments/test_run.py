@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from experiments import harness, run
+from kimi_jax.config import TrainConfig
 from tests.environment import REPO
 from tests.experiments.test_harness import experiment
 
@@ -77,6 +78,27 @@ def test_plan_says_what_is_done_and_how_long_the_rest_takes(instant, tmp_path):
     lines = list(run.rows_of_plan(of, "cpu", 2, folder))
     assert lines[0] == "planted, scale cpu: 5 of 15 runs done"
     assert lines[-1] == "  a run takes about 120 s; the rest about 10 min, 2 at a time"
+
+
+def test_untrained_row_is_scored_as_it_begins(monkeypatch, tmp_path):
+    """With the weights that it names and its own settings; the workdir that is measured is that of the weights."""
+    rows = {"start": {"init_from.path": "elsewhere", "optimizer.peak_lr": 5e-4}}
+    measured = []
+    of = experiment(
+        rows=rows, untrained=("start",), measure=lambda workdir: measured.append(workdir) or {"seen": (0.25, 4)}
+    )
+    scored = []
+    monkeypatch.setattr(run, "_train", lambda config: pytest.fail("an untrained row was trained"))
+    monkeypatch.setattr("kimi_jax.train.adapters.load_run", lambda path: (TrainConfig(), f"weights of {path}", None))
+    monkeypatch.setattr(
+        "kimi_jax.eval.runner.evaluate", lambda params, config, *rest, **more: scored.append((params, config)) or []
+    )
+    Path(of.config("start", 1, "cpu", str(tmp_path)).workdir).mkdir(parents=True)
+    assert run.run_one(of, "start", 1, "cpu", str(tmp_path)) == 0
+    ((params, config),) = scored
+    assert params == "weights of elsewhere" and config.optimizer.peak_lr == 5e-4 and measured == [Path("elsewhere")]
+    found = json.loads((tmp_path / "planted" / "cpu" / "start" / "1" / "records.json").read_text())
+    assert [(r["task"], r["score"], r["step"]) for r in found["results"]] == [("seen", 0.25, 0)]
 
 
 @pytest.mark.slow  # three processes that load jax and compile: half a minute to some minutes

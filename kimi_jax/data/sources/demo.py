@@ -14,6 +14,11 @@
 | count         | discs in a rendered image, to be counted          | other images               | generated           |
 | video         | a digit moving over four frames of real clips     | a clip; 20 % of the digits | BSD; CC BY          |
 | video_mixed   | three such clips of 1 to 7 frames, other shapes   | as video                   | BSD; CC BY          |
+| scenes        | rendered shapes and printed digits with captions  | other scenes               | generated           |
+| scene_clips   | a rendered shape that moves, with a caption       | other clips                | generated           |
+| long_documents | whole Factbook entries, whole library files      | as factbook and python     | public domain; PSF  |
+| needle_text_T | a number said in a text of up to T tokens         | as wiki                    | CC BY-SA            |
+| needle_video_T | a coloured frame in a video of up to T tokens    | a clip                     | BSD; CC BY          |
 """
 
 from __future__ import annotations
@@ -23,7 +28,15 @@ from collections.abc import Callable
 from typing import Any
 
 from kimi_jax.config import ConfigError
-from kimi_jax.data.sources import demo_chat, demo_count, demo_image, demo_text, demo_video
+from kimi_jax.data.sources import (
+    demo_chat,
+    demo_count,
+    demo_image,
+    demo_long,
+    demo_scene,
+    demo_text,
+    demo_video,
+)
 from kimi_jax.data.sources.demo_base import check_split
 
 OPENERS: dict[str, Callable[[str], Any]] = {
@@ -39,6 +52,11 @@ OPENERS: dict[str, Callable[[str], Any]] = {
     "chat_sums": demo_chat.SumsChat,
     "video": demo_video.MovingDigit,
     "video_mixed": functools.partial(demo_video.MovingDigit, mixed=True),
+    "scenes": demo_scene.Scenes,
+    "scene_clips": demo_scene.SceneClips,
+    "long_documents": demo_long.LongDocuments,
+    **{f"needle_text_{n}": functools.partial(demo_long.NeedleText, tokens=n) for n in demo_long.TOKENS},
+    **{f"needle_video_{n}": functools.partial(demo_long.NeedleVideo, tokens=n) for n in demo_long.TOKENS},
 }
 
 

@@ -1,0 +1,106 @@
+"""The files that the runs read: captioned scenes and stories of pre-training, conversations of SFT in words, by the
+tool, and about images.
+
+Every reply has one form, so that format, reading and answer can be scored apart: "SCENE. so: ANSWER", or a call of the
+tool and then "so: ANSWER".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image as Picture
+
+from experiments.zero_vision_sft.scenes import VISUAL, Asked, asked, asked_visually, scene, story
+from kimi_jax.data.sources.demo_base import generator
+from kimi_jax.train.log import write_atomic
+
+TOOL = "use ipython: "  # before a question that is to be answered by the tool
+FEW, MANY = 1, len(VISUAL)
+COUNTS = {"captions": 6000, "stories": 6000, "words": 4000, "tool": 1000, "few": 2000, "many": 2000}
+
+
+def reply(words: str, answer: str) -> str:
+    """What the assistant says: what is seen, and the answer."""
+    return f"{words}. so: {answer}"
+
+
+def in_words(question: Asked) -> str:
+    """What the user says when the scene is given in words."""
+    return f"scene: {question.scene.words}.\n{question.question}"
+
+
+def call(question: Asked) -> dict[str, Any]:
+    """The assistant's message that calls the tool."""
+    function = {"name": "ipython", "arguments": json.dumps({"code": f"print({question.program})"})}
+    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+
+
+def _chat(key: str, *messages: dict[str, Any]) -> dict[str, Any]:
+    return {"id": key, "messages": list(messages), "thinking": False}
+
+
+def _user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def _words(i: int, folder: Path) -> dict[str, Any]:
+    question = asked("words", "train", i)
+    said = {"role": "assistant", "content": reply(question.scene.words, question.answer)}
+    return _chat(f"words-{i}", _user(in_words(question)), said)
+
+
+def _tool(i: int, folder: Path) -> dict[str, Any]:
+    """A question without its image: what the program would see is known, and all that the model needs."""
+    question = asked("tool", "train", i)
+    return _chat(
+        f"tool-{i}", _user(f"{TOOL}{question.question}"), call(question),
+        {"role": "tool", "tool_call_id": "functions.ipython:0", "content": f"{question.answer}\n"},
+        {"role": "assistant", "content": f"so: {question.answer}"},
+    )  # fmt: skip
+
+
+def _visual(templates: int) -> Callable[[int, Path], dict[str, Any]]:
+    def row(i: int, folder: Path) -> dict[str, Any]:
+        question = asked_visually("train", i, templates)
+        name = f"visual-{templates}-{i}.png"
+        Picture.fromarray(question.scene.image).save(folder / name)
+        shown = [{"type": "image", "image": name}, {"type": "text", "text": question.question}]
+        said = {"role": "assistant", "content": reply(question.scene.words, question.answer)}
+        return _chat(name, _user(shown), said)
+
+    return row
+
+
+def _caption(i: int, folder: Path) -> dict[str, Any]:
+    shown = scene(generator("zero_vision_sft/caption", "train", i))
+    Picture.fromarray(shown.image).save(folder / f"caption-{i}.png")
+    parts = [{"image": f"caption-{i}.png"}, {"text": "\n", "loss": 0}, {"text": f"{shown.words}."}]
+    return {"id": f"caption-{i}", "parts": parts}
+
+
+def _story(i: int, folder: Path) -> dict[str, Any]:
+    return {"id": f"story-{i}", "text": story(i)}
+
+
+ROWS: dict[str, Callable[[int, Path], dict[str, Any]]] = {
+    "captions": _caption, "stories": _story, "words": _words, "tool": _tool, "few": _visual(FEW),
+    "many": _visual(MANY),
+}  # fmt: skip
+
+
+def write(folder: Path) -> None:
+    """Writes every file of COUNTS that is not there yet; each is whole or not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, count in COUNTS.items():
+        path = folder / f"{name}.jsonl"
+        if not path.exists():
+            write_atomic(path, "".join(_lines(name, count, folder)))
+
+
+def _lines(name: str, count: int, folder: Path) -> Iterator[str]:
+    for i in range(count):
+        yield json.dumps(ROWS[name](i, folder)) + "\n"
