@@ -23,7 +23,7 @@ from kimi_jax import sharding
 from kimi_jax.config import MeshConfig
 from kimi_jax.hf import stream
 from kimi_jax.hf.convert import from_hf
-from kimi_jax.model import _bucket
+from kimi_jax.infer.media import bucket
 from kimi_jax.nn.kimi import abstract_params
 from kimi_jax.nn.param import metadata, unbox
 from tests.environment import FIXTURES
@@ -177,9 +177,9 @@ def test_one_program_a_bucket(model):
     model.logits(np.ones((1, 40), np.int32))
     assert program._cache_size() == before
     np.testing.assert_array_equal(model.logits(ids), first)
-    sizes = {_bucket(n, 16) for n in range(1, 4097)}
+    sizes = {bucket(n, 16) for n in range(1, 4097)}
     assert len(sizes) <= 1 + 4 * 8
-    assert all(n <= _bucket(n, 16) <= max(1.25 * n + 1, 16) for n in range(1, 4097))
+    assert all(n <= bucket(n, 16) <= max(1.25 * n + 1, 16) for n in range(1, 4097))
 
 
 @pytest.mark.parametrize("model_type", ["kimi_vl", "kimi_k2", "deepseek_v3"])

@@ -112,11 +112,11 @@ def test_vit_stage_learns_captions_and_nothing_else(tokenizer, phase):
     with BatchStream(config.data, config.model, config.steps) as stream:
         for _ in range(2):
             batch = next(stream)
-            for row in range(len(batch["tokens"])):
-                for document in np.unique(batch["segment_ids"][row])[1:]:
-                    at = (batch["segment_ids"][row] == document) & (batch["loss_weights"][row] > 0)
-                    ids = batch["targets"][row][at].tolist()
-                    assert ids[-1] == words.eos_id and set(batch["loss_weights"][row][at]) == {1.0}
+            for row in range(len(batch.tokens)):
+                for document in np.unique(batch.segment_ids[row])[1:]:
+                    at = (batch.segment_ids[row] == document) & (batch.loss_weights[row] > 0)
+                    ids = batch.targets[row][at].tolist()
+                    assert ids[-1] == words.eos_id and set(batch.loss_weights[row][at]) == {1.0}
                     learned.append(words.decode(ids[:-1]))
-                    modalities |= set(batch["modality"][row][at].tolist())
+                    modalities |= set(batch.modality[row][at].tolist())
     assert len(learned) > 20 and all(map(CAPTION.fullmatch, learned)) and modalities == {1, 2}

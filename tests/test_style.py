@@ -26,6 +26,7 @@ COMMANDS = (
 # third-party packages that a package may not import, not even inside a function
 FORBIDDEN_LIBRARIES = {
     "data": ("jax", "flax", "optax", "orbax", "torch"),
+    "packed_batch.py": ("jax", "flax"),
     "nn": ("torch", "tensorflow", "grain", "etils"),
 }
 # the only packages that may import an optional extra
