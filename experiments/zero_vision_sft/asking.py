@@ -18,7 +18,7 @@ from experiments.zero_vision_sft import programs
 from experiments.zero_vision_sft.data import TOOL, in_words
 from experiments.zero_vision_sft.scenes import KINDS, Asked, asked
 from kimi_jax.data.reply import Reply, parse_reply
-from kimi_jax.eval.agent import Episode, Limits, engine_replies, run
+from kimi_jax.eval.agent import Episode, EpisodeLimits, engine_replies, run
 from kimi_jax.infer.engine import Engine
 from kimi_jax.infer.generate import Chat, chat_request
 from kimi_jax.infer.request import Sampling
@@ -101,11 +101,10 @@ def by_tool(model: Model, questions: Sequence[Asked]) -> dict[str, tuple[float, 
     replies = engine_replies(engine, model.tokenizer, _greedy(), thinking=False)
     called, right = [], []
     with Session() as session:
-        session.run(Path(programs.__file__).read_text())
         for question in questions:
             session.put({"image_1": question.scene.image})
             messages = [{"role": "user", "content": _shown(question.scene.image, f"{TOOL}{question.question}")}]
-            episode = run(replies, messages, {"ipython": _tool(session)}, limits=Limits(turns=3, calls=1))
+            episode = run(replies, messages, {"ipython": _tool(session)}, limits=EpisodeLimits(turns=3, calls=1))
             called.append(any(call.result == "ok" for call in episode.calls))
             right.append(_answer(episode) == question.answer)
     kinds = {kind: [r for r, q in zip(right, questions, strict=True) if q.kind == kind] for kind in KINDS}
@@ -114,7 +113,9 @@ def by_tool(model: Model, questions: Sequence[Asked]) -> dict[str, tuple[float, 
 
 
 def _tool(session: Session) -> Callable[[str], list[dict[str, Any]]]:
-    return lambda code: run_tool(session, {"code": code})
+    """What runs a call, behind the programs: a session whose process was replaced has lost what ran before."""
+    before = Path(programs.__file__).read_text()
+    return lambda code: run_tool(session, {"code": f"{before}\n{code}"})
 
 
 def _answer(episode: Episode) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from PIL import Image as Picture
+from PIL import Image as PILImage
 
 from experiments.zero_vision_sft.scenes import VISUAL, Asked, asked, asked_visually, scene, story
 from kimi_jax.data.sources.demo_base import generator
@@ -67,7 +67,7 @@ def _visual(templates: int) -> Callable[[int, Path], dict[str, Any]]:
     def row(i: int, folder: Path) -> dict[str, Any]:
         question = asked_visually("train", i, templates)
         name = f"visual-{templates}-{i}.png"
-        Picture.fromarray(question.scene.image).save(folder / name)
+        PILImage.fromarray(question.scene.image).save(folder / name)
         shown = [{"type": "image", "image": name}, {"type": "text", "text": question.question}]
         said = {"role": "assistant", "content": reply(question.scene.words, question.answer)}
         return _chat(name, _user(shown), said)
@@ -77,7 +77,7 @@ def _visual(templates: int) -> Callable[[int, Path], dict[str, Any]]:
 
 def _caption(i: int, folder: Path) -> dict[str, Any]:
     shown = scene(generator("zero_vision_sft/caption", "train", i))
-    Picture.fromarray(shown.image).save(folder / f"caption-{i}.png")
+    PILImage.fromarray(shown.image).save(folder / f"caption-{i}.png")
     parts = [{"image": f"caption-{i}.png"}, {"text": "\n", "loss": 0}, {"text": f"{shown.words}."}]
     return {"id": f"caption-{i}", "parts": parts}
 

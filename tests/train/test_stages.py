@@ -17,7 +17,7 @@ from kimi_jax.train.batches import open_stream
 from tests.environment import REPO
 from tests.hf.tiny import flat
 from tests.nn.tiny import QUICK
-from tests.train.tiny import MODEL, G, make_batch
+from tests.train.tiny import MODEL, make_batch
 
 STAGES = (
     ("vit", "language"),
@@ -108,13 +108,13 @@ def test_yarn_changes_logits_of_all_but_the_first_token_of_a_document():
 
     def logits(scaling):
         model = KimiK25(dataclasses.replace(MODEL, rope_scaling=scaling))
-        run = jax.jit(lambda p, b: model.apply(p, b, num_packs=G, method=model.hidden)[0], compiler_options=QUICK)
+        run = jax.jit(lambda p, b: model.apply(p, b, method=model.hidden)[0], compiler_options=QUICK)
         return np.asarray(run(params, batch))
 
     plain, one, four = (logits(scaling) for scaling in (None, YarnConfig(1.0, 16), YarnConfig(4.0, 16)))
     np.testing.assert_array_equal(plain, one)
-    first = (batch["positions"] == 0) & (batch["segment_ids"] > 0)
-    later = (batch["positions"] > 0) & (batch["segment_ids"] > 0)
+    first = (batch.positions == 0) & (batch.segment_ids > 0)
+    later = (batch.positions > 0) & (batch.segment_ids > 0)
     np.testing.assert_array_equal(plain[first], four[first])
     moved = np.abs(plain - four).max(-1)
     assert (moved[later] > 1e-6).mean() > 0.95

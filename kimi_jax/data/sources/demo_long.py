@@ -16,7 +16,7 @@ import functools
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image as Picture
+from PIL import Image as PILImage
 
 from kimi_jax.data.example import Example, Text, Video
 from kimi_jax.data.sources.demo_base import ANSWER_WEIGHT, QUESTION_WEIGHT, generator, question_parts
@@ -99,7 +99,7 @@ class NeedleText:
 @functools.cache
 def _grey(name: str) -> np.ndarray:
     """The frames of a real clip, small and without colour: uint8 [frames, FRAME, FRAME, 3]."""
-    small = [Picture.fromarray(frame).convert("L").resize((FRAME, FRAME)) for frame in real_clip(name)]
+    small = [PILImage.fromarray(frame).convert("L").resize((FRAME, FRAME)) for frame in real_clip(name)]
     return np.repeat(np.stack([np.asarray(frame) for frame in small])[..., None], 3, axis=3)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image as Picture
+from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 
 from kimi_jax.data.example import Example, Image, Text, Video
@@ -38,7 +38,7 @@ LENGTH = 16384  # scenes of the source; 1,024 are held out
 class Scene:
     """An image (RGB) and its caption in `words`: one element for each answer that a task may ask for."""
 
-    image: Picture.Image
+    image: PILImage.Image
     words: tuple[str, ...]
 
     @property
@@ -51,7 +51,7 @@ def scene(split: str, i: int) -> Scene:
     """Scene i of "train" or "validation"."""
     rng = generator("fusion_timing/scenes", split, i)
     width, height = (int(side) for side in rng.choice(SIDES, size=2))
-    image = Picture.new("RGB", (width, height), tuple(int(v) for v in rng.integers(222, 256, size=3)))
+    image = PILImage.new("RGB", (width, height), tuple(int(v) for v in rng.integers(222, 256, size=3)))
     draw = ImageDraw.Draw(image)
     if i % 6 == 5:
         return Scene(image, _digit(draw, width, height, rng))
@@ -106,7 +106,7 @@ def clip(split: str, i: int) -> tuple[list[np.ndarray], str]:
     step = rng.uniform(6, 11) * np.array(DIRECTIONS[direction])
     frames = []
     for _ in range(int(rng.integers(4, 9))):
-        frame = Picture.new("RGB", (w, h), ground)
+        frame = PILImage.new("RGB", (w, h), ground)
         draw_shape(ImageDraw.Draw(frame), centre, side, shape, COLOURS[colour])
         frames.append(np.asarray(frame))
         centre = centre + step
