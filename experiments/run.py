@@ -27,6 +27,7 @@ from kimi_jax.config import ConfigError, TrainConfig, nearest, override
 from kimi_jax.train.log import read_rows, write_atomic
 
 NAMES = ("fusion_timing", "muon_adamw", "token_clip", "long_context", "zero_vision_sft")
+SMOKE_LIMIT = 8  # questions a task at the scale that only says that everything runs
 POLL = 0.5  # seconds between two looks at the running processes
 REPO = harness.HERE.parent
 
@@ -57,7 +58,8 @@ def run_one(experiment: Experiment, row: str, seed: int, scale: str, runs: str) 
     saved, params, frozen = adapters.load_run(str(workdir))
     if not trains:  # the weights of another run, the settings of this one
         saved = config
-    scored = evaluate(params, override(saved, experiment.scoring), experiment.tasks, experiment.limit, frozen=frozen)
+    limit = min(SMOKE_LIMIT, experiment.limit) if scale == "smoke" else experiment.limit
+    scored = evaluate(params, override(saved, experiment.scoring), experiment.tasks, limit, frozen=frozen)
     results: dict[str, tuple[float, int]] = {}
     for found in scored:
         results[f"{found.task}/{found.metric}"] = (found.score, found.n)

@@ -101,7 +101,6 @@ def by_tool(model: Model, questions: Sequence[Asked]) -> dict[str, tuple[float, 
     replies = engine_replies(engine, model.tokenizer, _greedy(), thinking=False)
     called, right = [], []
     with Session() as session:
-        session.run(Path(programs.__file__).read_text())
         for question in questions:
             session.put({"image_1": question.scene.image})
             messages = [{"role": "user", "content": _shown(question.scene.image, f"{TOOL}{question.question}")}]
@@ -114,7 +113,9 @@ def by_tool(model: Model, questions: Sequence[Asked]) -> dict[str, tuple[float, 
 
 
 def _tool(session: Session) -> Callable[[str], list[dict[str, Any]]]:
-    return lambda code: run_tool(session, {"code": code})
+    """What runs a call, behind the programs: a session whose process was replaced has lost what ran before."""
+    before = Path(programs.__file__).read_text()
+    return lambda code: run_tool(session, {"code": f"{before}\n{code}"})
 
 
 def _answer(episode: Episode) -> str:

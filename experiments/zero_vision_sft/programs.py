@@ -1,4 +1,4 @@
-"""Image operations as programs over arrays, for the `ipython` tool: the text of this file is what the tool runs first.
+"""Image operations as programs over arrays, for the `ipython` tool: the text of this file stands before every call.
 
 An image is uint8 [h, w, 3]: things of one colour on a light ground, at most one in each quadrant.
 """
