@@ -94,7 +94,7 @@ local_setup() {
     if [ -z "$python" ]; then
         local extras=demo wanted=''
         if is_tpu_worker; then
-            extras=demo,tpu
+            extras=demo,serve,tpu
             if ! (cd "$here" && .ci/find_python 3.11 3.12 >/dev/null 2>&1); then
                 act sudo apt-get update -qq
                 act sudo apt-get install -y -qq python3.12-venv || act sudo apt-get install -y -qq python3.11-venv

@@ -28,11 +28,10 @@ from kimi_jax.data.reply import Delta, ReplyParser
 from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.infer.generate import Chat, ReplyStream, chat_request, stream
 from kimi_jax.infer.request import Sampling
-from kimi_jax.model import load
-from kimi_jax.sharding import serving_mesh
 
 if TYPE_CHECKING:
     from kimi_jax.infer.engine import Engine
+    from kimi_jax.infer.lockstep import Leader
 
 HELP = "/image FILE   /video FILE   /thinking   /reset   /exit"
 Output: TypeAlias = TextIO | io.TextIOBase
@@ -43,7 +42,7 @@ class Conversation:
     """What was said so far, and the engine that goes on with it."""
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, sampling: Sampling, thinking: bool = True, system: str = ""
+        self, engine: Engine | Leader, tokenizer: Tokenizer, sampling: Sampling, thinking: bool = True, system: str = ""
     ):
         self._engine, self._tokenizer, self._sampling = engine, tokenizer, sampling
         self._system = [{"role": "system", "content": system}] if system else []
@@ -170,7 +169,7 @@ def define_flags() -> None:
     flags.DEFINE_string("system", "", "What a system message says first.")
     flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32", "float16"], "Of weights and activations.")
     flags.DEFINE_enum("experts", "float", ["float", "int4"], "int4: packed experts stay packed in memory.")
-    flags.DEFINE_bool("mesh", False, "Shard the weights over all devices.")
+    flags.DEFINE_bool("mesh", False, "Shard the weights over all devices; several hosts always do.")
     flags.DEFINE_integer("max_sequence_length", 4096, "Most tokens of the whole conversation.", 2)
     flags.DEFINE_integer("max_new_tokens", 2048, "Most tokens of an answer.", 1)
     flags.DEFINE_float("temperature", None, "0 is greedy; default: 1.0, 0.6 without thinking.", 0.0)
@@ -183,25 +182,36 @@ def main(argv: list[str]) -> None:
     f = flags.FLAGS
     if len(argv) > 1 or not f.model:
         sys.exit(f"error: {f'unexpected argument {argv[1]!r}' if argv[1:] else 'which model? Give --model=DIR'}")
+    from kimi_jax.infer import lockstep
     from kimi_jax.infer.engine import Engine
+    from kimi_jax.train import hosts
 
+    lockstep.join()
     cli.enable_compilation_cache()
     temperature = f.temperature if f.temperature is not None else 1.0 if f.thinking else 0.6
     sampling = Sampling(temperature, f.top_p, f.seed, f.max_new_tokens)
     try:
-        mesh = serving_mesh() if f.mesh else None
-        model = load(f.model, f.dtype, f.experts, mesh)
-        engine = Engine(model, slots=1, max_sequence_length=f.max_sequence_length, mesh=mesh)
-        conversation = Conversation(engine, model.tokenizer, sampling, f.thinking, f.system)
-        for kind, paths in (("image", f.image), ("video", f.video)):
-            for path in paths:
-                conversation.attach(kind, path)
+        model = lockstep.load_alike(f.model, f.dtype, f.experts, sharded=f.mesh)
+        engine = Engine(model, slots=1, max_sequence_length=f.max_sequence_length)
+        links = lockstep.meet()
+        if not hosts.is_first():
+            lockstep.obey(engine, links[0])
+            return
+        with contextlib.closing(lockstep.Leader(engine, links)) as leader:
+            leader.watch(lockstep.leave)
+            conversation = Conversation(leader if links else engine, model.tokenizer, sampling, f.thinking, f.system)
+            for kind, paths in (("image", f.image), ("video", f.video)):
+                for path in paths:
+                    conversation.attach(kind, path)
+            typed = sys.stdin.isatty()
+            if typed:
+                print(HELP)
+            lines = _typed() if typed else sys.stdin
+            failed = talk(conversation, lines, sys.stdout, sys.stderr, sys.stdout.isatty())
+    except hosts.HostMissing as error:
+        lockstep.leave(str(error))
     except (ConfigError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    typed = sys.stdin.isatty()
-    if typed:
-        print(HELP)
-    failed = talk(conversation, _typed() if typed else sys.stdin, sys.stdout, sys.stderr, sys.stdout.isatty())
     sys.exit(1 if failed and not typed else 0)
 
 

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
+from kimi_jax import sharding
 from kimi_jax.config import ModelConfig
 from kimi_jax.data.conversation import Message
 from kimi_jax.data.example import MediaItem
@@ -76,11 +77,14 @@ class Model:
         self.tokenizer_path = tokenizer_path
         self._engine: tuple[Any, Engine] | None = None  # and the params it was made for
 
-    def with_params(self, params: dict[str, Any]) -> Model:
-        """The same model with other weights of the same shapes; both share what is compiled."""
+    def with_params(self, params: dict[str, Any], mesh: Mesh | None = None) -> Model:
+        """The same model with other weights of the same shapes, which lie over `mesh`; both share what is compiled if
+        they lie alike."""
         _ = self._logits, self._features  # made now, so that the copy has the same ones
         other = copy.copy(self)
-        other.params, other._engine = params, None
+        other.params, other.mesh, other._engine = params, mesh, None
+        if mesh != self.mesh:
+            del other._logits, other._features
         return other
 
     @functools.cached_property
@@ -161,19 +165,30 @@ class Model:
         """The features float32 [h*w/4, D] of each item, all in one call of the tower."""
         if not items:
             return []
-        bins, places = _bins(items)
+        bins, places = _bins(items, 1 if self.mesh is None else sharding.layout(self.mesh).parts("bins"))
         features = np.asarray(self._features(self.params, bins).astype(jnp.float32))
         return [features[place] for place in places]
 
     @functools.cached_property
     def _logits(self) -> Callable:
         module = KimiK25(self.config)
-        return jax.jit(lambda params, batch: module.apply({"params": params}, batch)[0])
+        return jax.jit(lambda params, batch: module.apply({"params": params}, batch)[0], out_shardings=self._whole)
 
     @functools.cached_property
     def _features(self) -> Callable:
-        module = KimiK25(self.config)
-        return jax.jit(lambda params, bins: module.apply({"params": params}, bins, method="vision_features"))
+        module, mesh = KimiK25(self.config), self.mesh
+
+        def features(params: dict[str, Any], bins: tuple) -> jax.Array:
+            if mesh is not None:
+                bins = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, _bin_sharding(mesh, len(x))), bins)
+            return module.apply({"params": params}, bins, method="vision_features")
+
+        return jax.jit(features, out_shardings=self._whole)
+
+    @property
+    def _whole(self) -> NamedSharding | None:
+        """What numbers for the host lie as: on every device, so that each host can read them."""
+        return None if self.mesh is None else sharding.replicated(self.mesh)
 
     def _patch_size(self) -> int:
         return self.config.vision.patch_size if self.config.vision else 0
@@ -228,17 +243,23 @@ def _pad(array: np.ndarray, shape: Sequence[int], value: int) -> np.ndarray:
     return np.pad(array, [(0, to - size) for size, to in zip(array.shape, shape, strict=True)], constant_values=value)
 
 
-def _bins(items: Sequence[MediaItem]) -> tuple[tuple[VisionBins, ...], list[slice]]:
+def _bin_sharding(mesh: Mesh, count: int) -> NamedSharding:
+    return NamedSharding(mesh, sharding.layout(mesh).spec(("bins",), (count,)))
+
+
+def _bins(items: Sequence[MediaItem], parts: int = 1) -> tuple[tuple[VisionBins, ...], list[slice]]:
     """The items as bins (one item each, classes by rounded size), and where each one's features stand among them all.
 
+    parts: devices that share the bins of a class; a single bin every device has.
     Returns the batch's `vision`, and of each item the numbers of its features.
     """
     sizes = [bin_size(item.grid) for item in items]
     classes, places, offset = [], [slice(0)] * len(items), 0
     for size in sorted(set(sizes)):
         members = [i for i, each in enumerate(sizes) if each == size]
-        patches = items[members[0]].patches
-        bins = empty_bins(bucket(len(members), 1), size, patches.shape[1], patches.dtype)
+        patches, count = items[members[0]].patches, bucket(len(members), 1)
+        count += -count % parts if count > 1 else 0
+        bins = empty_bins(count, size, patches.shape[1], patches.dtype)
         for v, i in enumerate(members):
             place_item(bins, v, 0, 1, items[i].patches, items[i].grid)
             start = offset + v * (size // 4)

@@ -13,6 +13,7 @@ import pytest
 import kimi_jax as kimi
 from kimi_jax.config import PRESETS, ConfigError, TrainConfig, freeze, preset, thaw
 from kimi_jax.hf.names import leaf_shapes
+from kimi_jax.infer.cache import page_width
 from tests.environment import REPO, shared
 from tests.serve.server import checkpoint
 
@@ -140,9 +141,9 @@ def test_memory_table_follows_from_the_shapes():
         sizes = {leaf: math.prod(shape) for leaf, shape in leaf_shapes(config).items()}
         total, experts = sum(sizes.values()), sum(n for leaf, n in sizes.items() if ".mlp.experts." in leaf)
         packed = 2 * (total - experts) + experts * 4.5 / 8
-        cache = config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim) * 2
+        cache = config.num_hidden_layers * page_width(config) * 2
         assert (parameters, bf16, token) == (f"{total / 1e9:.1f}", f"{2 * total / 1e9:.1f}", f"{cache / 1e3:.1f}")
-        extra = 2 * (total - experts) + 32 * 4096 * cache  # 4 conversations for each of 8 slots
+        extra = 32 * 4096 * cache  # 4 conversations for each of 8 slots
         assert memory.startswith(f"{(2 * total + extra) / 1e9:.0f} GB")
         if int4 != "not released":
             assert int4 == f"{packed / 1e9:.1f} GB"

@@ -1,6 +1,7 @@
 """python -m kimi_jax.eval --workdir=runs/demo [--tasks=all] [--limit=1000] [--out=results.json]: scores a checkpoint.
 
-Prints a table of score, control and chance, and writes the same rows as JSON. `--list` describes the tasks.
+Prints a table of score, control and chance, and writes the same rows as JSON. `--list` describes the tasks. Started on
+several hosts (kimi_jax.train.hosts) it uses the devices of all of them; host 0 prints and writes.
 """
 
 from __future__ import annotations
@@ -85,8 +86,10 @@ def main(argv: Sequence[str]) -> None:
         return
     from kimi_jax import cli
     from kimi_jax.config import ConfigError
-    from kimi_jax.train import adapters
+    from kimi_jax.infer import lockstep
+    from kimi_jax.train import adapters, hosts
 
+    lockstep.join()
     cli.enable_compilation_cache()
     try:
         config, params, frozen = adapters.load_run(f.workdir, f.step)
@@ -94,6 +97,8 @@ def main(argv: Sequence[str]) -> None:
         raise SystemExit(f"error: {error}") from error
     samples: list[Sample] = []
     rows = evaluate(params, config, [task.name for task in tasks], f.limit, samples=samples, frozen=frozen)
+    if not hosts.is_first():
+        return
     Console().print(table(rows))
     out = f.out or str(epath.Path(f.workdir) / "results.json")
     write_rows(rows, out)

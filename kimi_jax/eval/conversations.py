@@ -18,16 +18,17 @@ from rich.console import Console
 from rich.table import Table
 
 from kimi_jax import cli
-from kimi_jax.config import ConfigError
 from kimi_jax.data.reply import parse_reply
 from kimi_jax.data.sources.demo_chat import question_message
 from kimi_jax.data.sources.demo_image import VQA_ANSWERS, vqa_image, vqa_records
 from kimi_jax.eval import before_after
 from kimi_jax.eval.tasks import shuffled
+from kimi_jax.infer import lockstep
 from kimi_jax.infer.engine import Engine
 from kimi_jax.infer.generate import Chat, chat_request
 from kimi_jax.infer.request import Sampling
-from kimi_jax.model import Model, load
+from kimi_jax.model import Model
+from kimi_jax.train import hosts
 
 SHOWN = 24  # conversations on the page
 TOKENS_OF_AN_ANSWER = 16  # at most; the longest right one has a few
@@ -129,17 +130,20 @@ def main(argv: Sequence[str]) -> None:
     f = flags.FLAGS
     if len(argv) > 1:
         raise SystemExit(f"error: unexpected argument {argv[1]!r}   (--help for more)")
+    lockstep.join()
     cli.enable_compilation_cache()
     questions = questions_of(f.limit)
     scores, answers = [], {}
     for name, workdir in (("before SFT", f.before), ("after SFT", f.after)):
         try:
-            model = load(workdir, "float32")
-        except (ConfigError, ValueError, OSError) as error:
+            model = lockstep.load_alike(workdir, "float32", "float", sharded=False)
+        except ValueError as error:
             raise SystemExit(f"error: {error}") from error
         answers[name] = ask(model, questions)
         scores.append(score(name, "as it is", questions, answers[name]))
         scores.append(score(name, "white (control)", questions, ask(model, questions, blank=True)))
+    if not hosts.is_first():
+        return
     table = Table("model", "image", "well formed", "correct", "n")
     for s in scores:
         table.add_row(s.model, s.image, f"{s.well_formed:.3f}", f"{s.correct:.3f} ± {s.stderr:.3f}", str(s.n))

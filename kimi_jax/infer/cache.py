@@ -1,12 +1,13 @@
 """The paged latent cache and its prefix cache: arrays on the device; on the host, who owns which page with what in it.
 
 Source: docs/architecture.md section 9 (pages from the start: prefix reuse and RL's length tails need them).
-A token takes kv_lora_rank + qk_rope_head_dim numbers a layer (576 in K2.5), whatever the number of heads. Full pages
-are known by the hash of all tokens up to their end, so that a prompt finds the pages of every prefix it shares; media
-pads are hashed with the content of their item, since the pads themselves are all alike. Pages nobody uses stay until
-their room is needed; the longest unused goes first, and of one sequence its end before its beginning.
+A token takes kv_lora_rank + qk_rope_head_dim numbers a layer (576 in K2.5; 640 with the zeros behind them), whatever
+the number of heads. Full pages are known by the hash of all tokens up to their end, so that a prompt finds the pages of
+every prefix it shares; media pads are hashed with the content of their item, since the pads themselves are all alike.
+Pages nobody uses stay until their room is needed; the longest unused goes first, and of one sequence its end before its
+beginning.
 
-P pages   s tokens a page   C = kv_lora_rank + qk_rope_head_dim   n tokens
+P pages   s tokens a page   Z = kv_lora_rank + qk_rope_head_dim or more, see `page_width`   n tokens
 """
 
 from __future__ import annotations
@@ -22,16 +23,29 @@ from jaxtyping import Array, Float
 
 from kimi_jax.config import ModelConfig
 from kimi_jax.data.example import MediaItem
+from kimi_jax.kernels.attention import paged_latent
+from kimi_jax.kernels.attention.mla_flash import LANES
 
 # The layers' pages. An array each: XLA copies a common one whenever a layer writes after another has read.
-Cache: TypeAlias = tuple[Float[Array, "P s C"], ...]
+Cache: TypeAlias = tuple[Float[Array, "P s Z"], ...]
 NULL_PAGE = 0  # the page that padding and idle slots write to; never handed out
 
 
 def empty_cache(config: ModelConfig, num_pages: int, page_size: int) -> Cache:
     """Zeros, in the activations' dtype."""
-    shape = num_pages, page_size, config.kv_lora_rank + config.qk_rope_head_dim
+    shape = num_pages, page_size, page_width(config)
     return tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_hidden_layers))
+
+
+def page_width(config: ModelConfig) -> int:
+    """Numbers that a token takes in a page, of which the first kv_lora_rank + qk_rope_head_dim are its latent.
+
+    Whole vectors where a kernel reads the pages: of another width XLA would turn the pages round to save the room, and
+    back for the kernel, all of them at every call.
+    """
+    width = config.kv_lora_rank + config.qk_rope_head_dim
+    kernel = paged_latent.supports(config.kv_lora_rank, config.dtype)
+    return width + -width % LANES if kernel else width
 
 
 def media_digest(item: MediaItem) -> bytes:

@@ -21,8 +21,6 @@ the others begin at its last token.
 Weights: `set_params` says what becomes of answers that are not complete, and every token carries the version that drew
 it. `unfinished`, `take` and `resume` make values of such answers, which a checkpoint can hold, and answers of values.
 
-Under a mesh the weights are sharded by `kimi_jax.sharding`, the pages and the slots along the axis of the batch.
-
 B slots   P pages   s tokens a page   A alternatives listed   L MoE layers   k experts of a token
 """
 
@@ -42,7 +40,7 @@ from kimi_jax.infer.checks import check_media, check_sampling, check_tokens
 from kimi_jax.infer.line import NOBODY, Caller, Line
 from kimi_jax.infer.media import encode_media
 from kimi_jax.infer.pages import Pages, Place
-from kimi_jax.infer.programs import PrefillChunk, Programs, Sizes
+from kimi_jax.infer.programs import PrefillChunk, Programs, Sizes, common_entropy
 from kimi_jax.infer.request import Completion, Event, Grammar, GrammarError, Matcher, Request, Sampling, completion
 from kimi_jax.infer.sequence import Sequence as Answer
 from kimi_jax.infer.sequence import SequenceGroup
@@ -63,7 +61,8 @@ class Engine:
     slots: requests that decode together. page_size: tokens a page, a power of two. num_pages: of the cache; default:
     enough for `conversations` of the longest length, of which as many as there are slots run and the others may return:
     their pages are kept meanwhile; default: as many as slots. max_sequence_length: most tokens of prompt and answer.
-    mesh: of `kimi_jax.sharding`; slots and pages are sharded where they divide. chunks: lengths of a prompt's pieces.
+    mesh: of `kimi_jax.sharding`, the model's unless given; slots and pages are sharded along its batch axes. Each of
+    several hosts has this engine and calls it alike (`infer.lockstep`). chunks: lengths of a prompt's pieces.
     tokens_per_call: how many tokens of an answer are decoded before they are reported; 1 to stream them as they come.
     prefill_tokens: of prompts, read in one step; the longest piece unless given.
     Raises ValueError for sizes without sense.
@@ -90,12 +89,12 @@ class Engine:
                 f"slots={slots} and tokens_per_call={tokens_per_call} must be at least 1, "
                 f"max_sequence_length={max_sequence_length} at least 2"
             )
-        self.model, self.config, self.mesh = model, model.config, mesh
+        self.model, self.config, self.mesh = model, model.config, model.mesh if mesh is None else mesh
         self.page_size, self.max_sequence_length = page_size, max_sequence_length
         width = -(-max_sequence_length // page_size)
         num_pages = 1 + max(slots, conversations or 0) * width if num_pages is None else num_pages
-        if mesh is not None:
-            num_pages += -num_pages % sharding.batch_parts(mesh)
+        if self.mesh is not None:
+            num_pages += -num_pages % sharding.batch_parts(self.mesh)
         longest = 1 << (max_sequence_length - 1).bit_length()
         self._chunks = [n for n in chunks if n <= longest] or [chunks[0]]
         budget = max(prefill_tokens or 0, self._chunks[-1])
@@ -103,12 +102,15 @@ class Engine:
         rows = {n: budget // n if n == self._chunks[-1] else min(budget // n, slots) for n in self._chunks}
         self._pool = PagePool(num_pages)
         self._pages = Pages(self._pool, page_size)
-        self._programs = Programs(self.config, mesh, Sizes(slots, num_pages, page_size, width, tokens_per_call, rows))
+        self._programs = Programs(
+            self.config, self.mesh, Sizes(slots, num_pages, page_size, width, tokens_per_call, rows)
+        )
         self._slots: list[Answer | None] = [None] * slots
         self._waiting = Line()
         self._prefilling: list[Answer] = []
         self._coming: tuple[dict[str, Any], int] | None = None
         self._numbers = itertools.count()
+        self._seeds = np.random.default_rng(common_entropy(self.mesh))
         self._counts = dict.fromkeys(("prefill_tokens", "decode_tokens", "prefix_hit_tokens"), 0)
         self._decoded_last = False
         self.version = -1
@@ -140,8 +142,8 @@ class Engine:
         members = [first]
         for sampling in with_seed[1:]:
             member = dataclasses.replace(
-                first, number=next(self._numbers), sampling=sampling, seed=_seed(sampling), tokens=list(first.tokens),
-                pages=[], events=[], scores=[], experts=[], matcher=_begin(first.grammar),
+                first, number=next(self._numbers), sampling=sampling, seed=self._seed(sampling),
+                tokens=list(first.tokens), pages=[], events=[], scores=[], experts=[], matcher=_begin(first.grammar),
             )  # fmt: skip
             self._waiting.append(member)
             members.append(member)
@@ -188,13 +190,17 @@ class Engine:
         digests = [media_digest(item) for item in request.media]
         answer = Answer(
             next(self._numbers), sampling, request.media, tokens.tolist(), len(tokens), limit, owners, digests,
-            _seed(sampling), caller, request.grammar, _begin(request.grammar),
+            self._seed(sampling), caller, request.grammar, _begin(request.grammar),
         )  # fmt: skip
         if answer.matcher and owners[-1] >= 0:
             raise ValueError("a prompt that ends with an image cannot have a grammar")
         answer.rewind(self.page_size)
         self._waiting.append(answer)
         return answer
+
+    def _seed(self, sampling: Sampling) -> int:
+        """The seed it gives, or one that is drawn; below 2^32."""
+        return int(self._seeds.integers(1 << 32)) if sampling.seed is None else sampling.seed % (1 << 32)
 
     def cancel(self, request_id: int) -> None:
         """End a request at the next step, which reports it. Unknown and finished ones are ignored."""
@@ -270,7 +276,8 @@ class Engine:
         (params, version), self._coming = self._coming, None
         params = self._programs.place(params)
         self._programs.set_weights(params)  # it fails if they are none; then nothing has changed
-        self.model, self.version = self.model.with_params(params), version
+        tower = {name: params[name] for name in params.keys() & {"vision", "projector"}}
+        self.model, self.version = self.model.with_params(tower, self.mesh), version  # the rest is in the programs
         for answer in self._slots:
             if answer is not None:
                 answer.stale = True
@@ -491,9 +498,3 @@ class Engine:
 
 def _begin(grammar: Grammar | None) -> Matcher | None:
     return None if grammar is None else grammar.start()
-
-
-def _seed(sampling: Sampling) -> int:
-    """The seed it gives, or one that is drawn; below 2^32."""
-    seed = int(np.random.default_rng().integers(1 << 32)) if sampling.seed is None else sampling.seed
-    return seed % (1 << 32)

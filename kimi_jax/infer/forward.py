@@ -6,7 +6,8 @@ data, so one program serves all lengths), and the absorbed form of attention: wi
 
     q . (K latent) = (K^T q) . latent        sum_k p_k (V latent_k) = V (sum_k p_k latent_k)
 
-so that decoding reads the latents as they lie and never makes a key or a value. A chunk of many queries is cheaper with
+so that decoding reads the latents as they lie and never makes a key or a value (on a TPU by
+`kernels.attention.paged_latent`, unless the pages are cut over a mesh). A chunk of many queries is cheaper with
 keys and values expanded: the chunk's own at once, then those before it a block of pages at a time.
 
 Over a mesh the chunk's tokens are sent to the routed experts (`kernels.moe.expert_parallel`); the rest is the
@@ -14,6 +15,7 @@ compiler's.
 
 B rows   T tokens of a row's chunk   L layers   P pages   s tokens a page   W pages in a row's table   D width   H heads
 n, r, v  widths of a head without rotary, its rotary part, its values    R = kv_lora_rank    C = R + r    E experts
+Z = `cache.page_width`
 K tokens of the block of pages that is looked at together
 """
 
@@ -31,6 +33,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kimi_jax.config import ModelConfig
 from kimi_jax.infer.cache import NULL_PAGE, Cache
+from kimi_jax.kernels.attention import paged_latent
 from kimi_jax.kernels.moe.expert_parallel import expert_parallel
 from kimi_jax.kernels.moe.single_rows import single_rows_swiglu
 from kimi_jax.nn.decoder import DENSE, MOE
@@ -73,12 +76,12 @@ class Chunk(NamedTuple):
 def prepare(config: ModelConfig, params: dict[str, Any], split: Callable | None = None) -> Weights:
     """Split the stacks of `params` (the plain tree of `nn.kimi`) into layers, once, in the activations' dtype.
 
-    XLA would copy a layer out of its stack in every step. The routed experts' weights, most of the weights,
-    are not cut or copied (if they have the right dtype), nor are embedding and head; the other weights of the layers
-    exist twice as long as the caller keeps `params`. kv_b is also kept as its two halves, transposed for the absorbed
-    form. The router
-    stays as it is: it computes in float32. split: `split_layers` for this configuration, compiled by whoever calls this
-    again and again; what is not cut must stay outside, since jax copies what a compiled function passes through.
+    XLA would copy a layer out of its stack in every step. The routed experts' weights, most of the weights, are not cut
+    or copied (if they have the right dtype), nor are embedding and head; the other weights of the layers exist twice as
+    long as the caller keeps `params`, which an engine does not. kv_b is also kept as its two halves, transposed for the
+    absorbed form. The router stays as it is: it computes in float32. split: `split_layers` for this configuration,
+    compiled by whoever calls this again and again; what is not cut must stay outside, since jax copies what a compiled
+    function passes through.
     """
     stacks = {}
     for name in (DENSE, MOE):
@@ -145,7 +148,7 @@ def forward(
         written.append(write(cache[number], latent, chunk))
         keys = _Keys(latent, written[-1], chunk)
         if absorbed:
-            out = _absorbed(c, layer["absorbed"], q_nope, q_rope, keys)
+            out = _absorbed(c, layer["absorbed"], q_nope, q_rope, keys, whole=layout is None)
         else:
             expand = lambda latent, own=own: attention.apply(own, latent, method="expand")  # noqa: E731
             out = _expanded(c, expand, q_nope, q_rope, keys)
@@ -160,7 +163,7 @@ def logits(config: ModelConfig, weights: Weights, hidden: Float[Array, "*b D"]) 
     return Head(config).apply({"params": weights.lm_head}, hidden)
 
 
-def write(pages: Float[Array, "P s C"], latent: Float[Array, "B T C"], chunk: Chunk) -> Float[Array, "P s C"]:
+def write(pages: Float[Array, "P s Z"], latent: Float[Array, "B T C"], chunk: Chunk) -> Float[Array, "P s Z"]:
     """Put the chunk's latents where its rows' tables say, by windows within a page; beyond the table: NULL_PAGE."""
     num, size, width = pages.shape
     rows, length = chunk.tokens.shape
@@ -168,6 +171,7 @@ def write(pages: Float[Array, "P s C"], latent: Float[Array, "B T C"], chunk: Ch
     first = chunk.start[:, None] + window * jnp.arange(length // window, dtype=jnp.int32)
     page = jnp.take_along_axis(chunk.table, first // size, axis=1, mode="fill", fill_value=NULL_PAGE)
     view = pages.reshape(num, size // window, window, width)
+    latent = jnp.pad(latent, ((0, 0), (0, 0), (0, width - latent.shape[2])))
     return view.at[page, first % size // window].set(latent.reshape(rows, -1, window, width)).reshape(pages.shape)
 
 
@@ -178,18 +182,38 @@ class _Keys(NamedTuple):
     """What the queries of a chunk look at in a layer: its own latents, and those before it by the rows' tables."""
 
     latent: Float[Array, "B T C"]
-    pages: Float[Array, "P s C"]
+    pages: Float[Array, "P s Z"]
     chunk: Chunk
 
 
-def _absorbed(config: ModelConfig, halves: dict[str, Array], q_nope: Array, q_rope: Array, keys: _Keys) -> Array:
-    """[B, T, H, v]; keys are the latents themselves, values their first R numbers."""
+def _absorbed(
+    config: ModelConfig, halves: dict[str, Array], q_nope: Array, q_rope: Array, keys: _Keys, whole: bool
+) -> Array:
+    """[B, T, H, v]; keys are the latents themselves, values their first R numbers.
+
+    whole: all pages are on the device, so that a TPU can read them where they lie.
+    """
     dot = precision(config.dtype)
     q_latent = jnp.einsum("bthn,hnr->bhtr", q_nope, halves["keys"], precision=dot)
     q = jnp.concatenate([q_latent, q_rope.swapaxes(1, 2)], axis=-1)
-    look = lambda latent: (latent, latent[..., : config.kv_lora_rank])  # noqa: E731
-    out = _attend(config, q, look, "bkd", config.kv_lora_rank, keys)
+    plain = functools.partial(_attend_latents, config)
+    if whole and q.shape[2] == 1 and paged_latent.supports(config.kv_lora_rank, q.dtype, keys.pages.shape[1]):
+        out = lax.platform_dependent(q, keys, tpu=functools.partial(_attend_pages, config), default=plain)
+    else:
+        out = plain(q, keys)
     return jnp.einsum("bhtr,hrv->bthv", out, halves["values"], precision=dot)
+
+
+def _attend_latents(config: ModelConfig, q: Array, keys: _Keys) -> Array:
+    look = lambda latent: (latent, latent[..., : config.kv_lora_rank])  # noqa: E731
+    return _attend(config, q, look, "bkd", config.kv_lora_rank, keys)
+
+
+def _attend_pages(config: ModelConfig, q: Array, keys: _Keys, interpret: Any = False) -> Array:
+    """The same for one token a row, whose own latent lies in the pages already."""
+    table, lengths, rank = keys.chunk.table, keys.chunk.start + 1, config.kv_lora_rank
+    q = jnp.pad(q[:, :, 0], ((0, 0), (0, 0), (0, keys.pages.shape[2] - q.shape[3])))
+    return paged_latent.attend(q, keys.pages, table, lengths, rank, softmax_scale(config), interpret)[:, :, None]
 
 
 def _expanded(config: ModelConfig, expand: Callable, q_nope: Array, q_rope: Array, keys: _Keys) -> Array:
@@ -225,7 +249,7 @@ def _attend(config: ModelConfig, q: Array, look: Callable, axes: str, width: int
 
     def step(i: Array, carry: tuple[Array, Array, Array]) -> tuple:
         here = lax.dynamic_slice_in_dim(table, i * together, together, axis=1)
-        latent = keys.pages[here].reshape(q.shape[0], block, -1)
+        latent = keys.pages[here].reshape(q.shape[0], block, -1)[..., : keys.latent.shape[2]]
         seen = i * block + jnp.arange(block) < start[:, None]
         return add(latent, seen[:, None, None], carry)
 

@@ -24,6 +24,7 @@ from kimi_jax.infer.request import Event, Request, Sampling
 
 if TYPE_CHECKING:
     from kimi_jax.infer.engine import Engine
+    from kimi_jax.infer.lockstep import Leader
 
 STOP_TOKENS = ("[EOS]", "<|im_end|>", "[EOT]")  # the model ends its text with any of them
 
@@ -187,7 +188,7 @@ class ReplyStream:
         return [Delta(content=text)] if text else []
 
 
-def stream(engine: Engine, request: Request, shown: ReplyStream) -> Iterator[Delta]:
+def stream(engine: Engine | Leader, request: Request, shown: ReplyStream) -> Iterator[Delta]:
     """Runs one request on an engine that has nothing else to do, and yields what `shown` makes of its tokens.
 
     A caller that stops early frees the engine. Raises what `Engine.submit` raises, RuntimeError if the engine fails.

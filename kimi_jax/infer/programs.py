@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from kimi_jax import sharding
@@ -62,7 +63,8 @@ class Programs:
         self.compilations = 0
         self.weights: decoder.Weights | None = None
         make = functools.partial(empty_cache, config, sizes.pages, sizes.page_size)
-        self.cache: Cache = make() if mesh is None else jax.jit(make, out_shardings=rows_sharding(mesh, sizes.pages))()
+        self._cut = None if mesh is None else rows_sharding(mesh, sizes.pages)  # of the cache
+        self.cache: Cache = make() if mesh is None else jax.jit(make, out_shardings=self._cut)()
 
     # ------------------------------------------------------------------------------------------------------- weights
 
@@ -117,7 +119,7 @@ class Programs:
             self.compilations += 1
             return copy_pages(cache, source, target)
 
-        return jax.jit(run, donate_argnums=0)
+        return jax.jit(run, donate_argnums=0, out_shardings=self._cut)
 
     # --------------------------------------------------------------------------------------------------------- calls
 
@@ -207,3 +209,11 @@ class Programs:
             settings.temperature[row], settings.top_p[row] = wanted.temperature, wanted.top_p
             settings.seed[row], settings.top_logprobs[row] = sequence.seed, wanted.top_logprobs
         return table, settings
+
+
+def common_entropy(mesh: Mesh | None) -> int:
+    """What numbers can be drawn with that are alike on all hosts of the mesh: 32 bits, which host 0 has drawn."""
+    own = np.random.SeedSequence().generate_state(1)
+    if mesh is not None and mesh.is_multi_process:
+        own = multihost_utils.broadcast_one_to_all(own)
+    return int(own[0])

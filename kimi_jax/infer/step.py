@@ -83,7 +83,10 @@ def next_tokens(
         cache = jax.lax.with_sharding_constraint(cache, rows_sharding(mesh, cache[0].shape[0]))
     sampled = sample(decoder.logits(config, weights, last), settings)
     scores = None if targets is None else _scores(config, weights, hidden, targets, settings)
-    return cache, Drawn(sampled, scores, jnp.stack(chosen, axis=2) if chosen else None)
+    drawn = Drawn(sampled, scores, jnp.stack(chosen, axis=2) if chosen else None)
+    if mesh is not None:  # every host reads all of it
+        drawn = jax.lax.with_sharding_constraint(drawn, sharding.replicated(mesh))
+    return cache, drawn
 
 
 def _scores(config: ModelConfig, weights: decoder.Weights, hidden: Array, targets: Array, settings: Settings) -> Array:
@@ -139,7 +142,10 @@ def decode_tokens(
 
     begin = jnp.int32(0), cache, jax.tree.map(jnp.asarray, chunk), jnp.int32(0), Drawn(sampled, None, experts)
     steps, cache, _, _, held = lax.while_loop(goes_on, one, begin)
-    return cache, Decoded(steps, held.sampled, None if held.experts is None else held.experts[:, :, 0])
+    decoded = Decoded(steps, held.sampled, None if held.experts is None else held.experts[:, :, 0])
+    if mesh is not None:
+        decoded = jax.lax.with_sharding_constraint(decoded, sharding.replicated(mesh))
+    return cache, decoded
 
 
 def copy_pages(cache: Cache, source: Int[Array, " n"], target: Int[Array, " n"]) -> Cache:

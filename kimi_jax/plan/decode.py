@@ -13,6 +13,7 @@ import functools
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kimi_jax import sharding
@@ -25,6 +26,7 @@ from kimi_jax.kernels.moe.expert_weights import Int4
 from kimi_jax.nn.decoder import DENSE, MOE
 from kimi_jax.nn.kimi import abstract_params
 from kimi_jax.nn.param import metadata, unbox
+from kimi_jax.plan.program import bytes_a_device
 
 PAGE = 64  # tokens a page: what the engine takes unless told otherwise
 
@@ -47,6 +49,23 @@ def lower(config: ModelConfig, mesh: Mesh, slots: int, length: int, page_size: i
     cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows_sharding(mesh, pages)), cache)
     step = jax.jit(functools.partial(next_tokens, config, mesh), donate_argnums=1)
     return step.lower(abstract_weights(config, mesh), cache, chunk, settings)
+
+
+def floor_bytes(config: ModelConfig, mesh: Mesh, slots: int, length: int) -> int:
+    """What a device has to read from its memory in a step at the least: its parts of the weights that are touched, each
+    once, and its share of the latents of all slots, all of which hold `length` tokens.
+
+    Of the routed experts those are counted that are touched on average if each token chooses at random. The rows of the
+    embedding, and the zeros behind latents, are not counted.
+    """
+    weights = abstract_weights(config, mesh)
+    read = [{**layer, "attention": {**layer["attention"], "kv_b": {}}} for layer in weights.layers]  # it has its halves
+    total = bytes_a_device(weights._replace(embed={}, layers=tuple(read), expert_weights=None))
+    if config.moe is not None:
+        touched = 1 - (1 - config.moe.num_experts_per_tok / config.moe.n_routed_experts) ** slots
+        total += int(touched * bytes_a_device(weights.expert_weights))
+    latent = (config.kv_lora_rank + config.qk_rope_head_dim) * jnp.dtype(config.dtype).itemsize
+    return total + slots * length * config.num_hidden_layers * latent // mesh.size
 
 
 def abstract_weights(config: ModelConfig, mesh: Mesh) -> decoder.Weights:

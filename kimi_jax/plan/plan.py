@@ -76,7 +76,8 @@ def decode(
     plan = {
         "topology": topology.name, "mesh": dict(placed.shape), "slots": slots, "length": length, "dtype": model.dtype,
         "jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu"),
-        "weights_bytes": _bytes_a_device(decode_lib.abstract_weights(model, placed)),
+        "weights_bytes": program.bytes_a_device(decode_lib.abstract_weights(model, placed)),
+        "floor_seconds": decode_lib.floor_bytes(model, placed, slots, length) / topology.chip.hbm_rate,
     }  # fmt: skip
     try:
         compiled = program.compile_lowered(lambda: decode_lib.lower(model, placed, slots, length))
@@ -107,13 +108,9 @@ def _description(config: TrainConfig, topology: Topology, mesh: Mesh) -> dict[st
         "jax": jax.__version__,
         "libtpu": importlib.metadata.version("libtpu"),
         "params": sum(math.prod(x.shape) for x in jax.tree.leaves(state.params)),
-        "params_bytes": _bytes_a_device(state.params),
-        "state_bytes": _bytes_a_device(state),
+        "params_bytes": program.bytes_a_device(state.params),
+        "state_bytes": program.bytes_a_device(state),
     }
-
-
-def _bytes_a_device(tree: Any) -> int:
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 # --------------------------------------------------------------------------------------------------------------- search

@@ -203,3 +203,8 @@ def memory_error(error: Exception, seconds: float) -> DoesNotFit | None:
 
 def _bytes(number: str, unit: str) -> int:
     return int(float(number) * 1024 ** ("KMGT".index(unit) + 1))
+
+
+def bytes_a_device(tree: Any) -> int:
+    """Of arrays, or shapes, with shardings: what each device holds of them."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -184,14 +184,17 @@ def decode_table(plan: dict[str, Any]) -> str:
         f"  {plan['slots']} slots of up to {plan['length']} tokens, jax {plan['jax']}, libtpu {plan['libtpu']}"
     )
     lines.append(f"  weights   {plan['dtype']}, {plan['weights_bytes'] / GIB:.1f} GiB a device")
+    floor = plan["floor_seconds"]
     lines += [_memory_line(plan["memory"]), _compile_line(plan["memory"])]
+    lines.append(f"  floor     {1e3 * floor:.2f} ms a step: the weights that are touched and all latents, read once")
     if "step" in plan:
         t = plan["step"]
         low, high = t["step_seconds"]
         slow, fast = t["tokens_per_second"]
         lines += [
             "  PREDICTED from the compiled program, nothing measured; all slots full",
-            f"    step           {1e3 * low:.2f} ms (all overlapped) to {1e3 * high:.2f} ms (nothing overlapped)",
+            f"    step           {1e3 * low:.2f} ms (all overlapped) to {1e3 * high:.2f} ms (nothing overlapped): "
+            f"{low / floor:.1f} to {high / floor:.1f} times the floor",
             f"    tokens/s       {slow:,.0f} to {fast:,.0f} on the whole pod",
             *_traffic_and_top(t),
         ]

@@ -10,22 +10,28 @@ Any OpenAI client works: OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="no
 temperature 1.0 (0.6 without thinking), top_p 0.95, as the release recommends. Ctrl-C ends it after the running answers.
 With --api_key, --api_key_file or KIMI_API_KEY in the environment, every route but /health needs it (Authorization:
 Bearer KEY). Before others can reach it put a proxy in front, which speaks TLS and limits the rate of each client.
+
+Started on several hosts (kimi_jax.train.hosts says how they find each other), they serve one model, whose weights and
+cache lie over all their devices; host 0 has the port. A host that is lost ends all of them with status 75.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
+import signal
 import sys
+import threading
 
 from absl import app, flags
 
 from kimi_jax import cli
 from kimi_jax.data.tokenizer import Tokenizer
+from kimi_jax.infer import lockstep
 from kimi_jax.infer.engine import Engine
-from kimi_jax.model import load
 from kimi_jax.serve.worker import EngineWorker
-from kimi_jax.sharding import serving_mesh
+from kimi_jax.train import hosts
 
 # a client that thinks, or a tool that runs, leaves its slot to others for a while and returns
 CONVERSATIONS_A_SLOT = 4
@@ -43,7 +49,7 @@ _CONVERSATIONS = flags.DEFINE_integer(
     "conversations", None, "Of the longest length, in the cache: those that run and may go on. Default: 4 x slots.", 1
 )
 _GRAMMARS = flags.DEFINE_bool("warm_grammars", False, "Compile for schemas now, not at the first call that has one.")
-_MESH = flags.DEFINE_bool("mesh", False, "Shard weights and cache over all devices.")
+_MESH = flags.DEFINE_bool("mesh", False, "Shard weights and cache over all devices; several hosts always do.")
 _REMOTE = flags.DEFINE_bool("allow_remote_media", False, "Fetch http and https URLs on the public internet.")
 _NETWORKS = flags.DEFINE_list("allow_media_networks", [], "Other networks that may be fetched from: 10.1.0.0/16,...")
 _FOLDER = flags.DEFINE_string("allow_media_folder", "", "Open images below this folder by path.")
@@ -67,18 +73,28 @@ def main(argv: list[str]) -> None:
         from kimi_jax.serve.guard import read_api_key, uvicorn_settings
     except ModuleNotFoundError as error:
         sys.exit(f'error: {error}; the server needs the extra [serve]: pip install "kimi_jax[serve]"')
+    lockstep.join()
     cli.enable_compilation_cache()
     try:
         networks = tuple(map(ipaddress.ip_network, _NETWORKS.value))
         key = read_api_key(_KEY.value, _KEY_FILE.value, os.environ.get("KIMI_API_KEY", ""))
         engine, tokenizer = _load(_MODEL.value)
+        links = lockstep.meet()
+    except hosts.HostMissing as error:
+        lockstep.leave(str(error))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    if not hosts.is_first():
+        lockstep.obey(engine, links[0])
+        return
+    leader = lockstep.Leader(engine, links)
+    worker = EngineWorker(leader if links else engine, limit=_SLOTS.value + _WAITING.value)
+    leader.watch(lambda why: _lost(worker, why))
     server = http.Server(
         _NAME.value or os.path.basename(os.path.normpath(_MODEL.value)),
         tokenizer,
         engine.config,
-        EngineWorker(engine, limit=_SLOTS.value + _WAITING.value),
+        worker,
         _LENGTH.value,
         media_folder=_FOLDER.value,
         remote=_REMOTE.value,
@@ -87,23 +103,32 @@ def main(argv: list[str]) -> None:
         max_body=_BODY.value << 20,
         max_memory=_MEMORY.value << 20,
     )
-    uvicorn.run(
-        server.app(), host=_HOST.value, port=_PORT.value, timeout_graceful_shutdown=_GRACE.value, **uvicorn_settings()
-    )
+    # uvicorn raises it again when it has shut down; the other hosts are to be told that this is the end
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    with contextlib.closing(leader):
+        uvicorn.run(
+            server.app(), host=_HOST.value, port=_PORT.value, timeout_graceful_shutdown=_GRACE.value,
+            **uvicorn_settings(),
+        )  # fmt: skip
+
+
+def _lost(worker: EngineWorker, why: str) -> None:
+    """A host is lost: calls get a 503 for a while, so that whoever balances load sees it, then the process ends."""
+    worker.fail(why)
+    threading.Timer(_GRACE.value, lockstep.leave, [why]).start()
 
 
 def _load(path: str) -> tuple[Engine, Tokenizer]:
     """The model in an engine whose programs are compiled. Raises ValueError and OSError for what cannot be served."""
-    mesh = serving_mesh() if _MESH.value else None
-    model = load(path, _DTYPE.value, _EXPERTS.value, mesh)
-    tokenizer = model.tokenizer  # before anything is compiled: it may be missing
-    print(f"{path} is loaded; compiling", file=sys.stderr)
+    model = lockstep.load_alike(path, _DTYPE.value, _EXPERTS.value, sharded=_MESH.value)
+    if hosts.is_first():
+        print(f"{path} is loaded; compiling", file=sys.stderr)
     conversations = _CONVERSATIONS.value or CONVERSATIONS_A_SLOT * _SLOTS.value
     engine = Engine(
-        model, slots=_SLOTS.value, conversations=conversations, max_sequence_length=_LENGTH.value, mesh=mesh
+        model, slots=_SLOTS.value, conversations=conversations, max_sequence_length=_LENGTH.value
     )  # fmt: skip
     engine.warmup(grammars=_GRAMMARS.value)
-    return engine, tokenizer
+    return engine, model.tokenizer
 
 
 if __name__ == "__main__":

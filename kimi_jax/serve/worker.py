@@ -21,6 +21,7 @@ from kimi_jax.infer.request import Event, Request
 
 if TYPE_CHECKING:
     from kimi_jax.infer.engine import Engine, Running
+    from kimi_jax.infer.lockstep import Leader
 
 
 SHARE = 8  # of the room one place may take at most 8/9; of a small room all of it
@@ -88,7 +89,7 @@ class EngineWorker:
     engine died of, "" while it lives.
     """
 
-    def __init__(self, engine: Engine, limit: int):
+    def __init__(self, engine: Engine | Leader, limit: int):
         self._engine, self.limit = engine, limit
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._places: dict[int, tuple[Submission, int]] = {}  # the thread's: engine's number -> run, choice
@@ -98,6 +99,7 @@ class EngineWorker:
         self.stats: dict[str, Any] = engine.stats()
         self.failure = ""
         self.admitted = 0
+        self._runs: set[Submission] = set()  # that are not closed
         self._held: Counter[str] = Counter()  # by place
 
     # ------------------------------------------------------------------------------------------------ the event loop's
@@ -157,17 +159,33 @@ class EngineWorker:
 
         Raises what the engine says to a request, EngineFailed.
         """
+        if self.failure:
+            raise EngineFailed(self.failure)
         run = Submission(self, requests, caller)
+        self._runs.add(run)
         self._inbox.put(lambda: self._begin(run))
         try:
             await run.accepted
             yield run
         finally:
+            self._runs.discard(run)
             run.close()
 
     def cancel(self, run: Submission, index: int) -> None:
         """Ends one choice."""
         self._inbox.put(lambda: self._end(run, index))
+
+    def fail(self, why: str) -> None:
+        """Nobody is answered any more; from any thread, since the engine's may wait for a device that is gone."""
+        self.failure = self.failure or why
+        if self._loop is not None:
+            self._call(self._end_all, self.failure)
+
+    def _end_all(self, why: str) -> None:
+        for run in tuple(self._runs):
+            _set_exception(run.accepted, EngineFailed(why))
+            for index in tuple(run.running):
+                run.arrived.put_nowait((index, Event(-1, None, None, (), "cancelled", why)))
 
     # ----------------------------------------------------------------------------------------------------- the thread's
 
@@ -181,10 +199,8 @@ class EngineWorker:
                 self.stats = self._engine.stats()
             except Exception as error:  # whatever it is: those who wait must hear of it
                 logging.exception("the engine failed; the server answers no more requests")
-                self.failure = f"{type(error).__name__}: {error}"
-                self._end_all(self.failure)
-        self._end_all("the server is stopping")
-        self.failure = self.failure or "the server is stopping"
+                self.fail(f"{type(error).__name__}: {error}")
+        self.fail("the server is stopping")
         while not self._inbox.empty():
             self._inbox.get()()
 
@@ -230,9 +246,6 @@ class EngineWorker:
                     del self._places[event.request_id]
         if arrived:
             self._call(_hand_out, arrived)
-
-    def _end_all(self, why: str) -> None:
-        self._deliver([Event(number, None, None, (), "cancelled", why) for number in tuple(self._places)])
 
     def _call(self, function: Callable[..., None], *arguments: Any) -> None:
         assert self._loop is not None

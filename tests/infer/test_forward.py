@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kimi_jax.infer.cache import empty_cache
+from kimi_jax.infer import forward as decoder
+from kimi_jax.infer.cache import empty_cache, page_width
 from kimi_jax.infer.forward import Chunk, forward, prepare
 from kimi_jax.nn.kimi import KimiK25
 from kimi_jax.packed_batch import padding
@@ -95,3 +96,30 @@ def test_idle_rows_change_nothing():
     beside = np.array([chunk.tokens[0], [11]], np.int32)
     again, _ = step(tuple(map(jnp.asarray, before)), chunk._replace(tokens=beside), absorbed=True)
     np.testing.assert_array_equal(hidden[0], again[0])
+
+
+def test_tpu_reads_the_pages_by_its_kernel_which_gives_the_same():
+    """Rows of no token, one page and some, and all pages; over a mesh, where pages are cut, there is no kernel.
+
+    bfloat16: probabilities are rounded before they meet values, in blocks that differ.
+    """
+    config, rows, page = tiny.replace(kv_lora_rank=128, dtype="bfloat16"), 3, 16
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+
+    start = jnp.asarray([0, 17, 47], jnp.int32)
+    table = jnp.asarray(np.arange(1, 10).reshape(rows, 3)[::-1].copy(), jnp.int32)
+    chunk = Chunk(jnp.zeros((rows, 1), jnp.int32), start, jnp.ones(rows, jnp.int32), table)
+    latent = draw(rows, 1, 136)
+    keys = decoder._Keys(latent, decoder.write(draw(10, page, page_width(config)), latent, chunk), chunk)
+    q = draw(rows, 2, 1, 136)
+    got = np.asarray(decoder._attend_pages(config, q, keys, interpret=True), np.float32)
+    want = np.asarray(decoder._attend_latents(config, q, keys), np.float32)
+    assert np.abs(got - want).max() <= 0.02 * np.abs(want).max()
+    halves = {"keys": draw(2, 8, 128), "values": draw(2, 128, 8)}
+    for whole in (True, False):
+        run = jax.jit(lambda *a, whole=whole: decoder._absorbed(config, halves, *a, whole=whole))
+        lowered = run.trace(draw(rows, 1, 2, 8), draw(rows, 1, 2, 8), keys).lower(lowering_platforms=("tpu",))
+        assert ("paged_latent_attention" in lowered.as_text()) == whole

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import weakref
 
 import jax
 import numpy as np
@@ -132,6 +133,16 @@ def test_new_weights_compile_nothing_and_old_ones_are_freed():
         engine.run([request])
     assert engine.stats()["compilations"] == programs
     assert len(jax.live_arrays()) == arrays
+
+
+def test_engine_keeps_no_stack_of_layers_beside_its_own():
+    """Only the routed experts, the embedding and the head, which are not cut."""
+    engine, params = fresh(one_by_one()), jax.tree.map(lambda a: a + 0, model().params)
+    layers = [stack["attention"] for stack in (params["dense_layers"], params["moe_layers"])]
+    stacks = [weakref.ref(leaf) for leaf in jax.tree.leaves(layers)]
+    engine.set_params(params)
+    del params, layers
+    assert stacks and not any(stack() is not None for stack in stacks)
 
 
 def test_compiled_cutting_of_weights_gives_the_same_layers():

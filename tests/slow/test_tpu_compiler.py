@@ -77,6 +77,21 @@ print(json.dumps({
 }))
 """
 
+# one layer's attention of K2.5's decoding on one chip: 64 rows of 4,096 tokens, 64 heads
+PAGED_LATENTS = """
+import sys
+import jax, jax.numpy as jnp
+from kimi_jax.kernels.attention import paged_latent
+from kimi_jax.plan import chips, program
+device = program.devices_of(chips.parse_topology(sys.argv[1]))[0]
+here = jax.sharding.SingleDeviceSharding(device)
+array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=here)
+shapes = ((64, 64, 640), "bfloat16"), ((4097, 64, 640), "bfloat16"), ((64, 64), "int32"), ((64,), "int32")
+compiled = jax.jit(lambda *a: paged_latent.attend(*a, 512, 0.1)).lower(*(array(*each) for each in shapes)).compile()
+text = compiled.as_text()
+print("paged_latent_attention" in text, compiled.memory_analysis().temp_size_in_bytes)
+"""
+
 
 def run(*command: str) -> str:
     """Standard output, in a process that has no settings of the tests' own compilers."""
@@ -124,3 +139,10 @@ def test_int4_experts_stay_words():
     assert found["kernels"] == ["int4_gmm", "ragged-all-to-all", "tgmm"]
     assert found["words"] and not found["floats"]
     assert found["temporaries"] < 2 * found["expert_weight"]
+
+
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "tpu7x:2x2x1"])
+def test_decoding_attention_compiles_and_copies_no_page(topology):
+    """At K2.5's sizes: the pages of one layer are 336 MB, and nothing of that size is made."""
+    found, temporaries = run("-c", PAGED_LATENTS, topology).split()
+    assert found == "True" and int(temporaries) < 1 << 20
