@@ -15,7 +15,7 @@ from kimi_jax.data.example import Image, Text
 from kimi_jax.data.example import encode as encode_example
 from kimi_jax.data.packing import unpack
 from kimi_jax.rl import page
-from kimi_jax.rl.episode import Finished, user_message
+from kimi_jax.rl.episode import Call, Finished, user_message
 from kimi_jax.rl.evaluate import evaluate
 from kimi_jax.rl.rollout import RolloutSource
 from kimi_jax.rl.tasks import LADDER, Problem
@@ -149,7 +149,7 @@ def test_call_that_gives_something_else_when_it_is_run_again_is_counted_and_hist
 
 @pytest.mark.parametrize("stop", [1, 3])
 def test_source_goes_on_from_its_state_in_the_middle_of_episodes(folder, opened, stop):
-    config = configured(folder, prompts=2, max_staleness=2, tokens_per_iteration=25, max_draws=3.0)
+    config = configured(folder, prompts=1, max_staleness=3, tokens_per_iteration=30, max_draws=3.0)
     scripts = [[says("", call("x = 6 * 7")), says("", call("print(x)", 1)), says("42")], [says("7")]]
 
     def run(source, steps):
@@ -177,7 +177,7 @@ HOSTILE = {
     "nothing": (call(b""), "bad_call", "code"),
     "exception": (call("1 / 0"), "error", "ZeroDivisionError"),
     "exit": (call("import os; os._exit(1)"), "killed", "ended"),
-    "endless": (call("while True: pass"), "timeout", "Interrupt"),
+    "endless": (call("while True: pass"), "timeout", "interrupted after 0.5 s"),
     "too long": (call("print('a' * 10000)"), "ok", "truncated: 10,001 characters, 200 are shown"),
     "image": (call("import numpy as np; display(np.zeros((9, 9, 3), np.uint8))"), "ok", "is not shown"),
 }
@@ -239,14 +239,12 @@ def test_call_that_the_model_has_not_ended_itself_is_not_run(folder, opened):
     assert not draw(opened(configured(folder), script)).answers[0].calls
 
 
-def test_images_of_the_problem_are_there_by_name_and_blanked_with_it(folder, opened):
+def test_images_of_the_problem_are_there_by_name(folder, opened):
     image = np.full((56, 56, 3), 7, np.uint8)
     problem = Problem("p", (Image(image), Text("sum?", 0.0)), "mathematics", str(image.sum()))
-    config = configured(folder)
-    vision = dataclasses.replace(settings(folder, kind="count").model, vision=None)
-    worker = opened(dataclasses.replace(config, model=vision), [says("", call("image_1.sum()")), says("done")])
+    worker = opened(configured(folder), [says("", call("print(image_1.sum())")), says("done")])
     (answer,) = draw(worker, problem=problem).answers
-    assert answer.calls[0].text.strip().endswith(str(image.sum()))
+    assert answer.calls[0].text.strip() == str(image.sum())
 
 
 class Slow:
@@ -261,12 +259,10 @@ class Slow:
         self._waiting.append((key, calls))
 
     def finished(self, wait):
-        if not wait:
+        if not wait or not self._waiting:
             return []
         self.steps.append(self._sampler.steps)
-        (key, calls) = self._waiting.pop(0)
-        from kimi_jax.rl.episode import Call
-
+        key, calls = self._waiting.pop(0)
         return [Finished(key, tuple(Call(c.id, "1", "1", "ok") for c in calls))]
 
     def release(self, key):
