@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from kimi_jax.ranges import Count, Natural, NonNegative, OneOf, Positive, Range
+from kimi_jax.sandbox.limits import SANDBOXES
 
 LOSSES = ("k2_5", "k1_5", "ppo", "cispo", "gspo", "none")
 
@@ -40,6 +41,25 @@ class TaskConfig:
     raw: bool = False  # `truth` names a field whose value is JSON
     after: str = ""  # of the truth, only what follows this counts
     blank: bool = False  # the control: every image is white
+    tools: tuple[str, ...] = ()  # that an answer may call (`kimi_jax.rl.episode`): "ipython", which has the images
+    thinking: bool = False  # with tools: every reply begins with reasoning
+
+    def conflict(self) -> str:
+        """What does not go together; empty if all does."""
+        return "thinking is for tasks with tools, whose prompts are conversations" * (self.thinking and not self.tools)
+
+
+@dataclass(frozen=True)
+class ToolConfig:
+    """Bounds of the episodes of tasks that name tools, and of the interpreters that run their calls."""
+
+    turns: Count = 4  # replies of the model; the last one must answer
+    calls: Count = 4  # of one reply that are run
+    characters: Annotated[int, Range(16, 1 << 20)] = 2000  # of a result; what is beyond is cut off
+    sessions: Annotated[int, Range(1, 1024)] = 4  # interpreters at once, each of one episode
+    sandbox: Annotated[str, OneOf(SANDBOXES)] = "auto"
+    timeout_seconds: Annotated[float, Range(above=0.0, high=86_400.0)] = 10.0  # of a call
+    memory_mb: Annotated[int, Range(256, 1 << 20)] = 1024  # of an interpreter
 
 
 @dataclass(frozen=True)
@@ -57,7 +77,7 @@ class RolloutConfig:
 
     prompts: Count = 64  # groups that an iteration trains on
     samples: Annotated[int, Range(2, 4096)] = 8  # answers to a prompt, a group
-    max_new_tokens: Count = 64  # of an answer, over all its parts
+    max_new_tokens: Count = 64  # that are sampled of an answer, over all its parts and turns
     # an answer that is longer goes on in the next iteration, with its weights (a partial rollout); 0: never interrupted
     tokens_per_iteration: Natural = 0
     max_staleness: Natural = 0  # eta: answers may be begun so many iterations before they are needed
@@ -92,3 +112,4 @@ class RLConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     toggle: ToggleConfig | None = None
+    tools: ToolConfig = field(default_factory=ToolConfig)

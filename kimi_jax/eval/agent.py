@@ -159,7 +159,11 @@ def _content(value: Any, limits: EpisodeLimits) -> Any:
 
 
 def _text(text: str, limits: EpisodeLimits, room: int | None = None) -> str:
-    room = limits.characters if room is None else room
+    return shorten(text, limits.characters if room is None else room)
+
+
+def shorten(text: str, room: int) -> str:
+    """A tool's text, truncated behind `room` characters, which it then says."""
     return text if len(text) <= room else f"{text[:room]}\n[truncated: {len(text):,} characters, {room:,} are shown]"
 
 

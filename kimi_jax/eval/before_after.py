@@ -23,6 +23,7 @@ table{border-collapse:collapse;margin:1em 0}td,th{padding:.35em .8em;border-bott
 .p{display:flex;gap:1em;padding:.8em 0;border-bottom:1px solid #eee}
 img{width:90px;height:90px;image-rendering:pixelated;border:1px solid #ddd}
 .q{color:#555}.ok{color:#00705a}.no{color:#b3401a}code{background:#f3f3f3;padding:0 .25em;margin-right:2px}
+code,pre{white-space:pre-wrap}pre{margin:.4em 0;font-size:.85em}.tool{background:none;color:#777}
 .low{background:#ffd9c7}.high{background:#cfe3ff}td.n{text-align:right;font-variant-numeric:tabular-nums}"""
 
 

@@ -35,6 +35,8 @@ class Sampling:
     score_from: index of the first token of the prompt whose own log-probability is wanted (1: all but the first, which
     nothing precedes); None for none. What lies before it may come from the prefix cache.
     routed_experts: that the experts of every token are recorded.
+    shares_prefix: whether pages of other requests may serve as its beginning; answers of one group share their prompt
+    in any case. Without, the numbers of a prompt do not depend on what was read before it, not even in the last bit.
     """
 
     temperature: float = 1.0
@@ -46,6 +48,7 @@ class Sampling:
     logprobs: bool = False
     score_from: int | None = None
     routed_experts: bool = False
+    shares_prefix: bool = True
 
     @property
     def reproducible(self) -> bool:

@@ -105,6 +105,8 @@ class Sequence:
     @property
     def shareable(self) -> int:
         """Tokens that may come from the prefix cache: those behind which nothing is to be scored."""
+        if not self.sampling.shares_prefix:
+            return 0
         start = self.sampling.score_from
         return len(self.tokens) if self.scored or start is None else start - 1
 

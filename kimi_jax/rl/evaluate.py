@@ -16,9 +16,11 @@ from kimi_jax.config import TrainConfig
 from kimi_jax.data.example import Image, Text
 from kimi_jax.eval.runner import SAMPLES, Row
 from kimi_jax.eval.runner import Sample as Shown
+from kimi_jax.rl.episode import transcript
+from kimi_jax.rl.pending import PendingGroup
 from kimi_jax.rl.rollout import settings
 from kimi_jax.rl.tasks import Problem, blank, open_task
-from kimi_jax.rl.worker import PendingGroup, RolloutWorker
+from kimi_jax.rl.worker import RolloutWorker
 
 
 def evaluate(
@@ -43,12 +45,12 @@ def evaluate(
     for name in names:
         task = open_task(rl.tasks[name], "validation")
         problems = [task[i] for i in range(min(limit, len(task)))]
-        answers = _answer(worker, name, problems)
+        answers, shown = _answer(worker, name, problems)
         has_images = any(isinstance(part, Image) for part in problems[0].parts)
         if has_images:
-            control = _answer(worker, name, [blank(problem) for problem in problems])
+            control, shown_control = _answer(worker, name, [blank(problem) for problem in problems])
         else:
-            control = answers[1:] + answers[:1]
+            control, shown_control = answers[1:] + answers[:1], shown[1:] + shown[:1]
         rewards = _rewards(problems, answers)
         truth, _ = Counter(str(problem.truth) for problem in problems).most_common(1)[0]
         rows.append(
@@ -60,23 +62,26 @@ def evaluate(
             )
         )  # fmt: skip
         if samples is not None:
-            samples += [_shown(name, *each) for each in zip(problems[:SAMPLES], answers, control, strict=False)]
+            correct = [reward >= 1.0 for reward in rewards]
+            each = zip(problems[:SAMPLES], shown, shown_control, correct, strict=False)
+            samples += [_shown(name, *one) for one in each]
     return rows
 
 
-def _answer(worker: RolloutWorker, name: str, problems: Sequence[Problem]) -> list[str]:
+def _answer(worker: RolloutWorker, name: str, problems: Sequence[Problem]) -> tuple[list[str], list[str]]:
+    """What the answers say, and the same for people: with the calls of tools before it."""
     groups: list[PendingGroup] = [worker.begin(name, i, problem, 1, 0) for i, problem in enumerate(problems)]
     worker.draw(groups, greedy=True)
-    return [worker.text(group.answers[0]) for group in groups]
+    texts = [worker.text(group, group.answers[0]) for group in groups]
+    return texts, [transcript(group.answers[0].calls, text) for group, text in zip(groups, texts, strict=True)]
 
 
 def _rewards(problems: Sequence[Problem], answers: Sequence[str]) -> np.ndarray:
     return np.array([problem.reward(answer) for problem, answer in zip(problems, answers, strict=True)])
 
 
-def _shown(name: str, problem: Problem, answer: str, control: str) -> Shown:
+def _shown(name: str, problem: Problem, answer: str, control: str, correct: bool) -> Shown:
     question, media = question_of(problem), images_of(problem)
-    correct = problem.reward(answer) >= 1.0
     return Shown(name, question, str(problem.truth), answer.strip(), control.strip(), correct, media)
 
 

@@ -26,10 +26,13 @@ from kimi_jax.config_rl import PolicyConfig
 from kimi_jax.eval import before_after
 from kimi_jax.eval.runner import Row, Sample
 from kimi_jax.rl import shaping
+from kimi_jax.rl.episode import transcript
 from kimi_jax.rl.evaluate import evaluate, images_of, question_of
+from kimi_jax.rl.pending import PendingGroup
 from kimi_jax.rl.rollout import settings
 from kimi_jax.rl.tasks import open_task
-from kimi_jax.rl.worker import PendingGroup, RolloutWorker
+from kimi_jax.rl.types import GIVEN
+from kimi_jax.rl.worker import RolloutWorker
 from kimi_jax.train import checkpoint
 
 GROUPS = 6  # of rollouts on the page
@@ -53,7 +56,8 @@ def page(
         f"{table}<h2>The first held-out problems</h2>{problems}"
         f"<h2>Rollouts of the first model</h2><p>Each row is an answer that was drawn. A token is marked where "
         f"the second model's probability over the first one's lies <code class=low>below {bounds[0]:g}</code> or "
-        f"<code class=high>above {bounds[1]:g}</code>.</p>{''.join(groups)}"
+        f"<code class=high>above {bounds[1]:g}</code>; <code class=tool>grey</code> is what a tool gave.</p>"
+        f"{''.join(groups)}"
     )
     return before_after.document("Reinforcement learning", "What the reward has taught", body)
 
@@ -77,17 +81,22 @@ def bounds_of(policy: PolicyConfig) -> tuple[float, float]:
 
 
 def _group(worker: RolloutWorker, group: PendingGroup, logp: Sequence[np.ndarray], bounds: tuple[float, float]) -> str:
-    rewards = [group.problem.reward(worker.text(answer)) for answer in group.answers]
+    rewards = [group.problem.reward(worker.text(group, answer)) for answer in group.answers]
     lines = []
     for answer, now, reward, advantage in zip(group.answers, logp, rewards, shaping.advantages(rewards), strict=True):
         tokens = []
-        for token, old, new in zip(answer.tokens, answer.logp, now, strict=True):
+        for token, old, new, version in zip(answer.tokens, answer.logp, now, answer.versions, strict=True):
+            text = html.escape(worker.tokenizer.decode([token]))
+            if version == GIVEN:  # a tool's result
+                tokens.append(f"<code class=tool>{text}</code>")
+                continue
             ratio = math.exp(min(float(new) - old, 80.0))
             mark = "low" if ratio < bounds[0] else "high" if ratio > bounds[1] else ""
-            text = html.escape(worker.tokenizer.decode([token]))
             tokens.append(f'<code class="{mark}" title="probability x {ratio:.3g}">{text}</code>')
+        calls = f"<pre>{html.escape(transcript(answer.calls, ''))}</pre>" if answer.calls else ""
         lines.append(
-            f"<tr><td>{''.join(tokens)}<td class=n>{reward:.2f}<td class=n>{advantage:+.2f}<td>{answer.finish}</tr>"
+            f"<tr><td>{''.join(tokens)}{calls}<td class=n>{reward:.2f}<td class=n>{advantage:+.2f}"
+            f"<td>{answer.finish}</tr>"
         )
     head = "<tr><th>tokens<th>reward<th>advantage<th>end</tr>"
     problem = group.problem

@@ -31,9 +31,10 @@ from kimi_jax.data import BadRecord
 from kimi_jax.data.packing import PackShape
 from kimi_jax.packed_batch import PackedBatch
 from kimi_jax.rl import record, shaping
+from kimi_jax.rl.pending import Answer, PendingGroup
 from kimi_jax.rl.tasks import Problem, Task, open_task
-from kimi_jax.rl.types import Group, Sample, pack, samples, staleness
-from kimi_jax.rl.worker import Answer, PendingGroup, RolloutWorker
+from kimi_jax.rl.types import Group, Sample, Trajectory, pack, samples, staleness
+from kimi_jax.rl.worker import RolloutWorker
 from kimi_jax.train.batches import HostState
 
 Ready = tuple[Group, list[float]]  # a complete group and its advantages
@@ -95,7 +96,7 @@ class RolloutSource:
             "shaping": self._shaping.to_json(), "counts": dict(self._counts),
             "metrics": dict(self._metrics),
             "pending": [
-                {"task": g.task, "index": g.index, "answers": [dict(vars(a)) for a in g.answers]} for g in self._pending
+                {"task": g.task, "index": g.index, "answers": [a.state() for a in g.answers]} for g in self._pending
             ],
             "ready": [{"group": record.dump(g).decode(), "advantages": a} for g, a in self._ready],
             "queue": [batch.as_dict() for batch in self._queue],
@@ -119,7 +120,7 @@ class RolloutSource:
     def _reopen(self, saved: Mapping[str, Any]) -> PendingGroup:
         name, index = saved["task"], saved["index"]
         group = self._worker.begin(name, index, self._problem(name, index), 0, 0)
-        group.answers = [Answer(**answer) for answer in saved["answers"]]
+        group.answers = [Answer.of_state(answer) for answer in saved["answers"]]
         return group
 
     def report(self) -> dict[str, Any]:
@@ -127,7 +128,8 @@ class RolloutSource:
         return {"batches": self._delivered, "iteration": self._iteration, **self._counts, **self._metrics}
 
     def close(self) -> None:
-        """Nothing is held outside the process."""
+        """Ends the worker's interpreters."""
+        self._worker.close()
 
     # ------------------------------------------------------------------------------------------------------- iteration
 
@@ -145,7 +147,9 @@ class RolloutSource:
         batches = self._pack(chosen)
         sampled = int(ages.sum())
         self._metrics = {
-            **metrics, "groups": len(chosen), "pending": len(self._pending), "waiting": len(self._ready),
+            **metrics, **self._worker.take_counts(), "groups": len(chosen), "pending": len(self._pending),
+            "waiting": len(self._ready),
+            "turns_mean": float(np.mean([_turns(t) for group, _ in chosen for t in group.trajectories])),
             "staleness": {str(age): int(count) / max(sampled, 1) for age, count in enumerate(ages)},
             "sync_seconds": clock[1] - clock[0], "rollout_seconds": clock[2] - clock[1],
             "pack_seconds": time.perf_counter() - clock[2],
@@ -229,7 +233,7 @@ class RolloutSource:
     def _rewards(self, group: PendingGroup) -> list[float]:
         """Of each answer, before shaping: what repeats itself, or ends in a media pad, is worth nothing."""
         return [
-            group.problem.reward(self._worker.text(answer)) if answer.finish in ("stop", "length") else 0.0
+            group.problem.reward(self._worker.text(group, answer)) if answer.finish in ("stop", "length") else 0.0
             for answer in group.answers
         ]
 
@@ -270,6 +274,11 @@ class RolloutSource:
                 )
             batches.append(batch)
         return batches
+
+
+def _turns(trajectory: Trajectory) -> int:
+    """Replies of the model."""
+    return sum(bool(segment.sampled.any()) for segment in trajectory.segments)
 
 
 def settings(config: TrainConfig) -> RLConfig:

@@ -115,6 +115,25 @@ class ModularSum:
 
 
 @dataclass(frozen=True)
+class Product:
+    """The product of two numbers of `digits` digits, all or nothing: beyond a small model, and a line of code."""
+
+    digits: int = 6
+    split: str = "train"
+
+    def __post_init__(self) -> None:
+        check_split(self.split)
+
+    def __len__(self) -> int:
+        return LENGTH
+
+    def __getitem__(self, index: int) -> Problem:
+        low, high = 10 ** (self.digits - 1), 10**self.digits
+        a, b = map(int, generator(f"rl/product/{self.digits}", self.split, index).integers(low, high, size=2))
+        return Problem(f"product/{self.split}/{index}", (Text(f"{a} * {b} =", 0.0),), "mathematics", str(a * b))
+
+
+@dataclass(frozen=True)
 class CountBlobs:
     """How many discs are in a rendered image, 1 to 5. verifier: "count" (soft) or "mathematics" (0 or 1)."""
 
@@ -254,6 +273,7 @@ LADDER: dict[str, Task] = {
     "copy": Symbols("copy", 1),
     "reverse": Symbols("reverse", 4),
     "modsum": ModularSum(),
+    "product": Product(),  # for a tool
     "count": CountBlobs(),
     "count_exact": CountBlobs("mathematics"),
     "reverse_sparse": Symbols("reverse", 4, "exact"),  # the control: must not learn

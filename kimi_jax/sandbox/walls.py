@@ -21,10 +21,9 @@ from pathlib import Path
 
 import kimi_jax
 from kimi_jax.sandbox import landlock, syscalls
-from kimi_jax.sandbox.limits import SandboxError
+from kimi_jax.sandbox.limits import SANDBOXES, SandboxError
 from kimi_jax.sandbox.lock import libc
 
-SANDBOXES = ("auto", "bubblewrap", "lock", "none")
 SYSTEM = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/share/fonts", "/usr/share/zoneinfo",
           "/etc/ld.so.cache", "/etc/alternatives")  # fmt: skip
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")

@@ -77,6 +77,12 @@ def kill_at(call: int) -> None:
     RolloutWorker.draw = counted  # type: ignore[method-assign]
 
 
+def digest_of(folder: Path) -> str:
+    """Of all bits of the trained parameters."""
+    params = jax.tree.leaves(jax.device_get(checkpoint.load(str(folder))[1]))
+    return hashlib.sha256(b"".join(np.ascontiguousarray(leaf).tobytes() for leaf in params)).hexdigest()
+
+
 def main() -> None:
     wanted = json.loads(sys.argv[1])
     if wanted.get("kill"):
@@ -84,11 +90,10 @@ def main() -> None:
     status = run(configure(wanted))
     folder = Path(wanted["workdir"])
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    params = jax.tree.leaves(jax.device_get(checkpoint.load(str(folder))[1]))
-    digest = hashlib.sha256(b"".join(np.ascontiguousarray(leaf).tobytes() for leaf in params)).hexdigest()
     (final,) = json.loads((folder / "results.json").read_text())
     found = {
-        "status": status, "rewards": [row["data"]["reward_mean"] for row in rows], "final": final, "digest": digest,
+        "status": status, "rewards": [row["data"]["reward_mean"] for row in rows], "final": final,
+        "digest": digest_of(folder),
         "mismatch": max(row["mismatch_kl"] for row in rows),
     }  # fmt: skip
     print("RESULT", json.dumps(found))

@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from tests.environment import REPO
+from tests.rl import scripted
 from tests.rl.tiny_run import write_tokenizer
 
 
@@ -20,11 +21,11 @@ def tokenizer(tmp_path_factory):
     return write_tokenizer(tmp_path_factory.mktemp("learning"))
 
 
-def start(workdir, tokenizer, kind, steps, **more):
+def start(workdir, tokenizer, kind, steps, program="learning_program", **more):
     """The finished process, and its RESULT if it came so far."""
     wanted = {"workdir": str(workdir), "tokenizer": str(tokenizer), "kind": kind, "steps": steps} | more
     environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(REPO), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "tests.rl.learning_program", json.dumps(wanted)]
+    command = [sys.executable, "-m", f"tests.rl.{program}", json.dumps(wanted)]
     done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)
     found = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     return done, found[0] if found else None
@@ -72,3 +73,20 @@ def test_killed_inside_a_rollout_a_run_ends_with_the_same_weights(tokenizer, tmp
     done, found = start(tmp_path / "killed", tokenizer, "copy", 9, **more, kill=9)
     assert done.returncode == -9 and found is None
     assert learn(tmp_path / "killed", tokenizer, "copy", 9, **more)["digest"] == expected["digest"]
+
+
+@pytest.mark.slow
+def test_killed_inside_an_episode_a_run_ends_with_the_same_weights(tmp_path):
+    """Calls whose results had come are lost with the process; those of the checkpoint are run again in fresh
+    interpreters, as they are in the run that nobody kills. Bit for bit, although tools end in any order."""
+    tokenizer = scripted.write_tokenizer(tmp_path)
+    more = {"kind": "product", "steps": 6, "program": "episode_program"}
+    done, expected = start(tmp_path / "whole", tokenizer, **more, kill=0)
+    assert expected and expected["status"] == 0, done.stderr[-3000:]
+    assert expected["tool_calls"] >= 24 and expected["tool_errors"] == expected["tool_differed"] == 0
+    assert expected["stale"] > 0  # episodes went on over several versions of the weights
+    done, found = start(tmp_path / "killed", tokenizer, **more, kill=21)
+    assert done.returncode == -9 and found is None
+    assert (tmp_path / "killed" / "metrics.jsonl").exists()
+    done, found = start(tmp_path / "killed", tokenizer, **more, kill=0)
+    assert found and found["digest"] == expected["digest"], done.stderr[-3000:]

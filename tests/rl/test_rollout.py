@@ -13,6 +13,7 @@ from kimi_jax.eval.runner import Row, Sample
 from kimi_jax.nn.kimi import init_params
 from kimi_jax.nn.param import unbox
 from kimi_jax.rl import page
+from kimi_jax.rl.pending import Answer
 from kimi_jax.rl.rollout import RolloutSource
 from kimi_jax.rl.tasks import LADDER, Problem
 from kimi_jax.rl.worker import RolloutWorker
@@ -114,10 +115,13 @@ def test_rollouts_are_the_same_for_any_number_of_tokens_a_call(folder, worker, t
 def test_repetition_ends_an_answer_and_is_worth_nothing(folder):
     config = settings(folder, repeat_period=3, repeat_times=4)
     worker = worker_of(config)
-    assert worker._repeats([7, 8] * 8) and worker._repeats([5] * 16) and worker._repeats([1, 2, 3, 4] + [7, 8, 9] * 4)
-    assert not worker._repeats([7, 8] * 7 + [7, 9])  # the last ones differ
-    assert not worker._repeats([7, 8, 9, 10] * 4)  # a longer period
-    assert not worker._repeats([5] * 15)  # looked for at multiples of 16 only
+    ends = [[7, 8] * 8, [5] * 16, [1, 2, 3, 4] + [7, 8, 9] * 4]
+    # the last ones differ; a longer period; looked for at multiples of 16 only
+    goes_on = [[7, 8] * 7 + [7, 9], [7, 8, 9, 10] * 4, [5] * 15]
+    for tokens, repeats in [*((t, True) for t in ends), *((t, False) for t in goes_on)]:
+        assert worker._repeats(Answer(0, tokens, [0.0] * len(tokens), [0] * len(tokens))) is repeats, tokens
+    given = Answer(0, [5] * 16, [0.0] * 16, [0] * 8 + [-1] * 8)  # what a tool says is no repetition of the model
+    assert not worker._repeats(given)
 
 
 @pytest.mark.parametrize("eta", [0, 1, 3])
