@@ -187,7 +187,7 @@ class Interpreters:
             self._thread.join()
             loop.close()
         self._inboxes.clear()
-        self._running = 0
+        self._running, self._results = 0, queue.SimpleQueue()
 
     def _open(self) -> asyncio.AbstractEventLoop:
         """The event loop, with a pool of interpreters in it; made for the first call."""

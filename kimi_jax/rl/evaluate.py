@@ -65,6 +65,7 @@ def evaluate(
             correct = [reward >= 1.0 for reward in rewards]
             each = zip(problems[:SAMPLES], shown, shown_control, correct, strict=False)
             samples += [_shown(name, *one) for one in each]
+    worker.take_counts()  # those of the log are of rollouts
     return rows
 
 

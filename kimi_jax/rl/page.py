@@ -121,9 +121,12 @@ def compare(before: str, after: str, limit: int) -> tuple[dict[str, list[Row]], 
     params = {"before": checkpoint.load(before, mesh=mesh)[1], "after": weights}
     rows: dict[str, list[Row]] = {}
     shown: dict[str, list[Sample]] = {name: [] for name in NAMES}
-    for name in NAMES:
-        rows[name] = evaluate(worker, params[name], config, ("all",), limit, samples=shown[name])
-    groups = rollouts(worker, config, params["before"], params["after"])
+    try:
+        for name in NAMES:
+            rows[name] = evaluate(worker, params[name], config, ("all",), limit, samples=shown[name])
+        groups = rollouts(worker, config, params["before"], params["after"])
+    finally:
+        worker.close()
     return rows, page(rows, shown, groups, bounds_of(rl.policy))
 
 

@@ -33,7 +33,7 @@ from kimi_jax.packed_batch import PackedBatch
 from kimi_jax.rl import record, shaping
 from kimi_jax.rl.pending import Answer, PendingGroup
 from kimi_jax.rl.tasks import Problem, Task, open_task
-from kimi_jax.rl.types import Group, Sample, Trajectory, pack, samples, staleness
+from kimi_jax.rl.types import Group, Sample, pack, samples, staleness
 from kimi_jax.rl.worker import RolloutWorker
 from kimi_jax.train.batches import HostState
 
@@ -149,7 +149,7 @@ class RolloutSource:
         self._metrics = {
             **metrics, **self._worker.take_counts(), "groups": len(chosen), "pending": len(self._pending),
             "waiting": len(self._ready),
-            "turns_mean": float(np.mean([_turns(t) for group, _ in chosen for t in group.trajectories])),
+            "turns_mean": _turns_mean([group for group, _ in chosen]),
             "staleness": {str(age): int(count) / max(sampled, 1) for age, count in enumerate(ages)},
             "sync_seconds": clock[1] - clock[0], "rollout_seconds": clock[2] - clock[1],
             "pack_seconds": time.perf_counter() - clock[2],
@@ -276,9 +276,11 @@ class RolloutSource:
         return batches
 
 
-def _turns(trajectory: Trajectory) -> int:
-    """Replies of the model."""
-    return sum(bool(segment.sampled.any()) for segment in trajectory.segments)
+def _turns_mean(groups: Sequence[Group]) -> float:
+    """Replies of the model in an answer."""
+    answers = [t for group in groups for t in group.trajectories]
+    turns = sum(bool(segment.sampled.any()) for t in answers for segment in t.segments)
+    return turns / max(len(answers), 1)
 
 
 def settings(config: TrainConfig) -> RLConfig:

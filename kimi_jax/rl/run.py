@@ -23,9 +23,12 @@ def run(config: TrainConfig) -> int:
     def open_rollouts(config: TrainConfig, packs: Sequence[int], state: HostState | None) -> RolloutSource:
         return RolloutSource(config, packs, state, worker)
 
-    return loop.run(
-        config,
-        objective=policy(rl.policy),
-        batches=open_rollouts,
-        evaluate=functools.partial(evaluate, worker) if config.eval.tasks else None,
-    )
+    try:
+        return loop.run(
+            config,
+            objective=policy(rl.policy),
+            batches=open_rollouts,
+            evaluate=functools.partial(evaluate, worker) if config.eval.tasks else None,
+        )
+    finally:
+        worker.close()

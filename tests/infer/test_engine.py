@@ -167,6 +167,16 @@ def test_samples_of_one_prompt_share_it_while_they_run(engine):
     assert engine.stats()["prefill_tokens"] - before == 18 + 2 + 2
 
 
+def test_prompt_that_shares_no_prefix_is_read_whole_and_gives_the_same_bits(engine):
+    """Whatever was read before: a known prefix would be read in other pieces, which round otherwise."""
+    apart = Request(text(9, 22), sampling=dataclasses.replace(GREEDY, shares_prefix=False))
+    (first,) = engine.run([apart])
+    engine.run([dataclasses.replace(apart, sampling=GREEDY)])
+    (again,) = engine.run([apart])
+    assert (first.cached_tokens, again.cached_tokens) == (0, 0)
+    assert again.token_ids == first.token_ids and again.logprobs == first.logprobs
+
+
 def test_another_image_is_no_prefix_hit(engine):
     one, other = with_image(7, 6, make_image(1), 5), with_image(7, 6, make_image(2), 5)
     np.testing.assert_array_equal(one.token_ids, other.token_ids)

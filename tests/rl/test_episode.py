@@ -14,8 +14,9 @@ from kimi_jax.data import conversation
 from kimi_jax.data.example import Image, Text
 from kimi_jax.data.example import encode as encode_example
 from kimi_jax.data.packing import unpack
+from kimi_jax.data.reply import ToolCall
 from kimi_jax.rl import page
-from kimi_jax.rl.episode import Call, Finished, user_message
+from kimi_jax.rl.episode import Call, Finished, Interpreters, user_message
 from kimi_jax.rl.evaluate import evaluate
 from kimi_jax.rl.rollout import RolloutSource
 from kimi_jax.rl.tasks import LADDER, Problem
@@ -245,6 +246,27 @@ def test_images_of_the_problem_are_there_by_name(folder, opened):
     worker = opened(configured(folder), [says("", call("print(image_1.sum())")), says("done")])
     (answer,) = draw(worker, problem=problem).answers
     assert answer.calls[0].text.strip() == str(image.sum())
+
+
+def test_episodes_wait_for_an_interpreter_and_never_for_each_other(folder, opened):
+    """One interpreter, three episodes of two calls, in parts: whoever is interrupted gives it back."""
+    script = [says("", call("x = 6 * 7")), says("", call("print(x)", 1)), says("42")]
+    config = configured(folder, tools=dataclasses.replace(TOOLS, sessions=1))
+    group = draw(opened(config, script), 3, most=30, parts=5)
+    assert [[c.text for c in a.calls] for a in group.answers] == [["(no output)", "42\n"]] * 3
+
+
+def test_interpreters_that_are_closed_end_what_runs_in_them():
+    interpreters = Interpreters(ToolConfig(sessions=1, timeout_seconds=600.0))
+    endless = ToolCall("functions.ipython:0", "ipython", json.dumps({"code": "while True: pass"}))
+    interpreters.run(1, [endless], (), {})
+    interpreters.close()
+    assert not interpreters.busy
+    again = dataclasses.replace(endless, arguments=json.dumps({"code": "1 + 1"}))
+    interpreters.run(1, [again], (), {})  # it can be used again
+    (finished,) = interpreters.finished(wait=True)
+    assert finished.calls[0].text.strip() == "2"
+    interpreters.close()
 
 
 class Slow:
