@@ -31,7 +31,7 @@ options, or the variable in brackets
 TEXT
 }
 
-readonly RESTART=75   # kimi_jax.train.hosts.RESTART: saved, start me again
+readonly RESTART=75   # kimi_jax.hosts.RESTART: saved, start me again
 readonly ABORTED=134  # jax ends the other hosts this way when one is lost
 readonly HEALTHY=3600 # seconds of work after which earlier restarts are forgotten
 readonly FOLDER=kimi_jax
@@ -112,7 +112,7 @@ local_setup() {
 
 local_check() {
     choose_python
-    (cd "$here" && act "$python" -m kimi_jax.train.hosts)
+    (cd "$here" && act "$python" -m kimi_jax.hosts)
 }
 
 put() { # writes a file of the state folder so that a reader never finds it empty

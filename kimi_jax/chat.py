@@ -182,16 +182,17 @@ def main(argv: list[str]) -> None:
     f = flags.FLAGS
     if len(argv) > 1 or not f.model:
         sys.exit(f"error: {f'unexpected argument {argv[1]!r}' if argv[1:] else 'which model? Give --model=DIR'}")
+    from kimi_jax import hosts
     from kimi_jax.infer import lockstep
     from kimi_jax.infer.engine import Engine
-    from kimi_jax.train import hosts
+    from kimi_jax.model import load_alike
 
     lockstep.join()
     cli.enable_compilation_cache()
     temperature = f.temperature if f.temperature is not None else 1.0 if f.thinking else 0.6
     sampling = Sampling(temperature, f.top_p, f.seed, f.max_new_tokens)
     try:
-        model = lockstep.load_alike(f.model, f.dtype, f.experts, sharded=f.mesh)
+        model = load_alike(f.model, f.dtype, f.experts, sharded=f.mesh)
         engine = Engine(model, slots=1, max_sequence_length=f.max_sequence_length)
         links = lockstep.meet()
         if not hosts.is_first():

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from kimi_jax.ranges import Count, Natural, NonNegative, OneOf, Positive, Range
-from kimi_jax.sandbox.limits import SANDBOXES
+
+SANDBOXES = ("auto", "bubblewrap", "lock", "none")  # walls that may be asked for; see `sandbox.walls.choose`
 
 LOSSES = ("k2_5", "k1_5", "ppo", "cispo", "gspo", "none")
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from kimi_jax import sharding
+from kimi_jax import hosts, sharding
 from kimi_jax.config import ModelConfig
 from kimi_jax.data.conversation import Message
 from kimi_jax.data.example import MediaItem
@@ -61,6 +61,25 @@ def load(
     every damaged file of a workdir.
     """
     return Model(*load_weights(path, dtype, experts, mesh, verify), mesh)
+
+
+def load_alike(path: str, dtype: str, experts: str, sharded: bool) -> Model:
+    """`load` with the tokenizer, on all hosts or on none. sharded: over all devices; several hosts always are.
+
+    Raises ValueError for what cannot be loaded on one of them, naming the hosts where there are several.
+    """
+    problem, model = "", None
+    try:
+        model = load(path, dtype, experts, sharding.serving_mesh() if sharded or jax.process_count() > 1 else None)
+        _ = model.tokenizer
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    problems = hosts.gather(problem)
+    if any(problems):
+        several = len(problems) > 1
+        raise ValueError("; ".join(f"host {n}: {each}" if several else each for n, each in enumerate(problems) if each))
+    assert model is not None
+    return model
 
 
 class Model:

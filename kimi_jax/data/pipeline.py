@@ -157,7 +157,7 @@ class BatchStream:
     state:  of `state()`, or `merge_states` of those of all hosts; continues with exactly the next batch.
     sources, tokenizer: instead of opening those the settings name; must be picklable when there are workers.
     stall_seconds: a worker that delivers nothing for so long is given up.
-    gather: gives every host what all of them passed (`train.hosts.gather`); state and report are then of all hosts.
+    gather: gives every host what all of them passed (`hosts.gather`); state and report are then of all hosts.
 
     `data.num_workers` processes share the shards; 0 makes batches here, in a thread `data.prefetch` packs ahead
     (`prefetch=0`: no thread). Raises ConfigError and DataError, at once for settings, from `next` for data.

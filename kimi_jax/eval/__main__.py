@@ -1,7 +1,7 @@
 """python -m kimi_jax.eval --workdir=runs/demo [--tasks=all] [--limit=1000] [--out=results.json]: scores a checkpoint.
 
 Prints a table of score, control and chance, and writes the same rows as JSON. `--list` describes the tasks. Started on
-several hosts (kimi_jax.train.hosts) it uses the devices of all of them; host 0 prints and writes.
+several hosts (kimi_jax.hosts) it uses the devices of all of them; host 0 prints and writes.
 """
 
 from __future__ import annotations
@@ -84,10 +84,10 @@ def main(argv: Sequence[str]) -> None:
         for task in tasks:
             Console().print(f"[bold]{task.name}[/] ({task.column}, {', '.join(task.metrics)}): {task.doc}")
         return
-    from kimi_jax import cli
+    from kimi_jax import cli, hosts
     from kimi_jax.config import ConfigError
     from kimi_jax.infer import lockstep
-    from kimi_jax.train import adapters, hosts
+    from kimi_jax.train import adapters
 
     lockstep.join()
     cli.enable_compilation_cache()

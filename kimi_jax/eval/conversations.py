@@ -17,7 +17,7 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
-from kimi_jax import cli
+from kimi_jax import cli, hosts
 from kimi_jax.data.reply import parse_reply
 from kimi_jax.data.sources.demo_chat import question_message
 from kimi_jax.data.sources.demo_image import VQA_ANSWERS, vqa_image, vqa_records
@@ -27,8 +27,7 @@ from kimi_jax.infer import lockstep
 from kimi_jax.infer.engine import Engine
 from kimi_jax.infer.generate import Chat, chat_request
 from kimi_jax.infer.request import Sampling
-from kimi_jax.model import Model
-from kimi_jax.train import hosts
+from kimi_jax.model import Model, load_alike
 
 SHOWN = 24  # conversations on the page
 TOKENS_OF_AN_ANSWER = 16  # at most; the longest right one has a few
@@ -136,7 +135,7 @@ def main(argv: Sequence[str]) -> None:
     scores, answers = [], {}
     for name, workdir in (("before SFT", f.before), ("after SFT", f.after)):
         try:
-            model = lockstep.load_alike(workdir, "float32", "float", sharded=False)
+            model = load_alike(workdir, "float32", "float", sharded=False)
         except ValueError as error:
             raise SystemExit(f"error: {error}") from error
         answers[name] = ask(model, questions)

@@ -33,17 +33,14 @@ from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any, NoReturn
 
-import jax
 import numpy as np
 
+from kimi_jax import hosts
 from kimi_jax.config import ModelConfig
 from kimi_jax.infer.engine import Engine, Running
 from kimi_jax.infer.line import NOBODY, Caller
 from kimi_jax.infer.request import Event, Grammar, GrammarError, Matcher, Request
 from kimi_jax.infer.unfinished import Unfinished
-from kimi_jax.model import Model, load
-from kimi_jax.sharding import serving_mesh
-from kimi_jax.train import hosts
 
 MEET_SECONDS = 120.0  # for all hosts to connect, once each of them has compiled
 VERDICT_SECONDS = 20.0  # after a failed step: for the word that another host is lost, which explains it
@@ -105,7 +102,7 @@ def _read(connection: socket.socket, count: int) -> bytes:
 
 def meet() -> list[Link]:
     """Connects host 0 with all others: on host 0 the links to them in order, elsewhere the one to host 0; no links for
-    a single host. All hosts call it at the same point, after `train.hosts.start`.
+    a single host. All hosts call it at the same point, after `hosts.start`.
 
     Host 0 listens on a port that the system gives it; port and password go over the devices. Raises HostMissing.
     """
@@ -152,7 +149,7 @@ def _accept(found: hosts.Hosts, server: socket.socket, password: str) -> list[Li
 
 
 def join() -> None:
-    """What a command does first: joins this host to the others, if there are any; see `train.hosts`. Ends the process
+    """What a command does first: joins this host to the others, if there are any; see `hosts`. Ends the process
     with the reason if that fails, with the status that asks to be started again if a host did not come."""
     try:
         hosts.start()
@@ -160,25 +157,6 @@ def join() -> None:
         leave(str(error))
     except ValueError as error:
         sys.exit(f"error: {error}")
-
-
-def load_alike(path: str, dtype: str, experts: str, sharded: bool) -> Model:
-    """`kimi_jax.load` with the tokenizer, on all hosts or on none. sharded: over all devices; several hosts always are.
-
-    Raises ValueError for what cannot be loaded on one of them, naming the hosts where there are several.
-    """
-    problem, model = "", None
-    try:
-        model = load(path, dtype, experts, serving_mesh() if sharded or jax.process_count() > 1 else None)
-        _ = model.tokenizer
-    except (ValueError, OSError) as error:
-        problem = str(error)
-    problems = hosts.gather(problem)
-    if any(problems):
-        several = len(problems) > 1
-        raise ValueError("; ".join(f"host {n}: {each}" if several else each for n, each in enumerate(problems) if each))
-    assert model is not None
-    return model
 
 
 # --------------------------------------------------------------------------------------------------------------- host 0

@@ -18,11 +18,12 @@ import numpy as np
 from absl import app, flags
 
 from kimi_jax import cli
+from kimi_jax.config_rl import SANDBOXES
 from kimi_jax.data import BadRecord
 from kimi_jax.data.image import decode, open_image
 from kimi_jax.sandbox.limits import SandboxError, SandboxLimits
 from kimi_jax.sandbox.session import Result, Session
-from kimi_jax.sandbox.walls import SANDBOXES, choose
+from kimi_jax.sandbox.walls import choose
 
 # what must fail inside; each tells what would have been reached
 CHECKS = {

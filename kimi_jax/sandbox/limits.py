@@ -7,7 +7,6 @@ from typing import Annotated
 
 from kimi_jax.ranges import Range, problem
 
-SANDBOXES = ("auto", "bubblewrap", "lock", "none")  # what may be asked for; see `walls.choose`
 Seconds = Annotated[float, Range(above=0.0, high=86_400.0)]
 
 

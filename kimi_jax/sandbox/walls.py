@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import kimi_jax
+from kimi_jax.config_rl import SANDBOXES
 from kimi_jax.sandbox import landlock, syscalls
-from kimi_jax.sandbox.limits import SANDBOXES, SandboxError
+from kimi_jax.sandbox.limits import SandboxError
 from kimi_jax.sandbox.lock import libc
 
 SYSTEM = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/share/fonts", "/usr/share/zoneinfo",

@@ -12,7 +12,7 @@ temperature 1.0 (0.6 without thinking), top_p 0.95, as the release recommends. C
 With --api_key, --api_key_file or KIMI_API_KEY in the environment, every route but /health needs it (Authorization:
 Bearer KEY). Before others can reach it put a proxy in front, which speaks TLS and limits the rate of each client.
 
-Started on several hosts (kimi_jax.train.hosts says how they find each other), they serve one model, whose weights and
+Started on several hosts (kimi_jax.hosts says how they find each other), they serve one model, whose weights and
 cache lie over all their devices; host 0 has the port. A host that is lost ends all of them with status 75.
 """
 
@@ -27,13 +27,13 @@ import threading
 
 from absl import app, flags
 
-from kimi_jax import cli
+from kimi_jax import cli, hosts
 from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.infer import lockstep
 from kimi_jax.infer.engine import Engine
+from kimi_jax.model import load_alike
 from kimi_jax.serve.weights import WeightsFolder
 from kimi_jax.serve.worker import EngineWorker
-from kimi_jax.train import hosts
 
 # a client that thinks, or a tool that runs, leaves its slot to others for a while and returns
 CONVERSATIONS_A_SLOT = 4
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> None:
         lockstep.obey(engine, links[0])
         return
     if links and _WEIGHTS.value:
-        lockstep.leave("error: --weights_from works on one host only; leave it out, or serve on one")
+        lockstep.leave("--weights_from works on one host only; leave it out, or serve on one")
     leader = lockstep.Leader(engine, links)
     worker = EngineWorker(leader if links else engine, limit=_SLOTS.value + _WAITING.value)
     leader.watch(lambda why: _lost(worker, why))
@@ -130,7 +130,7 @@ def _lost(worker: EngineWorker, why: str) -> None:
 
 def _load(path: str) -> tuple[Engine, Tokenizer]:
     """The model in an engine whose programs are compiled. Raises ValueError and OSError for what cannot be served."""
-    model = lockstep.load_alike(path, _DTYPE.value, _EXPERTS.value, sharded=_MESH.value)
+    model = load_alike(path, _DTYPE.value, _EXPERTS.value, sharded=_MESH.value)
     if hosts.is_first():
         print(f"{path} is loaded; compiling", file=sys.stderr)
     conversations = _CONVERSATIONS.value or CONVERSATIONS_A_SLOT * _SLOTS.value

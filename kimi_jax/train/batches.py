@@ -12,10 +12,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from kimi_jax import hosts
 from kimi_jax.config import TrainConfig
 from kimi_jax.data.pipeline import BatchStream
 from kimi_jax.packed_batch import PackedBatch
-from kimi_jax.train import hosts
 
 HostState = dict[str, Any]  # JSON values, and NumPy arrays of numbers or bools anywhere in it
 ARRAY = "__array__"  # key of what stands in the JSON in an array's place: [dtype, shape]

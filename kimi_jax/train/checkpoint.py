@@ -30,10 +30,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh
 
-from kimi_jax import checksums, sharding
+from kimi_jax import checksums, hosts, sharding
 from kimi_jax.config import CheckpointConfig, ConfigError, MeshConfig, TrainConfig, diff, freeze
 from kimi_jax.hf.files import CheckpointError
-from kimi_jax.train import hosts, inputs
+from kimi_jax.train import inputs
 from kimi_jax.train.batches import described, join_arrays, split_arrays
 from kimi_jax.train.state import TrainState, abstract_params
 

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kimi_jax.train.hosts import RESTART
+from kimi_jax.hosts import RESTART
 from kimi_jax.train.metrics import progress_line
 
 

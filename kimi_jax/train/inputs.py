@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from kimi_jax import hosts
 from kimi_jax.config import ConfigError, DataConfig, TrainConfig
 from kimi_jax.data import BadRecord, DataError
 from kimi_jax.data.example import Example, Image, Text
 from kimi_jax.data.image import image_size
 from kimi_jax.data.sources import open_source
-from kimi_jax.train import hosts
 
 SAMPLE = 16  # records of a source that are read, evenly spread over it
 NAMES = "tokenizer_config.json"  # beside a tiktoken.model

@@ -14,7 +14,7 @@ had never stopped.
 What is minimised and where batches come from are values handed to it (kimi_jax.train.objective, .batches): SFT and
 reinforcement learning are this same loop.
 
-With several hosts (kimi_jax.train.hosts) all of them run this same file on their part of the batch; host 0 alone prints
+With several hosts (kimi_jax.hosts) all of them run this same file on their part of the batch; host 0 alone prints
 and writes the log, and whatever could differ between them (a signal, a file just written) is agreed on first.
 """
 
@@ -33,10 +33,10 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from kimi_jax import cli, sharding
+from kimi_jax import cli, hosts, sharding
 from kimi_jax.config import PRESETS, ConfigError, TrainConfig, check, diff, preset
 from kimi_jax.config_check import check_run
-from kimi_jax.train import adapters, hosts, init_from, inputs, lock, xla_flags
+from kimi_jax.train import adapters, init_from, inputs, lock, xla_flags
 from kimi_jax.train import state as state_lib
 from kimi_jax.train.batches import BatchSource, OpenBatches, open_stream
 from kimi_jax.train.checkpoint import Checkpoints

@@ -22,12 +22,11 @@ jax.config.update("jax_platforms", "cpu")
 
 import numpy as np  # noqa: E402
 
-from kimi_jax import sharding  # noqa: E402
+from kimi_jax import hosts, sharding  # noqa: E402
 from kimi_jax.infer import lockstep  # noqa: E402
 from kimi_jax.infer.engine import Engine  # noqa: E402
 from kimi_jax.infer.request import Event, Request, Sampling  # noqa: E402
 from kimi_jax.model import Model  # noqa: E402
-from kimi_jax.train import hosts  # noqa: E402
 from tests.infer.test_engine import make_image, text, with_image  # noqa: E402
 from tests.nn import tiny  # noqa: E402
 

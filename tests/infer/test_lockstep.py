@@ -17,11 +17,11 @@ import threading
 import numpy as np
 import pytest
 
+from kimi_jax import hosts
 from kimi_jax.data.example import MediaItem
 from kimi_jax.infer import lockstep
 from kimi_jax.infer.engine import Engine
 from kimi_jax.infer.request import Event, GrammarError, Request, Sampling
-from kimi_jax.train import hosts
 from tests.environment import REPO
 from tests.train.processes import environment, free_port
 

@@ -14,7 +14,7 @@ import urllib.request
 import openai
 import pytest
 
-from kimi_jax.train import hosts
+from kimi_jax import hosts
 from tests.environment import REPO
 from tests.serve.server import PATIENCE, checkpoint, client, image_uri
 from tests.serve.test_app import WEATHER, user

@@ -19,8 +19,8 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 
 from kimi_jax import config as c  # noqa: E402
-from kimi_jax import sharding  # noqa: E402
-from kimi_jax.train import hosts, loop  # noqa: E402
+from kimi_jax import hosts, sharding  # noqa: E402
+from kimi_jax.train import loop  # noqa: E402
 
 MAKE_MESH, PUT_BATCH = sharding.make_mesh, sharding.put_batch
 

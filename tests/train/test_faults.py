@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import pytest
 
 from kimi_jax.config import RecoveryConfig
+from kimi_jax.hosts import RESTART
 from kimi_jax.train import spikes
 from kimi_jax.train.console import Interrupted, Stop, exit_status
-from kimi_jax.train.hosts import RESTART
 from kimi_jax.train.state import TrainState
 from tests.environment import REPO
 from tests.train.processes import environment

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
+from kimi_jax import hosts
 from kimi_jax.config import ConfigError
-from kimi_jax.train import hosts
-from kimi_jax.train.hosts import HostMissing, Hosts, find, roll_call
+from kimi_jax.hosts import HostMissing, Hosts, find, roll_call
 from kimi_jax.train.log import read_rows
 from kimi_jax.train.metrics import TIMED
 from tests.train.processes import free_port, make_config, results, start, start_hosts

@@ -11,8 +11,8 @@ import pytest
 import kimi_jax as kimi
 from kimi_jax.data.tokenizer import train_tokenizer
 from kimi_jax.hf.convert import from_hf
+from kimi_jax.hosts import RESTART
 from kimi_jax.train import checkpoint, lock
-from kimi_jax.train.hosts import RESTART
 from kimi_jax.train.log import read_rows
 from tests.environment import FIXTURES, REPO
 from tests.train.processes import environment, make_config

@@ -1,6 +1,6 @@
 """Many hosts as one run: who takes part, how they find each other, and what they have to agree on.
 
-`python -m kimi_jax.train.hosts` starts like a run and adds a one from every device: the sum must be the number of
+`python -m kimi_jax.hosts` starts like a run and adds a one from every device: the sum must be the number of
 devices (tpu_setup.sh asks this before anything else).
 
 Hosts find each other in one of these ways, in this order:
