@@ -28,7 +28,7 @@ STAGES = (
     ("long", "4x"),
 )
 TINY = {
-    "steps": 3, "model.vocab_size": 1024, "model.hidden_size": 32, "model.intermediate_size": 48,
+    "steps": 3, "model.vocab_size": 2048, "model.hidden_size": 32, "model.intermediate_size": 48,
     "model.num_hidden_layers": 2, "model.num_attention_heads": 2, "model.q_lora_rank": 16, "model.kv_lora_rank": 16,
     "model.qk_nope_head_dim": 8, "model.qk_rope_head_dim": 8, "model.v_head_dim": 8, "model.moe.n_routed_experts": 4,
     "model.moe.moe_intermediate_size": 16, "data.num_packs": 8, "data.rows_per_pack": 1, "data.buffer_size": 8,
@@ -36,7 +36,7 @@ TINY = {
 }  # fmt: skip
 TINY_VISION = {
     "model.vision.hidden_size": 16, "model.vision.intermediate_size": 32, "model.vision.num_hidden_layers": 1,
-    "model.vision.num_attention_heads": 2, "data.vision_bins": ((144, 4),),
+    "model.vision.num_attention_heads": 2, "data.vision_bins": ((144, 8),),
 }  # fmt: skip
 
 
@@ -74,7 +74,7 @@ def test_three_stages_in_a_chain(tmp_path):
         })  # fmt: skip
         if not ends:
             joint = freeze(runpy.run_path(str(REPO / "configs/pretrain/joint.py"))["get_config"]())
-            tokenizer_for(joint, config.data.tokenizer, 1024, max_bytes=1_000_000)
+            tokenizer_for(joint, config.data.tokenizer, 2048, max_bytes=2_000_000)
         opened = []
 
         def record(*given, opened=opened):

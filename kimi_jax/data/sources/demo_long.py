@@ -31,7 +31,7 @@ NUMBERS = tuple("0123456789")
 FACT = "The secret number is"
 CARDS = tuple(COLOURS)
 CARD_QUESTION = "which colour was shown?"
-FRAME, TOKENS_A_CHUNK = 28, 16  # pixels a side; a chunk is one feature, its time stamp and its marks
+FRAME, TOKENS_A_CHUNK = 28, 18  # pixels a side; a chunk is one feature, its time stamp and its marks
 END_TOKENS = 40  # of the question and the answer behind a video
 LENGTH = 8192
 
