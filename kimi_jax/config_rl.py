@@ -106,6 +106,31 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
+class OrchestratorConfig:
+    """Runs of an agent swarm as rollouts (`kimi_jax.rl.orchestrator`), their limits and auxiliary rewards (PARL)."""
+
+    corpus: str = "runs/orchestrator/corpus"  # folder of the documents that subagents search
+    critical_steps: Annotated[int, Range(2, 1 << 20)] = 14  # limit of a run
+    turns: Count = 6  # most turns of the orchestrator
+    width: Annotated[int, Range(2, 1024)] = 3  # useful subagents at work at once that earn all of r_parallel
+    lambda_parallel: NonNegative = 0.3
+    lambda_finish: NonNegative = 0.2
+    anneal: Natural = 30  # iterations in which both weights fall to zero; 0: they stay
+    # (iteration, share of briefs that subagents are up to) from then on: weak ones first, stronger later
+    reliability: tuple[tuple[int, float], ...] = ((0, 1.0),)
+
+    def conflict(self) -> str:
+        """What does not go together; empty if all does."""
+        starts = [start for start, _ in self.reliability]
+        fine = starts[:1] == [0] and sorted(set(starts)) == starts and all(0 <= r <= 1 for _, r in self.reliability)
+        return "" if fine else f"reliability = {self.reliability} begins at iteration 0, rises, and is between 0 and 1"
+
+    def reliability_at(self, iteration: int) -> float:
+        """That of the subagents in one iteration."""
+        return [r for start, r in self.reliability if start <= iteration][-1]
+
+
+@dataclass(frozen=True)
 class RLConfig:
     """Tasks, rollouts, loss, shaping of rewards, held-out evaluation."""
 
@@ -114,3 +139,4 @@ class RLConfig:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     toggle: ToggleConfig | None = None
     tools: ToolConfig = field(default_factory=ToolConfig)
+    orchestrator: OrchestratorConfig | None = None

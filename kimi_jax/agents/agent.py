@@ -69,7 +69,7 @@ class Agent:
         self.envelope = Envelope(name, "not_started", "")
         self._restart([{"role": "system", "content": system}, {"role": "user", "content": brief}])
         self._text = ""
-        self._configurations: dict[str, str] = {}
+        self._configurations = dict(runtime.config.subagents)
         self._briefs = Briefs()
 
     # -------------------------------------------------------------------------------------------------- one whole life
@@ -356,7 +356,7 @@ class Agent:
         output = None
         if self.runtime.fatal is None and len(text) > limit:
             output = self.runtime.journal.keep(self.name, text)
-        sources = tuple(self.sources)[:MAX_SOURCES]
+        sources = tuple(self.sources)[: self.runtime.config.max_sources]
         self.envelope = Envelope(self.name, status, text[:limit], sources, self.usage, self.steps, output)
         detail = {"summary": text[:limit], "artefacts": list(sources), **({"note": note} if note else {})}
         try:

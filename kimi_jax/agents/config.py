@@ -68,8 +68,9 @@ class SwarmConfig:
 
     max_depth: 1 means that subagents cannot spawn. max_children: tasks of one step. *_steps: model turns of one agent
     (the report's limits for WideSearch). max_tokens: of one turn's answer. max_summary: characters of a subagent's
-    answer that come back. backoff: seconds before the first repetition of a request,
-    doubled each time; max_attempts: times that a request is made. context: of every agent.
+    answer that come back; max_sources: documents that are named with it. backoff: seconds before the first repetition
+    of a request, doubled each time; max_attempts: times that a request is made. context: of every agent. subagents:
+    name -> system prompt of those that exist from the start, as if the orchestrator had created them.
     """
 
     max_parallel: int = 16
@@ -80,12 +81,14 @@ class SwarmConfig:
     subagent_steps: int = 100
     max_tokens: int = 4096
     max_summary: int = 4000
+    max_sources: int = 100
     backoff: float = 3.0
     max_attempts: int = 8
     budget: Budget = field(default_factory=Budget)
     prices: Prices = field(default_factory=Prices)
     context: ContextConfig = field(default_factory=ContextConfig)
     system_prompt: str = ORCHESTRATOR
+    subagents: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names = ("max_parallel", "max_children", "orchestrator_steps", "subagent_steps", "max_tokens", "max_summary",
@@ -93,8 +96,8 @@ class SwarmConfig:
         for name in names:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.max_depth < 0 or self.backoff < 0 or not self.child_timeout > 0:
-            raise ValueError("max_depth and backoff must be at least 0, child_timeout above 0")
+        if min(self.max_depth, self.max_sources, self.backoff) < 0 or not self.child_timeout > 0:
+            raise ValueError("max_depth, max_sources and backoff must be at least 0, child_timeout above 0")
 
 
 def to_json(config: SwarmConfig) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from kimi_jax.agents.events import ROOT, Event
 
 WIDE, CHAIN = 2.0, 1.2  # T1 / T∞ of a task: above the first it can be done in parallel, up to the second it cannot
 COLLAPSED = 1.2  # a width or a parallelism up to this is one agent after the other
-FSDP_AXES = 1.5  # a width above this on a chain is more than the task can use
+TOO_WIDE = 1.5  # a width above this on a chain is more than the task can use
 DUPLICATE = 0.8  # Jaccard index of the word sets of two briefs, above which they are one brief
 RISE = 0.05  # a change of a reward over a window that is more than noise
 
@@ -155,7 +155,7 @@ def spurious_parallelism(window: Sequence[Episode], share: float = 0.5) -> Findi
         "no_gain": _share(child.gain <= 0 for child in children),
         "unused": _share(not child.used for child in children),
         "duplicate": repeated / len(children) if children else 0.0,
-        "on_chains": _share(e.width > FSDP_AXES for e in window if e.oracle <= CHAIN),
+        "on_chains": _share(e.width > TOO_WIDE for e in window if e.oracle <= CHAIN),
     }
     paid = rises[0] > RISE and rises[1] > RISE and rises[2] < RISE
     return Finding(paid and any(v > share for v in signs.values()), {**signs, "paid": float(paid)})

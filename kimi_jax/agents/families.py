@@ -207,6 +207,12 @@ def read_number(text: str) -> str:
     return f"{float(found[1].replace(',', '')) * (1_000_000 if found[2] else 1):.10g}"
 
 
+def read_borders(text: str) -> tuple[tuple[str, float], ...]:
+    """(neighbour, km) of a line of borders: "Burkina Faso 602 km; Togo 1098 km"."""
+    pairs = re.findall(r"([A-Z][^;,\d]*?) ([\d,.]+) ?km", text)
+    return tuple((ALIASES.get(name, name), float(km.replace(",", ""))) for name, km in pairs)
+
+
 @functools.cache
 def facts() -> dict[str, Facts]:
     """Countries of which every column is known, by name."""
@@ -215,9 +221,7 @@ def facts() -> dict[str, Facts]:
         cells = {column: read_number(_text(country, *keys)) for column, keys in NUMBERS.items()}
         cells["Capital"] = country.capital
         if all(cells.values()) and re.fullmatch(r"[A-Za-z' ().-]+", country.name):
-            text = _text(country, "Geography", "Land boundaries", "border countries")
-            pairs = re.findall(r"([A-Z][^;,\d]*?) ([\d,.]+) ?km", text)
-            borders = tuple((ALIASES.get(name, name), float(km.replace(",", ""))) for name, km in pairs)
+            borders = read_borders(_text(country, "Geography", "Land boundaries", "border countries"))
             known[country.name] = Facts(country.name, cells, borders)
     for name, found in known.items():
         lengths = [km for _, km in found.borders]
@@ -245,7 +249,11 @@ def sections(name: str) -> dict[str, Document]:
 
 def neighbour(name: str, relation: int) -> str | None:
     """The country that stands in relation number `relation` of RELATIONS to this one; None if it has no such."""
-    borders = facts()[name].borders
+    return related(facts()[name].borders, relation)
+
+
+def related(borders: tuple[tuple[str, float], ...], relation: int) -> str | None:
+    """The neighbour in relation number `relation` of RELATIONS; None where there is no choice."""
     if len(borders) < 2:
         return None
     key = (lambda b: -b[1], lambda b: b[1])[relation] if relation < 2 else (lambda b: b[0])

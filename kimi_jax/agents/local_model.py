@@ -6,10 +6,11 @@ ids and their log-probabilities. Prompts of the agents share their beginnings in
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Self
 
 from kimi_jax.agents.events import Usage
-from kimi_jax.agents.model import Call, ModelError, RateLimited, Request, Response
+from kimi_jax.agents.model import Call, Declaration, Message, ModelError, RateLimited, Request, Response
 from kimi_jax.data.reply import ReplyParser
 from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.infer.generate import Chat, ReplyStream, chat_request
@@ -53,8 +54,7 @@ class LocalModel:
 
     async def complete(self, request: Request) -> Response:
         """One answer. Raises RateLimited if too many requests wait, ModelError for a prompt that is too long."""
-        tools = [{"type": "function", "function": dict(tool)} for tool in request.tools]
-        chat = Chat(request.messages, tools or None, self._thinking, preserve_thinking=True)
+        chat = to_chat(request.messages, request.tools, self._thinking)
         sampling = Sampling(self._temperature, self._top_p, max_new_tokens=request.max_tokens, logprobs=True)
         try:
             asked = chat_request(chat, self._tokenizer, self._engine.config, sampling)
@@ -75,8 +75,21 @@ class LocalModel:
             raise RateLimited(str(error)) from error
         except (EngineFailed, RequestFailed, ValueError) as error:
             raise ModelError(str(error)) from error
-        reply, prompt = shown.reply, asked.token_ids.tolist()
-        calls = tuple(Call(call.id, call.name, call.arguments) for call in reply.tool_calls)
-        tokens = {"prompt": prompt, "sampled": ids, "logprobs": logprobs, "version": version}
-        usage = Usage(len(prompt), len(ids))
-        return Response(reply.content, calls, usage, reply.reasoning, shown.finish_reason, tokens)
+        return to_response(shown, asked.token_ids.tolist(), ids, logprobs, version)
+
+
+def to_chat(messages: Sequence[Message], tools: Sequence[Declaration], thinking: bool) -> Chat:
+    """The conversation of an agent. Turns that were sampled here are part of the prompt by their ids, as they were."""
+    sampled = {i: message["token_ids"] for i, message in enumerate(messages) if "token_ids" in message}
+    plain = [{name: value for name, value in message.items() if name != "token_ids"} for message in messages]
+    declared = [{"type": "function", "function": dict(tool)} for tool in tools]
+    return Chat(plain, declared or None, thinking, preserve_thinking=True, sampled=sampled)
+
+
+def to_response(shown: ReplyStream, prompt: list[int], ids: list[int], logprobs: list[float], version: int) -> Response:
+    """What the agent gets of an answer that was sampled to its end; `ids` and what RL needs of them beside it."""
+    reply = shown.reply
+    calls = tuple(Call(call.id, call.name, call.arguments) for call in reply.tool_calls)
+    tokens: dict[str, Any] = {"prompt": prompt, "sampled": ids, "logprobs": logprobs, "version": version}
+    usage = Usage(len(prompt), len(ids))
+    return Response(reply.content, calls, usage, reply.reasoning, shown.finish_reason, tokens)

@@ -68,8 +68,10 @@ class Response:
     tokens: Mapping[str, Any] = field(default_factory=dict)
 
     def message(self) -> Message:
-        """The assistant message that goes into the conversation."""
+        """The assistant message that goes into the conversation, with the ids of its tokens where they are known."""
         message: Message = {"role": "assistant", "content": self.text}
+        if self.tokens:
+            message["token_ids"] = list(self.tokens["sampled"])
         if self.reasoning:
             message["reasoning_content"] = self.reasoning
         if self.calls:

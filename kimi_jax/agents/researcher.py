@@ -29,7 +29,7 @@ _PAGE_END = re.compile(r"\n\[characters (\d+) to (\d+) of (\d+)\]$")
 
 
 @dataclass
-class _Call:
+class PastCall:
     """A call of the past, with what came back."""
 
     name: str
@@ -73,14 +73,14 @@ class Researcher:
         question = str(request.messages[1]["content"])
         countries = re.findall(r"^\d+\. (.+)$", question, re.MULTILINE)
         columns = re.findall(r"the columns (.+?);", question)[0].split(", ")
-        past = _past(request.messages)
+        past = past_calls(request.messages)
         if any(tool["name"] == ASSIGN_TASK["name"] for tool in request.tools):
             calls = _delegate(question, countries, past)
             if calls:
                 return "", calls
         rows, sources = _delivered(past)
         for country in (name for name in countries if name not in rows):
-            row, step, found = _look_up(country, columns[1:], past)
+            row, step, found = look_up(country, columns[1:], past)
             if step and request.tools:
                 return "", [step]
             if any(row):
@@ -91,21 +91,21 @@ class Researcher:
         return "\n".join([*lines, "", "Sources: " + " ".join(f"[{name}]" for name in dict.fromkeys(sources))]), []
 
 
-def _past(messages: Sequence[Message]) -> list[_Call]:
+def past_calls(messages: Sequence[Message]) -> list[PastCall]:
     """All calls of a conversation with their results."""
-    calls: list[_Call] = []
-    waiting: dict[str, _Call] = {}
+    calls: list[PastCall] = []
+    waiting: dict[str, PastCall] = {}
     for message in messages:
         if message["role"] == "assistant":
             made = message.get("tool_calls", ())
-            waiting = {c["id"]: _Call(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in made}
+            waiting = {c["id"]: PastCall(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in made}
             calls += waiting.values()
         elif message["role"] == "tool":
             waiting[message["tool_call_id"]].result = message["content"]
     return calls
 
 
-def _delegate(question: str, countries: Sequence[str], past: Sequence[_Call]) -> list[tuple[str, dict[str, Any]]]:
+def _delegate(question: str, countries: Sequence[str], past: Sequence[PastCall]) -> list[tuple[str, dict[str, Any]]]:
     """The calls of the first two turns of an orchestrator: an agent is created, and gets a task for each row."""
     names = {call.name for call in past}
     if CREATE_SUBAGENT["name"] not in names:
@@ -117,7 +117,7 @@ def _delegate(question: str, countries: Sequence[str], past: Sequence[_Call]) ->
     return [(ASSIGN_TASK["name"], {"agent": SUBAGENT, "prompt": brief}) for brief in briefs]
 
 
-def _delivered(past: Sequence[_Call]) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+def _delivered(past: Sequence[PastCall]) -> tuple[dict[str, tuple[str, ...]], list[str]]:
     """(rows by country, documents) that subagents came back with."""
     rows: dict[str, tuple[str, ...]] = {}
     sources: list[str] = []
@@ -133,11 +133,11 @@ def _delivered(past: Sequence[_Call]) -> tuple[dict[str, tuple[str, ...]], list[
     return rows, sources
 
 
-def _look_up(
-    country: str, columns: Sequence[str], past: Sequence[_Call]
+def look_up(
+    country: str, columns: Sequence[str], past: Sequence[PastCall]
 ) -> tuple[list[str], tuple[str, dict[str, Any]] | None, list[str]]:
     """(cells as far as they are known, the next call or None, documents that were read) for one row."""
-    texts, search = _find(country, columns, past)
+    texts, search = find_sections(country, columns, past)
     if search:
         return [""] * len(columns), search, []
     cells: list[str] = []
@@ -150,8 +150,8 @@ def _look_up(
     return cells, step, [name for name, document in texts.values() if document.offset]
 
 
-def _find(
-    country: str, columns: Sequence[str], past: Sequence[_Call]
+def find_sections(
+    country: str, columns: Sequence[str], past: Sequence[PastCall]
 ) -> tuple[dict[str, tuple[str, _Text]], tuple[str, dict[str, Any]] | None]:
     """(identifier and text of each section found, the next search or None): by title, then by what is asked."""
     wanted = list(dict.fromkeys(map(_section, columns)))
@@ -181,7 +181,7 @@ def _label(column: str) -> str:
     return "Capital, name" if column == "Capital" else ", ".join(part.strip() for part in NUMBERS[column][1:])
 
 
-def _read(name: str, past: Sequence[_Call]) -> _Text:
+def _read(name: str, past: Sequence[PastCall]) -> _Text:
     document = _Text()
     for call in past:
         end = _PAGE_END.search(call.result)

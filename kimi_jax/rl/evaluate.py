@@ -65,7 +65,7 @@ def evaluate(
             correct = (rewards >= 1.0).tolist()
             each = zip(problems[:SAMPLES], shown, shown_control, correct, strict=False)
             samples += [_shown(name, *one) for one in each]
-    worker.take_counts()  # those of the log are of rollouts
+    worker.take_metrics()  # those of the log are of rollouts
     return rows
 
 

@@ -21,24 +21,50 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
-from kimi_jax.config import ConfigError, RLConfig, TrainConfig
+from kimi_jax.config import ConfigError, RLConfig, TaskConfig, TrainConfig
 from kimi_jax.data import BadRecord
 from kimi_jax.data.packing import PackShape
 from kimi_jax.packed_batch import PackedBatch
 from kimi_jax.rl import record, shaping
-from kimi_jax.rl.pending import Answer, PendingGroup
-from kimi_jax.rl.tasks import Problem, Task, open_task
+from kimi_jax.rl.pending import Answer
 from kimi_jax.rl.types import Group, Sample, pack, samples, staleness
-from kimi_jax.rl.worker import RolloutWorker
 from kimi_jax.train.batches import HostState
 
 Ready = tuple[Group, list[float]]  # a complete group and its advantages
 MAX_DROPPED = 1000  # prompts in a row that cannot be used before the run stops
+
+
+@runtime_checkable
+class Problems(Protocol):
+    """What a worker makes groups of, by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
+@runtime_checkable
+class Worker(Protocol):
+    """What makes groups, and what those are: `rl.worker` draws answers, `rl.orchestrator` makes runs of a swarm."""
+
+    def open_task(self, config: TaskConfig) -> Problems: ...
+
+    def set_params(self, params: Any, version: int) -> None: ...
+
+    def begin(self, task: str, index: int, problem: Any, samples: int, seed: int) -> Any: ...
+
+    def draw(self, groups: Sequence[Any], most: int = 0) -> None: ...
+
+    def rewards(self, group: Any, iteration: int) -> list[float]: ...
+
+    def take_metrics(self) -> dict[str, float]: ...
+
+    def close(self) -> None: ...
 
 
 class RolloutSource:
@@ -53,7 +79,7 @@ class RolloutSource:
         config: TrainConfig,
         packs: Sequence[int],
         state: HostState | None,
-        worker: RolloutWorker,
+        worker: Worker,
         show: Callable[[int, Sequence[Group], Sequence[Sequence[float]]], None] | None = None,
     ):
         rl = settings(config)
@@ -62,12 +88,12 @@ class RolloutSource:
         self._config, self._rl, self._worker, self._show = config, rl, worker, show
         self._packs = len(packs)
         self._shape = PackShape.of(config.data, config.model, routed_experts=rl.rollout.replay_experts)
-        self._tasks: dict[str, Task] = {name: open_task(task) for name, task in rl.tasks.items()}
+        self._tasks = {name: worker.open_task(task) for name, task in rl.tasks.items()}
         self._params: Any = None
         self._held: Any = None  # weights of the last hand-over, where they are older than `_params`
         self._queue: list[PackedBatch] = []
         self._ready: list[Ready] = []
-        self._pending: list[PendingGroup] = []
+        self._pending: list[Any] = []
         self._iteration = self._delivered = 0
         self._drawn = dict.fromkeys(rl.tasks, 0)
         self._shaping = shaping.ShapingState()
@@ -117,7 +143,7 @@ class RolloutSource:
         self._queue = [PackedBatch.from_dict(batch) for batch in state["queue"]]
         self._held = state["held"]
 
-    def _reopen(self, saved: Mapping[str, Any]) -> PendingGroup:
+    def _reopen(self, saved: Mapping[str, Any]) -> Any:
         name, index = saved["task"], saved["index"]
         group = self._worker.begin(name, index, self._problem(name, index), 0, 0)
         group.answers = [Answer.of_state(answer) for answer in saved["answers"]]
@@ -147,7 +173,7 @@ class RolloutSource:
         batches = self._pack(chosen)
         sampled = int(ages.sum())
         self._metrics = {
-            **metrics, **self._worker.take_counts(), "groups": len(chosen), "pending": len(self._pending),
+            **metrics, **self._worker.take_metrics(), "groups": len(chosen), "pending": len(self._pending),
             "waiting": len(self._ready),
             "turns_mean": _turns_mean([group for group, _ in chosen]),
             "staleness": {str(age): int(count) / max(sampled, 1) for age, count in enumerate(ages)},
@@ -188,7 +214,7 @@ class RolloutSource:
                 break
         return finished, shaping.drop_uninformative(finished)[1]
 
-    def _begin(self) -> PendingGroup:
+    def _begin(self) -> Any:
         """The next prompt: of a task drawn by weight, its next problem that can be used."""
         names = list(self._tasks)
         weights = np.array([self._rl.tasks[name].weight for name in names])
@@ -205,7 +231,7 @@ class RolloutSource:
                 last = bad
         raise ConfigError(f"{MAX_DROPPED} problems in a row cannot be used; the last one: {last}")
 
-    def _problem(self, name: str, index: int) -> Problem:
+    def _problem(self, name: str, index: int) -> Any:
         """Problem `index` of a task, which begins again in another order when all have been drawn."""
         task = self._tasks[name]
         epoch, place = divmod(index, len(task))
@@ -219,7 +245,7 @@ class RolloutSource:
         self._pending = [group for group in self._pending if not group.complete]
         failed = [group for group in done if group.failed]
         self._counts["failed"] += len(failed)
-        groups = [group.group(self._rewards(group)) for group in done if not group.failed]
+        groups = [group.group(self._worker.rewards(group, self._iteration)) for group in done if not group.failed]
         shaped = self._shape_rewards(groups)
         for group, rewards in zip(groups, shaped, strict=True):
             if self._rl.rollout.drop_uninformative and not shaping.is_informative(rewards):
@@ -229,13 +255,6 @@ class RolloutSource:
         if self._show:
             self._show(self._iteration, groups, [list(map(float, rewards)) for rewards in shaped])
         return groups
-
-    def _rewards(self, group: PendingGroup) -> list[float]:
-        """Of each answer, before shaping: what repeats itself, or ends in a media pad, is worth nothing."""
-        return [
-            group.problem.reward(self._worker.text(group, answer)) if answer.finish in ("stop", "length") else 0.0
-            for answer in group.answers
-        ]
 
     def _shape_rewards(self, groups: Sequence[Group]) -> list[np.ndarray]:
         """Toggle, then the penalty of truncated answers."""

@@ -23,7 +23,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jax.sharding import Mesh
 
-from kimi_jax.config import ConfigError, RLConfig, RolloutConfig, TrainConfig
+from kimi_jax.config import ConfigError, RLConfig, RolloutConfig, TaskConfig, TrainConfig
 from kimi_jax.data import BadRecord
 from kimi_jax.data.example import Encoded, EncodeLimits, Example, encode
 from kimi_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -42,7 +42,7 @@ from kimi_jax.rl.episode import (
     named_images,
 )
 from kimi_jax.rl.pending import FAILED, Answer, PendingGroup
-from kimi_jax.rl.tasks import Problem
+from kimi_jax.rl.tasks import Problem, Task, open_task
 from kimi_jax.rl.types import GIVEN
 
 REPEAT_EVERY = 16  # tokens between two looks for repetition
@@ -99,6 +99,10 @@ class RolloutWorker:
         self._sampler: Sampler | None = None
         self._counts: Counter[str] = Counter()
 
+    def open_task(self, config: TaskConfig) -> Task:
+        """The problems of a task that a run trains on."""
+        return open_task(config)
+
     def set_params(self, params: Any, version: int) -> None:
         """Draw with these weights from now on; `version` is noted at every token."""
         if self._sampler is None:
@@ -113,7 +117,7 @@ class RolloutWorker:
             max_sequence_length=self._config.data.sequence_length, tokens_per_call=self._rollout.tokens_per_call,
         )  # fmt: skip
 
-    def take_counts(self) -> dict[str, int]:
+    def take_metrics(self) -> dict[str, float]:
         """What happened since the last time: calls of tools, those that failed, that were run again, that differed."""
         counts, self._counts = self._counts, Counter()
         names = ("tool_calls", "tool_errors", "tool_replayed", "tool_differed") if self._has_tools else ()
@@ -181,6 +185,13 @@ class RolloutWorker:
     def _go_on(self, part: _Part, running: dict[int, _Part]) -> None:
         assert self._sampler is not None
         running[self._sampler.submit(self._request(part))] = part
+
+    def rewards(self, group: PendingGroup, iteration: int) -> list[float]:
+        """Of each answer, before shaping: what repeats itself, or ends in a media pad, is worth nothing."""
+        return [
+            group.problem.reward(self.text(group, answer)) if answer.finish in ("stop", "length") else 0.0
+            for answer in group.answers
+        ]
 
     def score(self, groups: Sequence[PendingGroup]) -> list[list[np.ndarray]]:
         """float32 [n] for each answer of each group: log-probabilities of its tokens under the weights of now."""

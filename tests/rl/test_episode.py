@@ -135,7 +135,7 @@ def test_episode_in_parts_is_the_one_in_one_piece_and_its_calls_are_run_again(fo
     assert cut.tokens == whole.tokens and cut.calls == whole.calls and cut.finish == whole.finish == "stop"
     assert [c.text for c in cut.calls] == ["(no output)", "42\n", "43\n", "43\n"]
     assert len(set(cut.versions)) > 3 and cut.versions[-1] > cut.versions[0]
-    counts = worker.take_counts()
+    counts = worker.take_metrics()
     assert counts["tool_calls"] == 4 and counts["tool_replayed"] > 1 and counts["tool_differed"] == 0
 
 
@@ -143,7 +143,7 @@ def test_call_that_gives_something_else_when_it_is_run_again_is_counted_and_hist
     script = [says("", call("import time; print(time.time_ns())")), says("", call("print(1)", 1)), says("x")]
     worker = opened(configured(folder), script)
     answer = draw(worker, most=len(turn(worker.tokenizer, "", [call("import time; print(time.time_ns())")])), parts=9)
-    counts = worker.take_counts()
+    counts = worker.take_metrics()
     assert counts["tool_replayed"] == counts["tool_differed"] == 1
     assert answer.answers[0].finish == "stop" and int(answer.answers[0].calls[0].text) > 0
 
@@ -205,7 +205,7 @@ def test_interpreter_that_does_not_start_is_a_failed_call(folder, opened, monkey
     worker = opened(configured(folder), [says("", call("1")), says("", call("2", 1)), says("done")])
     (answer,) = draw(worker).answers
     assert [c.status for c in answer.calls] == ["failed", "failed"] and answer.finish == "stop"
-    assert "no processes left" in answer.calls[0].text and worker.take_counts()["tool_errors"] == 2
+    assert "no processes left" in answer.calls[0].text and worker.take_metrics()["tool_errors"] == 2
 
 
 def test_calls_beyond_the_bound_of_a_reply_are_refused(folder, opened):
@@ -219,8 +219,7 @@ def test_last_turn_must_answer(folder, opened):
     worker = opened(config, [says("", call("1")), says(PROBLEM.truth, call("2", 1)), says(PROBLEM.truth)])
     group = draw(worker, 2)
     assert [a.finish for a in group.answers] == ["turns"] * 2 and len(group.answers[0].calls) == 1
-    source = RolloutSource(config, [0], None, worker)
-    assert source._rewards(group) == [0.0, 0.0]
+    assert worker.rewards(group, 0) == [0.0, 0.0]
 
 
 def test_result_that_leaves_no_room_for_a_reply_ends_the_episode(folder, opened):

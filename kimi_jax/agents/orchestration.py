@@ -1,0 +1,161 @@
+"""Many runs of small orchestrators at once, and the conversations of scripted ones, which a policy first learns from.
+
+    python -m kimi_jax.agents.orchestration --out=runs/orchestrator --count=4000
+
+writes the corpus (World Factbook), and one conversation a line as `kind="chat"` sources read it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio
+import numpy as np
+from absl import app, flags
+
+from kimi_jax import cli
+from kimi_jax.agents import finder
+from kimi_jax.agents.budget import Budget
+from kimi_jax.agents.config import SwarmConfig
+from kimi_jax.agents.corpus import Corpus
+from kimi_jax.agents.events import ROOT, Event
+from kimi_jax.agents.finder import FAMILIES, FINDER, Finder, Orchestrator, Question, question
+from kimi_jax.agents.model import Message, Model, Request, Response
+from kimi_jax.agents.swarm import Swarm, SwarmResult
+from kimi_jax.agents.virtual_time import VirtualTimeLoop
+
+SYSTEM_PROMPT = "Assign tasks to finder, then cite the calls."
+SUBAGENT_PROMPT = "Find the row of the country that you are asked for."
+RELIABILITY = 0.9  # of the subagents in the conversations that are learned from
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run to make: a question, the model of the orchestrator, and that of its subagents."""
+
+    asked: Question
+    orchestrator: Model
+    subagent: Model
+
+
+@dataclass(frozen=True)
+class Played:
+    """What became of a run. messages: the orchestrator's last request, with its answer."""
+
+    asked: Question
+    result: SwarmResult
+    events: tuple[Event, ...]
+    messages: tuple[Message, ...]
+
+    @property
+    def item_f1(self) -> float:
+        """The score of the answer."""
+        return finder.verify(self.asked, self.events).item_f1
+
+
+def settings(critical_steps: float, turns: int, max_tokens: int) -> SwarmConfig:
+    """A swarm whose subagents exist already, and whose results are short enough for a small orchestrator."""
+    return SwarmConfig(
+        max_parallel=64, orchestrator_steps=turns, subagent_steps=16, max_tokens=max_tokens, max_summary=60,
+        max_sources=0, budget=Budget(critical_steps=critical_steps), max_attempts=1, system_prompt=SYSTEM_PROMPT,
+        subagents={FINDER: SUBAGENT_PROMPT},
+    )  # fmt: skip
+
+
+def write_corpus(folder: Path) -> Corpus:
+    """The Factbook's entries as files of a folder, and their index."""
+    for document in finder.documents():
+        path = folder / document.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(document.text, encoding="utf-8")
+    return Corpus(folder)
+
+
+def play(runs: Sequence[Run], corpus: Corpus, config: SwarmConfig) -> list[Played]:
+    """All runs at the same time, on virtual time: see `batched_model.py`. Each has a journal in memory.
+
+    What is no Exception, such as a signal's, ends all runs and comes out as it was raised.
+    """
+    try:
+        return anyio.run(_play, runs, corpus, config, backend_options={"loop_factory": VirtualTimeLoop})
+    except BaseExceptionGroup as group:
+        _, signals = group.split(Exception)
+        while isinstance(signals, BaseExceptionGroup):
+            signals = signals.exceptions[0]
+        raise signals or group from None
+
+
+async def _play(runs: Sequence[Run], corpus: Corpus, config: SwarmConfig) -> list[Played]:
+    played: list[Played | None] = [None] * len(runs)
+
+    async def one(i: int) -> None:
+        events: list[Event] = []
+        model = _ByRole(runs[i])
+        swarm = Swarm(model, corpus.tools(), config, observers=[events.append])
+        try:
+            result = await swarm.run(runs[i].asked.text)
+        finally:
+            swarm.close()
+        played[i] = Played(runs[i].asked, result, tuple(events), tuple(model.messages))
+
+    async with anyio.create_task_group() as tasks:
+        for i in range(len(runs)):
+            tasks.start_soon(one, i)
+    return [each for each in played if each is not None]
+
+
+class _ByRole:
+    """The orchestrator's model for the orchestrator, the subagents' for the others."""
+
+    def __init__(self, run: Run):
+        self._run = run
+        self.name = f"{run.orchestrator.name}, {run.subagent.name}"
+        self.messages: list[Message] = []
+
+    async def complete(self, request: Request) -> Response:
+        if request.agent != ROOT:
+            await anyio.sleep(1.0)  # a step: subagents of one turn are at work at the same time
+            return await self._run.subagent.complete(request)
+        response = await self._run.orchestrator.complete(request)
+        self.messages = [*request.messages, response.message()]
+        return response
+
+
+def conversations(
+    count: int, corpus: Corpus, config: SwarmConfig, parallel: Callable[[np.random.Generator], bool], seed: int
+) -> list[list[Message]]:
+    """Conversations of scripted orchestrators, families and numbers of lines mixed."""
+    runs = []
+    for i in range(count):
+        rng = np.random.default_rng((seed, i))
+        asked = question(FAMILIES[i % len(FAMILIES)], 1_000_000 * (seed + 1) + i, int(rng.integers(1, 5)))
+        runs.append(Run(asked, Orchestrator(asked, parallel(rng)), Finder(RELIABILITY, i)))
+    return [list(played.messages) for played in play(runs, corpus, config)]
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command line."""
+    values = flags.FLAGS
+    if len(argv) > 1:
+        raise SystemExit(f"error: unexpected argument {argv[1]!r}   (--help for more)")
+    out = Path(values.out)
+    corpus = write_corpus(out / "corpus")
+    config = settings(values.critical_steps, values.turns, 256)
+    made = conversations(values.count, corpus, config, lambda rng: rng.random() < values.parallel, values.seed)
+    with (out / "conversations.jsonl").open("w", encoding="utf-8") as file:
+        for messages in made:
+            file.write(json.dumps({"messages": messages, "thinking": False}, ensure_ascii=False) + "\n")
+    print(f"{len(made):,} conversations in {file.name}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("out", "runs/orchestrator", "Folder of the corpus and the conversations.")
+    flags.DEFINE_integer("count", 4000, "Conversations.", 1)
+    flags.DEFINE_integer("seed", 0, "Of the questions.", 0)
+    flags.DEFINE_float("critical_steps", 24.0, "Limit of critical steps of a run.", 2)
+    flags.DEFINE_integer("turns", 6, "Most turns of the orchestrator.", 1)
+    flags.DEFINE_float("parallel", 0.3, "Share of conversations that assign tasks at the same time.", 0, 1)
+    app.run(main, flags_parser=cli.parse_plain)

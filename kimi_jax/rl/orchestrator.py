@@ -1,0 +1,243 @@
+"""Rollouts of an orchestrator (PARL): each answer is a run of the swarm runtime, and its record is the trajectory.
+
+Source: Kimi K2.5 report (arXiv 2602.02276), sections 6.1 to 6.3: the orchestrator is trained, subagents are frozen and
+what they say is an observation, runs are limited by critical steps. docs/rl.md section 10.
+
+K samples of a group
+
+All runs of an iteration go on at the same time on virtual time, and turns are sampled together
+(`agents.batched_model`); nothing of a run outlives its iteration, so a run of training that is killed begins the
+iteration again, with the same samples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from kimi_jax.agents import critical, finder
+from kimi_jax.agents.batched_model import BatchedModel, EpisodeModel
+from kimi_jax.agents.corpus import Corpus, CorpusError
+from kimi_jax.agents.events import ROOT
+from kimi_jax.agents.finder import FAMILIES, Finder, Orchestrator, Question, question
+from kimi_jax.agents.orchestration import Played, Run, play, settings
+from kimi_jax.agents.trajectory import trajectory
+from kimi_jax.config import ConfigError, RLConfig, TaskConfig, TrainConfig
+from kimi_jax.data.tokenizer import load_tokenizer
+from kimi_jax.eval.runner import SAMPLES, Row, Sample
+from kimi_jax.infer.engine import Engine
+from kimi_jax.model import Model
+from kimi_jax.rl import parl
+from kimi_jax.rl.shaping import Anneal
+from kimi_jax.rl.types import Group
+
+HELD_OUT = 1 << 30  # number of the first question that no training asks
+NUM_QUESTIONS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Questions of one family, as a task of a run. lines: of each."""
+
+    family: str
+    lines: int
+    split: str = "train"
+
+    @classmethod
+    def of_path(cls, path: str, split: str) -> Questions:
+        """`wide/4`: family and lines. Raises ConfigError for anything else."""
+        family, _, lines = path.partition("/")
+        if family not in FAMILIES or not lines.isdecimal() or not 1 <= int(lines) <= 8:
+            raise ConfigError(
+                f"a task of an orchestrator is FAMILY/LINES, one of {FAMILIES} and 1 to 8, not {path!r:.60}"
+            )
+        return cls(family, int(lines), split)
+
+    def __len__(self) -> int:
+        return NUM_QUESTIONS
+
+    def __getitem__(self, index: int) -> Question:
+        return question(self.family, index + (0 if self.split == "train" else HELD_OUT), self.lines)
+
+
+@dataclass
+class RunGroup:
+    """K runs with the same question. task, index: which question of which task; runs: [] until they are made."""
+
+    task: str
+    index: int
+    problem: Question
+    seeds: list[str]
+    runs: list[Played] = field(default_factory=list)
+
+    @property
+    def answers(self) -> list[Any]:
+        """What a checkpoint keeps of a group that is not complete: its runs begin again."""
+        return []
+
+    @property
+    def complete(self) -> bool:
+        """Whether the runs are made."""
+        return bool(self.runs)
+
+    @property
+    def failed(self) -> bool:
+        """Whether a run has nothing that the policy wrote."""
+        return any(not any(e.kind == "step" and e.agent == ROOT for e in run.events) for run in self.runs)
+
+    def group(self, rewards: Sequence[float]) -> Group:
+        """The records as trajectories with these rewards."""
+        each = zip(self.runs, rewards, strict=True)
+        return Group(self.problem.key, tuple(dataclasses.replace(trajectory(r.events), reward=x) for r, x in each))
+
+
+class OrchestratorWorker:
+    """Plays runs with the weights that it was last given.
+
+    Raises ConfigError for settings that no run can be made with.
+    """
+
+    def __init__(self, config: TrainConfig, rl: RLConfig, mesh: Mesh | None = None):
+        assert rl.orchestrator is not None
+        if rl.rollout.max_staleness or rl.rollout.replay_experts:
+            raise ConfigError(
+                "config.rl.orchestrator: runs are not continued, so leave max_staleness and replay_experts off"
+            )
+        try:
+            self._corpus = Corpus(rl.orchestrator.corpus)
+        except CorpusError as error:
+            raise ConfigError(
+                f"config.rl.orchestrator.corpus: {error}; kimi_jax.agents.orchestration makes one"
+            ) from error
+        self._config, self._rl, self._settings = config, rl, rl.orchestrator
+        self._mesh = mesh if mesh is not None and mesh.size > 1 else None
+        self._batch: BatchedModel | None = None
+        self._tokenizer = load_tokenizer(config.data.tokenizer)
+        self._made: list[tuple[Played, parl.Rewards]] = []
+        self._version = 0
+
+    def open_task(self, config: TaskConfig, split: str = "train") -> Questions:
+        """The questions of a task, kind "orchestrate". Raises ConfigError for another kind."""
+        if config.kind != "orchestrate":
+            raise ConfigError(
+                f"with config.rl.orchestrator every task is of the kind 'orchestrate', not {config.kind!r}"
+            )
+        return Questions.of_path(config.path, split)
+
+    def set_params(self, params: Any, version: int) -> None:
+        """Sample with these weights from now on; `version`, the iteration, is noted at every token."""
+        rollout = self._rl.rollout
+        if self._batch is None:
+            length = self._config.data.sequence_length
+            engine = Engine(
+                Model(dataclasses.replace(self._config.model, remat=False), params, mesh=self._mesh),
+                slots=rollout.slots, page_size=rollout.page_size, mesh=self._mesh, max_sequence_length=length,
+                tokens_per_call=rollout.tokens_per_call,
+            )  # fmt: skip
+            self._batch = BatchedModel(engine, self._tokenizer, length, self._rl.policy.temperature)
+        self._batch.engine.set_params(params, version)
+        self._version = version
+
+    def begin(self, task: str, index: int, problem: Question, samples: int, seed: int) -> RunGroup:
+        """A group whose runs are not made yet."""
+        return RunGroup(task, index, problem, [f"{seed}/{task}/{index}/{k}" for k in range(samples)])
+
+    def draw(self, groups: Sequence[RunGroup], most: int = 0, greedy: bool = False) -> None:
+        """Makes all runs of groups that have none, to their ends. most: 0, because runs are not continued."""
+        assert self._batch is not None, "set_params comes first"
+        waiting = [(group, seed) for group in groups if not group.complete for seed in group.seeds]
+        reliability = self._settings.reliability_at(self._version)
+        runs = [
+            Run(group.problem, EpisodeModel(self._batch, i, seed, greedy), Finder(reliability, self._config.seed))
+            for i, (group, seed) in enumerate(waiting)
+        ]
+        for (group, _), played in zip(waiting, self.play(runs), strict=True):
+            group.runs.append(played)
+
+    def play(self, runs: Sequence[Run]) -> list[Played]:
+        """Runs within the limits of these settings."""
+        limits = settings(self._settings.critical_steps, self._settings.turns, self._rl.rollout.max_new_tokens)
+        return play(runs, self._corpus, limits)
+
+    def rewards(self, group: RunGroup, iteration: int) -> list[float]:
+        """Of each run: the outcome, and the auxiliary terms by the weights of this iteration."""
+        limits = self._settings
+        terms = [parl.rewards(run.events, run.item_f1, finder.used(run.events), limits.width) for run in group.runs]
+        self._made += zip(group.runs, terms, strict=True)
+        weights = [
+            Anneal(start, limits.anneal).at(iteration) if limits.anneal else start
+            for start in (limits.lambda_parallel, limits.lambda_finish)
+        ]
+        return [each.total(*weights) for each in terms]
+
+    def take_metrics(self) -> dict[str, float]:
+        """Means over the runs since the last time."""
+        made, self._made = self._made, []
+        terms = [each for _, each in made]
+        return {**means([run for run, _ in made]), **{
+            name: float(np.mean([getattr(each, field) for each in terms]))
+            for name, field in (("r_parallel", "parallel"), ("r_finish", "finish")) if terms
+        }}  # fmt: skip
+
+    def close(self) -> None:
+        """Nothing is held outside the process."""
+
+
+def means(runs: Sequence[Played]) -> dict[str, float]:
+    """item_f1, critical_steps, width (of subagents at work at once) and subagents, over runs; {} for none."""
+    if not runs:
+        return {}
+    columns: dict[str, list[float]] = {
+        "item_f1": [run.item_f1 for run in runs],
+        "critical_steps": [run.result.critical_steps for run in runs],
+        "width": [critical.mean_width(critical.from_events(run.events)) for run in runs],
+        "subagents": [len(run.result.outcomes) - 1 for run in runs],
+    }
+    return {name: float(np.mean(values)) for name, values in columns.items()}
+
+
+def evaluate(
+    worker: OrchestratorWorker,
+    params: Any,
+    config: TrainConfig,
+    tasks: Sequence[str],
+    limit: int,
+    *,
+    samples: list[Sample] | None = None,
+    frozen: Any = None,
+) -> list[Row]:
+    """Rows of item F1, critical steps and width for each named task of `config.rl.tasks` ("all": every one).
+
+    The most probable turns over `limit` held-out questions; the control is a script that assigns one task in a turn,
+    within the same limits, with subagents that are up to every brief. frozen: unused, for the loop.
+    """
+    assert config.rl is not None
+    worker.set_params(params, 0)
+    rows = []
+    for name in config.rl.tasks if "all" in tasks else tasks:
+        questions = worker.open_task(config.rl.tasks[name], "validation")
+        groups = [worker.begin(name, i, questions[i], 1, 0) for i in range(limit)]
+        worker.draw(groups, greedy=True)
+        runs = [group.runs[0] for group in groups]
+        serial = worker.play([Run(g.problem, Orchestrator(g.problem, parallel=False), Finder()) for g in groups])
+        found, control = means(runs), means(serial)
+        for metric in ("item_f1", "critical_steps", "width"):
+            values = [means([run])[metric] for run in runs]
+            error = float(np.std(values, ddof=1) / math.sqrt(limit)) if limit > 1 else 0.0
+            rows.append(
+                Row(name, "orchestrate", "text", metric, found[metric], error, control[metric], "one after the other",
+                    0.0, limit)
+            )  # fmt: skip
+        if samples is not None:
+            each = zip(runs[:SAMPLES], serial, strict=False)
+            samples += [
+                Sample(name, r.asked.text, str(r.asked.gold.rows), r.result.answer, s.result.answer, r.item_f1 >= 1, ())
+                for r, s in each
+            ]
+    return rows
