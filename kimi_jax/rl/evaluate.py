@@ -62,7 +62,7 @@ def evaluate(
             )
         )  # fmt: skip
         if samples is not None:
-            correct = [reward >= 1.0 for reward in rewards]
+            correct = (rewards >= 1.0).tolist()
             each = zip(problems[:SAMPLES], shown, shown_control, correct, strict=False)
             samples += [_shown(name, *one) for one in each]
     worker.take_counts()  # those of the log are of rollouts

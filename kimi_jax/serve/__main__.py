@@ -4,6 +4,7 @@
                               response_format (JSON by a schema), tool_choice (required, or a function)
   POST /v1/completions        text or token ids
   GET  /v1/models, /v1/models/{id}, /health, /metrics (Prometheus)
+  POST /v1/weights            with --weights_from=WORKDIR: go on with the weights of another checkpoint of that run
 
 Any OpenAI client works: OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none"). Reasoning comes as
 `reasoning_content`; extra_body={"thinking": {"type": "disabled"}} switches it off. Without sampling settings in a call:
@@ -24,12 +25,14 @@ import signal
 import sys
 import threading
 
+import jax
 from absl import app, flags
 
 from kimi_jax import cli
 from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.infer import lockstep
 from kimi_jax.infer.engine import Engine
+from kimi_jax.serve.weights import WeightsFolder
 from kimi_jax.serve.worker import EngineWorker
 from kimi_jax.train import hosts
 
@@ -57,6 +60,9 @@ _KEY = flags.DEFINE_string("api_key", "", "What clients must send; seen in the l
 _KEY_FILE = flags.DEFINE_string(
     "api_key_file", "", "A file that holds it; else KIMI_API_KEY of the environment counts."
 )
+_WEIGHTS = flags.DEFINE_string(
+    "weights_from", "", "A workdir whose checkpoints POST /v1/weights may name by their step; needs a key."
+)
 _BODY = flags.DEFINE_integer("max_body_mb", 64, "Most MiB of a request.", 1)
 _MEMORY = flags.DEFINE_integer("max_memory_mb", 2048, "MiB of host memory for bodies and media of all requests.", 1)
 _GRACE = flags.DEFINE_integer("grace_seconds", 30, "How long running answers may take after Ctrl-C.", 0)
@@ -78,6 +84,10 @@ def main(argv: list[str]) -> None:
     try:
         networks = tuple(map(ipaddress.ip_network, _NETWORKS.value))
         key = read_api_key(_KEY.value, _KEY_FILE.value, os.environ.get("KIMI_API_KEY", ""))
+        if _WEIGHTS.value and not key:
+            raise ValueError("--weights_from lets calls change the weights, so the server needs a key: --api_key_file")
+        if _WEIGHTS.value and jax.process_count() > 1:
+            raise ValueError("--weights_from is for a server on one host: weights of many are set on each of them")
         engine, tokenizer = _load(_MODEL.value)
         links = lockstep.meet()
     except hosts.HostMissing as error:
@@ -102,6 +112,7 @@ def main(argv: list[str]) -> None:
         api_key=key,
         max_body=_BODY.value << 20,
         max_memory=_MEMORY.value << 20,
+        weights=WeightsFolder(_WEIGHTS.value, engine) if _WEIGHTS.value else None,
     )
     # uvicorn raises it again when it has shut down; the other hosts are to be told that this is the end
     signal.signal(signal.SIGTERM, lambda number, frame: None)

@@ -46,6 +46,7 @@ from kimi_jax.serve.guard import Guard, declared_length, refuse
 from kimi_jax.serve.protocol import ApiError, Call, ChatCall, CompletionCall
 from kimi_jax.serve.remote import Fetcher, IPNetwork
 from kimi_jax.serve.urls import is_remote, opener
+from kimi_jax.serve.weights import MAX_BODY, WeightsFolder
 from kimi_jax.serve.worker import EngineFailed, EngineWorker, Overloaded, RequestFailed, Submission
 
 GONE = 499  # what proxies call a client that did not wait
@@ -61,7 +62,8 @@ class Server:
     name: of the model, as clients call it. max_sequence_length: of the engine. media_folder: images and videos below it
     may be named by path; "" for none. remote: whether http URLs are fetched; allowed_networks: which of the
     networks that are not public those may reach. api_key: "" for none. max_body: bytes of a request's body.
-    max_memory: bytes for the bodies and media of all requests. body_seconds: for a body to arrive.
+    max_memory: bytes for the bodies and media of all requests. body_seconds: for a body to arrive. weights: where
+    a call may take other weights from; None: nowhere.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Server:
     max_body: int = 64 << 20
     max_memory: int = 2 << 30
     body_seconds: float = 60.0
+    weights: WeightsFolder | None = None
     answers: Counter[tuple[str, int]] = field(default_factory=Counter)  # (route, status) -> how many
     first_token: tuple[int, float] = (0, 0.0)  # how many answers began, and their seconds from call to first token
     started: int = field(default_factory=lambda: int(time.time()))
@@ -113,6 +116,7 @@ class Server:
             Route("/v1/models/{model:path}", self.model),
             Route("/health", self.health),
             Route("/metrics", self.metrics),
+            *([Route("/v1/weights", self.change_weights, methods=["POST"])] if self.weights else []),
         ]
         answering = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _no_route})
         return Guard(WithVersion(answering, self.worker), self.api_key)
@@ -139,6 +143,21 @@ class Server:
     def unknown_model(self, name: str) -> ApiError:
         """What is said about a model that is not here."""
         return ApiError(404, f"no model {name!r:.80} here, only {self.name!r}", "model", "model_not_found")
+
+    async def change_weights(self, request: HttpRequest) -> Response:
+        """POST /v1/weights: go on with those of another checkpoint."""
+        assert self.weights is not None
+        declared = declared_length(request.scope)
+        try:
+            with _as_api_errors():
+                body = await read_body(request.receive, declared, MAX_BODY, self.body_seconds, lambda _: None)
+                return _json(await self.weights.change(parse_json(body), self.worker))
+        except ApiError as problem:
+            return _json(problem.body(), problem.status)
+        except ClientDisconnect:
+            return Response(status_code=GONE)
+        except Exception as problem:
+            return _json(_our_fault(problem).body(), _our_fault(problem).status)
 
     async def health(self, _: HttpRequest) -> Response:
         """GET /health: 200 while the engine lives, else 503 and the reason."""
