@@ -83,10 +83,10 @@ def test_killed_inside_an_episode_a_run_ends_with_the_same_weights(tmp_path):
     more = {"kind": "product", "steps": 6, "program": "episode_program"}
     done, expected = start(tmp_path / "whole", tokenizer, **more, kill=0)
     assert expected and expected["status"] == 0, done.stderr[-3000:]
-    assert expected["tool_calls"] >= 24 and expected["tool_errors"] == expected["tool_differed"] == 0
+    assert expected["tool_calls"] > 41 and expected["tool_errors"] == expected["tool_differed"] == 0
     assert expected["stale"] > 0  # episodes went on over several versions of the weights
-    done, found = start(tmp_path / "killed", tokenizer, **more, kill=21)
+    done, found = start(tmp_path / "killed", tokenizer, **more, kill=41)
     assert done.returncode == -9 and found is None
-    assert (tmp_path / "killed" / "metrics.jsonl").exists()
+    assert any(folder.name.isdigit() for folder in (tmp_path / "killed" / "checkpoints").iterdir())
     done, found = start(tmp_path / "killed", tokenizer, **more, kill=0)
     assert found and found["digest"] == expected["digest"], done.stderr[-3000:]

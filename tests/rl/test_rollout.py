@@ -120,7 +120,9 @@ def test_repetition_ends_an_answer_and_is_worth_nothing(folder):
     goes_on = [[7, 8] * 7 + [7, 9], [7, 8, 9, 10] * 4, [5] * 15]
     for tokens, repeats in [*((t, True) for t in ends), *((t, False) for t in goes_on)]:
         assert worker._repeats(Answer(0, tokens, [0.0] * len(tokens), [0] * len(tokens))) is repeats, tokens
-    given = Answer(0, [5] * 16, [0.0] * 16, [0] * 8 + [-1] * 8)  # what a tool says is no repetition of the model
+    given = Answer(
+        0, [*range(8), *[5] * 8], [0.0] * 16, [0] * 8 + [-1] * 8
+    )  # what a tool says is no repetition of the model
     assert not worker._repeats(given)
 
 
