@@ -25,6 +25,7 @@ import signal
 import sys
 import threading
 
+import jax
 from absl import app, flags
 
 from kimi_jax import cli, hosts
@@ -85,6 +86,8 @@ def main(argv: list[str]) -> None:
         key = read_api_key(_KEY.value, _KEY_FILE.value, os.environ.get("KIMI_API_KEY", ""))
         if _WEIGHTS.value and not key:
             raise ValueError("--weights_from lets calls change the weights, so the server needs a key: --api_key_file")
+        if _WEIGHTS.value and jax.process_count() > 1:
+            raise ValueError("--weights_from is for a server on one host: weights of many are set on each of them")
         engine, tokenizer = _load(_MODEL.value)
         links = lockstep.meet()
     except hosts.HostMissing as error:
@@ -94,8 +97,6 @@ def main(argv: list[str]) -> None:
     if not hosts.is_first():
         lockstep.obey(engine, links[0])
         return
-    if links and _WEIGHTS.value:
-        lockstep.leave("--weights_from works on one host only; leave it out, or serve on one")
     leader = lockstep.Leader(engine, links)
     worker = EngineWorker(leader if links else engine, limit=_SLOTS.value + _WAITING.value)
     leader.watch(lambda why: _lost(worker, why))
