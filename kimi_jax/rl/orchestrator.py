@@ -27,7 +27,6 @@ from kimi_jax.agents.corpus import Corpus, CorpusError
 from kimi_jax.agents.events import ROOT
 from kimi_jax.agents.finder import FAMILIES, Finder, Orchestrator, Question, question
 from kimi_jax.agents.orchestration import Played, Run, play, settings
-from kimi_jax.agents.trajectory import trajectory
 from kimi_jax.config import ConfigError, RLConfig, TaskConfig, TrainConfig
 from kimi_jax.data.tokenizer import load_tokenizer
 from kimi_jax.eval.runner import SAMPLES, Row, Sample
@@ -35,6 +34,7 @@ from kimi_jax.infer.engine import Engine
 from kimi_jax.model import Model
 from kimi_jax.rl import parl
 from kimi_jax.rl.shaping import Anneal
+from kimi_jax.rl.swarm_trajectory import trajectory
 from kimi_jax.rl.types import Group
 
 HELD_OUT = 1 << 30  # number of the first question that no training asks

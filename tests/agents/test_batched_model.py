@@ -8,10 +8,10 @@ import pytest
 from kimi_jax.agents.batched_model import BatchedModel, EpisodeModel
 from kimi_jax.agents.finder import Finder, question
 from kimi_jax.agents.orchestration import Run, play, settings, write_corpus
-from kimi_jax.agents.trajectory import trajectory
 from kimi_jax.config import preset
 from kimi_jax.data.conversation import ARGUMENTS, CALL, CALL_END, CALLS, CALLS_END
 from kimi_jax.infer.request import Completion
+from kimi_jax.rl.swarm_trajectory import trajectory
 from tests.serve.server import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()

@@ -12,11 +12,11 @@ from kimi_jax.agents.local_model import LocalModel
 from kimi_jax.agents.model import Call, EndpointModel, ModelError, RateLimited, Request
 from kimi_jax.agents.swarm import Swarm
 from kimi_jax.agents.tools import from_function
-from kimi_jax.agents.trajectory import trajectory
 from kimi_jax.config import preset
 from kimi_jax.data.conversation import ARGUMENTS, CALL, CALL_END, CALLS, CALLS_END
 from kimi_jax.infer.engine import Engine
 from kimi_jax.infer.line import NOBODY
+from kimi_jax.rl.swarm_trajectory import trajectory
 from tests.agents.scripts import orchestrator, turn
 from tests.serve.server import ScriptedEngine, byte_tokenizer, load_checkpoint, serving
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kimi_jax.agents.events import Event, Usage
-from kimi_jax.agents.trajectory import trajectory
+from kimi_jax.rl.swarm_trajectory import trajectory
 from kimi_jax.rl.types import TrajectoryError
 
 
