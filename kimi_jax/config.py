@@ -24,7 +24,7 @@ from kimi_jax.config_start import InitFromConfig as InitFromConfig
 from kimi_jax.config_tree import ConfigError as ConfigError
 from kimi_jax.config_tree import diff as diff
 from kimi_jax.config_tree import nearest as nearest
-from kimi_jax.config_tree import set_paths
+from kimi_jax.config_tree import set_paths, unknown_setting
 from kimi_jax.config_tree import thaw as thaw
 from kimi_jax.ranges import (
     LARGEST,
@@ -438,7 +438,7 @@ def _build(values: Any, cls: type, path: str) -> Any:
     unknown = [k for k in values if k not in hints]
     if unknown:
         key = unknown[0]
-        raise ConfigError(f"unknown setting {path}.{key}{nearest(key, hints)}")
+        raise ConfigError(unknown_setting(path, key, hints))
     return cls(**{k: _convert(values[k], hints[k], f"{path}.{k}") for k in values})
 
 

@@ -31,6 +31,12 @@ def nearest(key: str, known: Any) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def unknown_setting(path: str, key: str, known: Any) -> str:
+    """What is said of a name that is no setting of a section; a name that is none at all is quoted, on one line."""
+    name = f"{path}.{key:.60}" if key.isidentifier() else f"{path}: {key[:60]!r}"
+    return f"unknown setting {name}{nearest(key, known)}"
+
+
 def thaw(config: Any) -> ml_collections.ConfigDict:
     """A dataclass as a mutable ConfigDict, for `get_config()` files and command-line overrides.
 
@@ -81,7 +87,7 @@ def _type_of(kind: Any, key: str, here: str) -> Any:
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         if key not in hints:
-            raise ConfigError(f"unknown setting {here}.{key:.60}{nearest(key, hints)}")
+            raise ConfigError(unknown_setting(here, key, hints))
         is_union = typing.get_origin(hints[key]) in (typing.Union, types.UnionType)
         options = typing.get_args(hints[key]) if is_union else (hints[key],)
         return next(option for option in options if option is not type(None))

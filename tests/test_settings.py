@@ -134,6 +134,7 @@ def test_settings_fuzz_long(changes):
     ({"model": {"moe": {"num_experts_per_tok": 500}}}, r"config\.model\.moe: num_experts_per_tok = 500"),
     ({"data": {"vision_ratio": [[0.5, 0.1], [0.0, 0.2]]}}, r"config\.data: the parts of vision_ratio must begin"),
     ({"model": 3}, r"config\.model is a section of settings"),
+    ({"two\nlines": 3}, r"^unknown setting config: 'two\\nlines'"),
 ])  # fmt: skip
 def test_setting_out_of_range_names_key_value_and_what_is_allowed(change, message):
     with pytest.raises(c.ConfigError, match=message):
