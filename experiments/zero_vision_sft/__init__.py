@@ -19,7 +19,7 @@ from kimi_jax.train.log import read_rows
 DATA = Path("runs/experiments/zero_vision_sft/data")
 SHARES = {"low": 0.06, "high": 0.25}  # of vision tokens in pre-training, all of them in captioned images
 SFT_SEEDS = 3  # seeds of SFT on each of two pre-training runs: seeds 0 to 2 and 3 to 5
-STEPS = {"smoke": (6, 3), "cpu": (500, 100)}  # of pre-training, of SFT
+STEPS = {"smoke": (6, 3), "cpu": (800, 200)}  # of pre-training, of SFT
 VISUAL = 0.1  # vision tokens of text-vision SFT: about half of its conversations show an image
 TOLERANCE = 0.02  # relative difference of the tokens of SFT between rows
 
@@ -174,8 +174,9 @@ EXPERIMENT = Experiment(
         "The report finds that SFT on text alone, in which image operations are programs for the ipython tool, wakes "
         "visual abilities, and that text-vision SFT with human-made visual trajectories does worse. Here a model of a "
         "million parameters is pre-trained on stories about scenes of one to three things (a shape or a digit, its "
-        "size, colour and place) beside rendered scenes with captions; then SFT teaches in words to say what is there "
-        "and to answer: counting, localisation, size comparison, reading, and the same by a call of a program. "
+        "size, colour and place) beside captioned scenes, whose image stands where a story has the words; then SFT "
+        "teaches in words to say what is there and to answer: counting, localisation, size comparison, reading, and "
+        "the same by a call of a program. "
         "`none` is the start, `zero` SFT in words, `few` and `many` have, for the same tokens, half of their "
         "conversations about images, by 1 or 8 templates of other questions (colour, shape, presence, what is where). "
         f"`low` and `high` are vision shares of {SHARES['low']:.0%} and {SHARES['high']:.0%} of the tokens of "

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from experiments.zero_vision_sft import programs
-from experiments.zero_vision_sft.data import TOOL, in_words
+from experiments.zero_vision_sft.data import in_words, with_image
 from experiments.zero_vision_sft.scenes import KINDS, Asked, asked
 from kimi_jax.data.reply import Reply, parse_reply
 from kimi_jax.eval.agent import Episode, EpisodeLimits, engine_replies, run
@@ -89,7 +89,7 @@ def ask(model: Model, questions: Sequence[Asked], images: Sequence[np.ndarray] |
     engine = Engine(model, slots=32, max_sequence_length=256, chunks=(32, 128), tokens_per_call=8)
     requests = []
     for number, question in enumerate(questions):
-        content: Any = in_words(question) if images is None else _shown(images[number], question.question)
+        content: Any = in_words(question) if images is None else with_image(images[number], question)
         chat = Chat([{"role": "user", "content": content}], thinking=False)
         requests.append(chat_request(chat, model.tokenizer, model.config, _greedy()))
     return [Said.of(parse_reply(c.token_ids, model.tokenizer, thinking=False)) for c in engine.run(requests)]
@@ -103,7 +103,7 @@ def by_tool(model: Model, questions: Sequence[Asked]) -> dict[str, tuple[float, 
     with Session() as session:
         for question in questions:
             session.put({"image_1": question.scene.image})
-            messages = [{"role": "user", "content": _shown(question.scene.image, f"{TOOL}{question.question}")}]
+            messages = [{"role": "user", "content": with_image(question.scene.image, question, by_tool=True)}]
             episode = run(replies, messages, {"ipython": _tool(session)}, limits=EpisodeLimits(turns=3, calls=1))
             called.append(any(call.result == "ok" for call in episode.calls))
             right.append(_answer(episode) == question.answer)
@@ -120,10 +120,6 @@ def _tool(session: Session) -> Callable[[str], list[dict[str, Any]]]:
 
 def _answer(episode: Episode) -> str:
     return episode.answer.strip().removeprefix("so: ").strip()
-
-
-def _shown(image: np.ndarray, text: str) -> list[dict[str, Any]]:
-    return [{"type": "image", "image": image}, {"type": "text", "text": text}]
 
 
 def _greedy() -> Sampling:

@@ -1,8 +1,10 @@
 """The files that the runs read: captioned scenes and stories of pre-training, conversations of SFT in words, by the
 tool, and about images.
 
-Every reply has one form, so that format, reading and answer can be scored apart: "SCENE. so: ANSWER", or a call of the
-tool and then "so: ANSWER".
+A scene stands between "scene: " and a full stop, in words or as an image: in pre-training, where it is said again in
+words, and in what a user asks. (Where pre-training has images at the beginning of documents only, no instruction in
+words reached them: one run, 0.02 of the things read.) Every reply has one form, so that format, reading and answer can
+be scored apart: "SCENE. so: ANSWER", or a call of the tool and then "so: ANSWER".
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from experiments.zero_vision_sft.scenes import VISUAL, Asked, asked, asked_visua
 from kimi_jax.data.sources.demo_base import generator
 from kimi_jax.train.log import write_atomic
 
+BEFORE = "scene: "  # what stands before a scene
 TOOL = "use ipython: "  # before a question that is to be answered by the tool
 FEW, MANY = 1, len(VISUAL)
 COUNTS = {"captions": 6000, "stories": 6000, "words": 4000, "tool": 1000, "few": 2000, "many": 2000}
@@ -28,9 +31,20 @@ def reply(words: str, answer: str) -> str:
     return f"{words}. so: {answer}"
 
 
-def in_words(question: Asked) -> str:
+def in_words(question: Asked, by_tool: bool = False) -> str:
     """What the user says when the scene is given in words."""
-    return f"scene: {question.scene.words}.\n{question.question}"
+    return f"{BEFORE}{question.scene.words}{after(question, by_tool)}"
+
+
+def after(question: Asked, by_tool: bool = False) -> str:
+    """What stands behind the scene, in words or as an image."""
+    return f".\n{TOOL if by_tool else ''}{question.question}"
+
+
+def with_image(image: Any, question: Asked, by_tool: bool = False) -> list[dict[str, Any]]:
+    """What the user says when the scene is an image, which stands where the words did."""
+    text = {"type": "text", "text": after(question, by_tool)}
+    return [{"type": "text", "text": BEFORE}, {"type": "image", "image": image}, text]
 
 
 def call(question: Asked) -> dict[str, Any]:
@@ -54,10 +68,10 @@ def _words(i: int, folder: Path) -> dict[str, Any]:
 
 
 def _tool(i: int, folder: Path) -> dict[str, Any]:
-    """A question without its image: what the program would see is known, and all that the model needs."""
+    """A call of the tool beside a scene in words: what the program would see is known."""
     question = asked("tool", "train", i)
     return _chat(
-        f"tool-{i}", _user(f"{TOOL}{question.question}"), call(question),
+        f"tool-{i}", _user(in_words(question, by_tool=True)), call(question),
         {"role": "tool", "tool_call_id": "functions.ipython:0", "content": f"{question.answer}\n"},
         {"role": "assistant", "content": f"so: {question.answer}"},
     )  # fmt: skip
@@ -68,9 +82,8 @@ def _visual(templates: int) -> Callable[[int, Path], dict[str, Any]]:
         question = asked_visually("train", i, templates)
         name = f"visual-{templates}-{i}.png"
         PILImage.fromarray(question.scene.image).save(folder / name)
-        shown = [{"type": "image", "image": name}, {"type": "text", "text": question.question}]
         said = {"role": "assistant", "content": reply(question.scene.words, question.answer)}
-        return _chat(name, _user(shown), said)
+        return _chat(name, _user(with_image(name, question)), said)
 
     return row
 
@@ -78,8 +91,8 @@ def _visual(templates: int) -> Callable[[int, Path], dict[str, Any]]:
 def _caption(i: int, folder: Path) -> dict[str, Any]:
     shown = scene(generator("zero_vision_sft/caption", "train", i))
     PILImage.fromarray(shown.image).save(folder / f"caption-{i}.png")
-    parts = [{"image": f"caption-{i}.png"}, {"text": "\n", "loss": 0}, {"text": f"{shown.words}."}]
-    return {"id": f"caption-{i}", "parts": parts}
+    said = {"text": f". again: {shown.words}."}
+    return {"id": f"caption-{i}", "parts": [{"text": BEFORE, "loss": 0}, {"image": f"caption-{i}.png"}, said]}
 
 
 def _story(i: int, folder: Path) -> dict[str, Any]:
