@@ -90,7 +90,7 @@ def run_stage(file, name, folder, ends):
     return config
 
 
-@pytest.mark.slow  # six runs, each compiled: a minute or two
+@pytest.mark.slow  # six runs, each compiled: two minutes of CPU
 def test_three_stages_in_a_chain(tmp_path):
     """At tiny size, with the settings and the data of configs/pretrain; each run's end is read from its checkpoint."""
     joint = freeze(runpy.run_path(str(REPO / "configs/pretrain/joint.py"))["get_config"]())
