@@ -14,6 +14,7 @@ from kimi_jax import sharding
 from kimi_jax.nn import decoder
 from kimi_jax.nn.kimi import init_params
 from kimi_jax.nn.param import unbox
+from kimi_jax.packed_batch import padding
 from kimi_jax.train import state as state_lib
 from kimi_jax.train.step import gradients, make_layout, make_optimizer, make_train_step, microbatches
 from tests.nn.tiny import QUICK, assert_trees_close
@@ -75,10 +76,11 @@ def test_accumulated_equals_the_full_batch(plain, parts):
     assert_same(got, plain)
 
 
-def test_microbatches_hold_whole_groups_of_every_device():
+def test_microbatches_hold_whole_packs_of_every_device():
     layout = sharding.layout(sharding.make_mesh(c.MeshConfig(), jax.devices()[:4]))
-    rows = np.arange(16)  # 8 groups of two rows on 4 devices
-    parts = jax.jit(lambda x: microbatches({"x": x}, 2, layout))(rows)["x"]
+    batch = padding(16, 1, rows_per_pack=2, pad_id=0)  # 8 packs of two rows on 4 devices
+    batch = dataclasses.replace(batch, tokens=np.arange(16, dtype=np.int32)[:, None])
+    parts = jax.jit(lambda batch: microbatches(batch, 2, layout))(batch).tokens[..., 0]
     assert parts.tolist() == [[0, 1, 4, 5, 8, 9, 12, 13], [2, 3, 6, 7, 10, 11, 14, 15]]
 
 
