@@ -15,6 +15,7 @@ from kimi_jax import sharding
 from kimi_jax.nn import vision_stage
 from kimi_jax.nn.kimi import KimiK25, init_params
 from kimi_jax.nn.param import unbox
+from kimi_jax.packed_batch import VisionBins
 from tests.nn.tiny import QUICK, assert_trees_close
 from tests.train.tiny import MODEL, G, P, make_batch
 
@@ -108,7 +109,7 @@ def test_devices_of_a_group_share_its_bins(axes, bins):
 
     @jax.jit
     def run(values, x):
-        sharded = vision_stage.shard_bins(layout, {"values": values})["values"]
+        sharded = vision_stage.shard_bins(layout, VisionBins(*[values] * 5)).patches  # any array of a bin will do
         features, count = encode(sharded)
         return vision_stage.fuse(layout, x, (features,), index, (bins,), groups), count
 
