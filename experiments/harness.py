@@ -15,11 +15,13 @@ were made. Claims are functions of the table of records, so that no text can dis
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,6 +178,27 @@ def equivalent(task: str, row: str, other: str, margin: float) -> Callable[[Tabl
 def above(task: str, row: str, bound: float) -> Callable[[Table], Verdict]:
     """Claim that a measure of one row is above a bound, over seeds."""
     return lambda table: judge(list(table.values(row, task).values()), bound)
+
+
+def above_control(score: str, row: str, control: str) -> Callable[[Table], Verdict]:
+    """Claim that a score of one row is above its control, which asks the same questions with other evidence."""
+
+    def judged(table: Table) -> Verdict:
+        return judge(statistics.paired(table.values(row, score), table.values(row, control)))
+
+    return judged
+
+
+# ------------------------------------------------------------------------------------------------------------ preparing
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Inside, this process alone holds the lock file: runs that prepare the same things wait for the first of them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 # -------------------------------------------------------------------------------------------------------------- records

@@ -56,7 +56,7 @@ class ToolConfig:
 
     turns: Count = 4  # replies of the model; the last one must answer
     calls: Count = 4  # of one reply that are run
-    characters: Annotated[int, Range(16, 1 << 20)] = 2000  # of a result; what is beyond is cut off
+    characters: Annotated[int, Range(16, 1 << 20)] = 2000  # of a result; what is beyond is left out
     sessions: Annotated[int, Range(1, 1024)] = 4  # interpreters at once, each of one episode
     sandbox: Annotated[str, OneOf(SANDBOXES)] = "auto"
     timeout_seconds: Annotated[float, Range(above=0.0, high=86_400.0)] = 10.0  # of a call

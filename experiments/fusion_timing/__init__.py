@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 
 from experiments.fusion_timing import figures, scenes
-from experiments.harness import Claim, Experiment, Score, Table, above, better, equivalent, judge
+from experiments.harness import Claim, Experiment, Score, Table, above, better, equivalent, judge, locked
 from kimi_jax import config as c
 from kimi_jax.data.vocabulary import tokenizer_for
 from kimi_jax.train.log import read_rows
@@ -97,8 +97,9 @@ def prepare(config: c.TrainConfig) -> None:
     """Writes the scenes and the tokenizer that all runs read, and knows the tasks."""
     scenes.register_tasks()
     if Path(config.data.tokenizer) == DATA / "tokenizer.json":
-        scenes.write(DATA, SCENES)
-        tokenizer_for(config, config.data.tokenizer, config.model.vocab_size)
+        with locked(DATA / "lock"):
+            scenes.write(DATA, SCENES)
+            tokenizer_for(config, config.data.tokenizer, config.model.vocab_size)
 
 
 def measure(workdir: Path) -> dict[str, tuple[float, int]]:

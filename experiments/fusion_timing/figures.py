@@ -21,7 +21,7 @@ def draw(table: Table, folder: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    if not all(table.seeds(row) for row in LABELS):
+    if not all(set(table.seeds(row)) & set(table.seeds("early")) for row in LABELS):
         return
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4), width_ratios=(1.5, 1))

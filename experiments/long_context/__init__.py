@@ -7,12 +7,11 @@ Source: Kimi K2.5 report (arXiv 2602.02276), Table 3 and the section on joint lo
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import runpy
 from pathlib import Path
 
 from experiments.fusion_timing import model as narrow_model
-from experiments.harness import HERE, Claim, Experiment, Score, Table, Verdict, better, equivalent, judge
+from experiments.harness import HERE, Claim, Experiment, Score, above_control, better, equivalent, locked
 from kimi_jax import config as c
 from kimi_jax.data.sources.demo_long import TOKENS
 from kimi_jax.data.vocabulary import tokenizer_for
@@ -76,13 +75,10 @@ def prepare(config: c.TrainConfig) -> None:
     if not place.is_relative_to(DATA):
         return
     scale, seed, name = place.parts[-3:]
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with (DATA / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(DATA / "lock"):
         joint = stage(scale, "joint")
         tokenizer_for(joint, joint.data.tokenizer, joint.model.vocab_size)
-    with (place.parent / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(place.parent / "lock"):
         _train(scale, name, int(seed))
 
 
@@ -147,24 +143,14 @@ CONTROLS = {TEXT: "without the sentence", VIDEO: "without the frame"}
 # -------------------------------------------------------------------------------------------------------------- claims
 
 
-def room(kind: str, tokens: int):
-    """Claim that the score after training with interpolation is above its control: there is something to compare."""
-
-    def judged(table: Table) -> Verdict:
-        task = f"{kind}_{tokens}/accuracy"
-        score, control = table.values("yarn", task), table.values("yarn", f"{task}/{CONTROLS[kind]}")
-        return judge([score[seed] - control[seed] for seed in sorted(score.keys() & control.keys())])
-
-    return judged
-
-
 def _claims() -> tuple[Claim, ...]:
     found = []
     for kind, what in ((TEXT, "text"), (VIDEO, "video")):
         four = f"{kind}_{TOKENS[2]}/accuracy"
+        control = f"{four}/{CONTROLS[kind]}"
         found += [
             Claim(f"At 4 times the length a fact in {what} is found above the control, after training with YaRN",
-                  room(kind, TOKENS[2])),
+                  above_control(four, "yarn", control)),
             Claim(f"... and more often than before the stage ({what}, 4x)", better(four, "yarn", "before")),
             Claim(f"... and more often than by interpolation without training ({what}, 4x)",
                   better(four, "yarn", "before_yarn")),

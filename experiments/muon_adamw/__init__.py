@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.fusion_timing import model
-from experiments.harness import UNDECIDED, Claim, Experiment, Score, Table, Verdict, judge
+from experiments.harness import UNDECIDED, Claim, Experiment, Score, Table, Verdict, judge, locked
 from experiments.muon_adamw import figures
 from kimi_jax import config as c
 from kimi_jax.data.vocabulary import tokenizer_for
@@ -68,7 +68,8 @@ ROWS |= {f"muon_4x_{name}": _row("muon", RATES[name], wide=True) for name in ("4
 def prepare(config: c.TrainConfig) -> None:
     """Trains the tokenizer that all runs read."""
     if Path(config.data.tokenizer) == DATA / "tokenizer.json":
-        tokenizer_for(config, config.data.tokenizer, config.model.vocab_size)
+        with locked(DATA / "lock"):
+            tokenizer_for(config, config.data.tokenizer, config.model.vocab_size)
 
 
 # -------------------------------------------------------------------------------------------------------------- claims

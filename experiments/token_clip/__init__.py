@@ -6,7 +6,6 @@ Source: Kimi K2.5 report (arXiv 2602.02276), section 5.1, equation 1.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import runpy
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.harness import HERE, Claim, Experiment, Score, better
+from experiments.harness import HERE, Claim, Experiment, Score, better, locked
 from experiments.token_clip import figures
 from kimi_jax import config as c
 from kimi_jax.data.vocabulary import tokenizer_for
@@ -76,9 +75,7 @@ def prepare(config: c.TrainConfig) -> None:
     """Trains the tokenizer and the supervised model, once; another process waits for the first."""
     from kimi_jax.train import loop
 
-    DATA.mkdir(parents=True, exist_ok=True)
-    with (DATA / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(DATA / "lock"):
         supervised = start()
         tokenizer_for(supervised, supervised.data.tokenizer, supervised.model.vocab_size)
         if loop.run(supervised):

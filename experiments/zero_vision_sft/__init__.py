@@ -6,11 +6,10 @@ Source: Kimi K2.5 report (arXiv 2602.02276), the section on zero-vision SFT.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 from pathlib import Path
 
 from experiments.fusion_timing import model as narrow_model
-from experiments.harness import Claim, Experiment, Score, Table, Verdict, above, better, judge
+from experiments.harness import Claim, Experiment, Score, Table, above, above_control, better, locked
 from experiments.zero_vision_sft import asking, data
 from kimi_jax import config as c
 from kimi_jax.data.vocabulary import tokenizer_for
@@ -97,15 +96,12 @@ def prepare(config: c.TrainConfig) -> None:
     scale, name = place.parts[-2:]
     share, _, seed = name.partition("-")
     before = pretraining(scale, share, int(seed))
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with (DATA / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(DATA / "lock"):
         data.write(DATA)
         sources = {**before.data.sources, **config.data.sources}
         both = dataclasses.replace(before, data=dataclasses.replace(before.data, sources=sources))
         tokenizer_for(both, before.data.tokenizer, before.model.vocab_size, max_bytes=2_000_000)
-    with place.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(place.with_suffix(".lock")):
         if loop.run(before):
             raise RuntimeError(f"the pre-training in {place} did not come to its end")
 
@@ -130,16 +126,6 @@ def check(table: Table) -> list[str]:
 # -------------------------------------------------------------------------------------------------------------- claims
 
 
-def beyond(row: str, score: str, control: str):
-    """Claim that a score is above its control, which asks the same questions with other evidence."""
-
-    def judged(table: Table) -> Verdict:
-        one, other = table.values(row, score), table.values(row, control)
-        return judge([one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())])
-
-    return judged
-
-
 ANSWER, READ = "image/correct", "image/things"
 CLAIMS = (
     Claim("Precondition: after zero-vision SFT the instructions are mastered in words (above 0.9 correct)",
@@ -147,16 +133,17 @@ CLAIMS = (
     Claim("Precondition: so they are after text-vision SFT with many templates",
           above("words/correct", "many_high", 0.9)),
     Claim("Zero-vision SFT answers visual questions that it never saw, better than about another question's image",
-          beyond("zero_high", ANSWER, f"image/{asking.OTHER}/correct")),
+          above_control(ANSWER, "zero_high", f"image/{asking.OTHER}/correct")),
     Claim("It names what is in the image, better than with another question's image",
-          beyond("zero_high", READ, f"image/{asking.OTHER}/things")),
+          above_control(READ, "zero_high", f"image/{asking.OTHER}/things")),
     Claim("It answers better than the model without SFT", better(ANSWER, "zero_high", "none_high")),
     Claim("It answers better than text-vision SFT with few templates", better(ANSWER, "zero_high", "few_high")),
     Claim("It answers better than text-vision SFT with many templates", better(ANSWER, "zero_high", "many_high")),
     Claim("Text-vision SFT answers better with many templates than with few", better(ANSWER, "many_high", "few_high")),
     Claim("More captions in pre-training: zero-vision SFT answers better", better(ANSWER, "zero_high", "zero_low")),
     Claim("More captions in pre-training: it names more of what is there", better(READ, "zero_high", "zero_low")),
-    Claim("With the tool, zero-vision SFT answers better than without", beyond("zero_high", "tool/correct", ANSWER)),
+    Claim("With the tool, zero-vision SFT answers better than without",
+          above_control("tool/correct", "zero_high", ANSWER)),
     Claim("The tool does not need the captions: with few of them it is right in more than half of the answers",
           above("tool/correct", "zero_low", 0.5)),
 )  # fmt: skip

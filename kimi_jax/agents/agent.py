@@ -27,7 +27,7 @@ from kimi_jax.agents.tools import Result, ToolError, check_arguments
 MAX_CONFIGURATIONS = 256  # of one agent
 MAX_NAME, MAX_PROMPT = 64, 100_000  # characters
 MAX_KEPT = 1 << 24  # characters of a result that can be read on
-MAX_SOURCES = 100  # that an envelope names
+MAX_SOURCES = 100  # that are kept of one result
 PARTIAL = 1000  # characters of the last results that a stopped agent hands over
 
 

@@ -37,7 +37,7 @@ COLUMNS = (
     Column(AREA, metrics=("number_near",), preprocess=("extract_number",), tolerance=0.01),
 )
 RELATION_NAMES = ("longest", "shortest", "first", "last")  # as RELATIONS of the families, in one word
-MAX_CITED = 64  # numbers of an answer that are looked at
+MAX_CITED = 64  # numbers, of four digits and a space, that an answer may have
 _BRIEF = re.compile(rf"(?:({'|'.join(RELATION_NAMES)}) border of )?(\S.{{0,98}})")
 _PARALLEL_FAMILY = {"wide": "wide", "chain": "trap", "mixed": "mixed"}
 
@@ -120,9 +120,9 @@ def _returned(events: Sequence[Event]) -> list[Event]:
 
 def cited(answer: str, count: int) -> list[int]:
     """The numbers of an answer that are calls, in order, each once; [] for an answer of another form."""
-    if not re.fullmatch(r"\s*\d{1,4}(\s+\d{1,4})*\s*", answer[: 5 * MAX_CITED]):
+    if len(answer) > 5 * MAX_CITED or not re.fullmatch(r"\s*\d{1,4}(\s+\d{1,4})*\s*", answer):
         return []
-    return [n for n in dict.fromkeys(map(int, answer.split()[:MAX_CITED])) if n < count]
+    return [n for n in dict.fromkeys(map(int, answer.split())) if n < count]
 
 
 def used(events: Sequence[Event]) -> list[str]:

@@ -1,6 +1,6 @@
 """Many runs of small orchestrators at once, and the conversations of scripted ones, which a policy first learns from.
 
-    python -m kimi_jax.agents.orchestration --out=runs/orchestrator --count=4000
+    python -m kimi_jax.agents.orchestration --out=runs/orchestrator --count=3000
 
 writes the corpus (World Factbook), and one conversation a line as `kind="chat"` sources read it.
 """
@@ -8,7 +8,7 @@ writes the corpus (World Factbook), and one conversation a line as `kind="chat"`
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,7 @@ RELIABILITY = 0.9  # of the subagents in the conversations that are learned from
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """A run to make: a question, the model of the orchestrator, and that of its subagents."""
 
     asked: Question
@@ -42,7 +42,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Played:
+class FinishedRun:
     """What became of a run. messages: the orchestrator's last request, with its answer."""
 
     asked: Question
@@ -74,7 +74,7 @@ def write_corpus(folder: Path) -> Corpus:
     return Corpus(folder)
 
 
-def play(runs: Sequence[Run], corpus: Corpus, config: SwarmConfig) -> list[Played]:
+def play(runs: Sequence[PlannedRun], corpus: Corpus, config: SwarmConfig) -> list[FinishedRun]:
     """All runs at the same time, on virtual time: see `batched_model.py`. Each has a journal in memory.
 
     What is no Exception, such as a signal's, ends all runs and comes out as it was raised.
@@ -88,8 +88,8 @@ def play(runs: Sequence[Run], corpus: Corpus, config: SwarmConfig) -> list[Playe
         raise signals or group from None
 
 
-async def _play(runs: Sequence[Run], corpus: Corpus, config: SwarmConfig) -> list[Played]:
-    played: list[Played | None] = [None] * len(runs)
+async def _play(runs: Sequence[PlannedRun], corpus: Corpus, config: SwarmConfig) -> list[FinishedRun]:
+    played: list[FinishedRun | None] = [None] * len(runs)
 
     async def one(i: int) -> None:
         events: list[Event] = []
@@ -99,7 +99,7 @@ async def _play(runs: Sequence[Run], corpus: Corpus, config: SwarmConfig) -> lis
             result = await swarm.run(runs[i].asked.text)
         finally:
             swarm.close()
-        played[i] = Played(runs[i].asked, result, tuple(events), tuple(model.messages))
+        played[i] = FinishedRun(runs[i].asked, result, tuple(events), tuple(model.messages))
 
     async with anyio.create_task_group() as tasks:
         for i in range(len(runs)):
@@ -110,7 +110,7 @@ async def _play(runs: Sequence[Run], corpus: Corpus, config: SwarmConfig) -> lis
 class _ByRole:
     """The orchestrator's model for the orchestrator, the subagents' for the others."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: PlannedRun):
         self._run = run
         self.name = f"{run.orchestrator.name}, {run.subagent.name}"
         self.messages: list[Message] = []
@@ -124,15 +124,14 @@ class _ByRole:
         return response
 
 
-def conversations(
-    count: int, corpus: Corpus, config: SwarmConfig, parallel: Callable[[np.random.Generator], bool], seed: int
-) -> list[list[Message]]:
-    """Conversations of scripted orchestrators, families and numbers of lines mixed."""
+def conversations(count: int, corpus: Corpus, config: SwarmConfig, parallel: float, seed: int) -> list[list[Message]]:
+    """Conversations of scripted orchestrators, families and numbers of lines mixed; `parallel`: the share of those that
+    assign tasks at the same time."""
     runs = []
     for i in range(count):
         rng = np.random.default_rng((seed, i))
         asked = question(FAMILIES[i % len(FAMILIES)], 1_000_000 * (seed + 1) + i, int(rng.integers(1, 5)))
-        runs.append(Run(asked, Orchestrator(asked, parallel(rng)), Finder(RELIABILITY, i)))
+        runs.append(PlannedRun(asked, Orchestrator(asked, bool(rng.random() < parallel)), Finder(RELIABILITY, i)))
     return [list(played.messages) for played in play(runs, corpus, config)]
 
 
@@ -144,7 +143,7 @@ def main(argv: list[str]) -> None:
     out = Path(values.out)
     corpus = write_corpus(out / "corpus")
     config = settings(values.critical_steps, values.turns, 256)
-    made = conversations(values.count, corpus, config, lambda rng: rng.random() < values.parallel, values.seed)
+    made = conversations(values.count, corpus, config, values.parallel, values.seed)
     with (out / "conversations.jsonl").open("w", encoding="utf-8") as file:
         for messages in made:
             file.write(json.dumps({"messages": messages, "thinking": False}, ensure_ascii=False) + "\n")
@@ -153,9 +152,9 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("out", "runs/orchestrator", "Folder of the corpus and the conversations.")
-    flags.DEFINE_integer("count", 4000, "Conversations.", 1)
+    flags.DEFINE_integer("count", 3000, "Conversations.", 1)
     flags.DEFINE_integer("seed", 0, "Of the questions.", 0)
-    flags.DEFINE_float("critical_steps", 24.0, "Limit of critical steps of a run.", 2)
+    flags.DEFINE_float("critical_steps", 14.0, "Limit of critical steps of a run.", 2)
     flags.DEFINE_integer("turns", 6, "Most turns of the orchestrator.", 1)
     flags.DEFINE_float("parallel", 0.3, "Share of conversations that assign tasks at the same time.", 0, 1)
     app.run(main, flags_parser=cli.parse_plain)

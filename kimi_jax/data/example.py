@@ -301,7 +301,7 @@ def _special_id(tokenizer: Tokenizer, name: str) -> int:
 def encode(example: Example, tokenizer: Tokenizer, limits: EncodeLimits | None = None, patch_size: int = 14) -> Encoded:
     """Tokens, loss weights and patches of an example.
 
-    Media that do not fit the limits are planned smaller, all of the example alike, never cut off. A plain text-only
+    Media that do not fit the limits are planned smaller, all of the example alike, never truncated. A plain text-only
     document may be longer than `limits.sequence_length` (see `split`). A conversation that does not fit loses turns, as
     few as possible, where its `turns` allow it.
     Raises BadRecord: empty; too_long (the text leaves no room even for the smallest images, or a conversation has no

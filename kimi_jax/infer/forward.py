@@ -7,7 +7,7 @@ data, so one program serves all lengths), and the absorbed form of attention: wi
     q . (K latent) = (K^T q) . latent        sum_k p_k (V latent_k) = V (sum_k p_k latent_k)
 
 so that decoding reads the latents as they lie and never makes a key or a value (on a TPU by
-`kernels.attention.paged_latent`, unless the pages are cut over a mesh). A chunk of many queries is cheaper with
+`kernels.attention.paged_latent`, unless the pages are sharded over a mesh). A chunk of many queries is cheaper with
 keys and values expanded: the chunk's own at once, then those before it a block of pages at a time.
 
 Over a mesh the chunk's tokens are sent to the routed experts (`kernels.moe.expert_parallel`); the rest is the
@@ -76,12 +76,12 @@ class Chunk(NamedTuple):
 def prepare(config: ModelConfig, params: dict[str, Any], split: Callable | None = None) -> Weights:
     """Split the stacks of `params` (the plain tree of `nn.kimi`) into layers, once, in the activations' dtype.
 
-    XLA would copy a layer out of its stack in every step. The routed experts' weights, most of the weights, are not cut
-    or copied (if they have the right dtype), nor are embedding and head; the other weights of the layers exist twice as
-    long as the caller keeps `params`, which an engine does not. kv_b is also kept as its two halves, transposed for the
-    absorbed form. The router stays as it is: it computes in float32. split: `split_layers` for this configuration,
-    compiled by whoever calls this again and again; what is not cut must stay outside, since jax copies what a compiled
-    function passes through.
+    XLA would copy a layer out of its stack in every step. The routed experts' weights, most of the weights, are not
+    split or copied (if they have the right dtype), nor are embedding and head; the other weights of the layers exist
+    twice as long as the caller keeps `params`, which an engine does not. kv_b is also kept as its two halves,
+    transposed for the absorbed form. The router stays as it is: it computes in float32. split: `split_layers` for this
+    configuration, compiled by whoever calls this again and again; what is not split must stay outside, since jax copies
+    what a compiled function passes through.
     """
     stacks = {}
     for name in (DENSE, MOE):

@@ -1,7 +1,7 @@
 """Rollouts of an orchestrator (PARL): each answer is a run of the swarm runtime, and its record is the trajectory.
 
 Source: Kimi K2.5 report (arXiv 2602.02276), sections 6.1 to 6.3: the orchestrator is trained, subagents are frozen and
-what they say is an observation, runs are limited by critical steps. docs/rl.md section 10.
+what they say is an observation, runs are limited by critical steps. docs/rl.md section 11.
 
 K samples of a group
 
@@ -26,16 +26,15 @@ from kimi_jax.agents.batched_model import BatchedModel, EpisodeModel
 from kimi_jax.agents.corpus import Corpus, CorpusError
 from kimi_jax.agents.events import ROOT
 from kimi_jax.agents.finder import FAMILIES, Finder, Orchestrator, Question, question
-from kimi_jax.agents.orchestration import Played, Run, play, settings
+from kimi_jax.agents.orchestration import FinishedRun, PlannedRun, play, settings
 from kimi_jax.config import ConfigError, RLConfig, TaskConfig, TrainConfig
 from kimi_jax.data.tokenizer import load_tokenizer
 from kimi_jax.eval.runner import SAMPLES, Row, Sample
-from kimi_jax.infer.engine import Engine
-from kimi_jax.model import Model
 from kimi_jax.rl import parl
 from kimi_jax.rl.shaping import Anneal
 from kimi_jax.rl.swarm_trajectory import trajectory
 from kimi_jax.rl.types import Group
+from kimi_jax.rl.worker import open_engine
 
 HELD_OUT = 1 << 30  # number of the first question that no training asks
 NUM_QUESTIONS = 1 << 24
@@ -74,12 +73,7 @@ class RunGroup:
     index: int
     problem: Question
     seeds: list[str]
-    runs: list[Played] = field(default_factory=list)
-
-    @property
-    def answers(self) -> list[Any]:
-        """What a checkpoint keeps of a group that is not complete: its runs begin again."""
-        return []
+    runs: list[FinishedRun] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
@@ -105,6 +99,8 @@ class OrchestratorWorker:
 
     def __init__(self, config: TrainConfig, rl: RLConfig, mesh: Mesh | None = None):
         assert rl.orchestrator is not None
+        if config.lora is not None:
+            raise ConfigError("config.lora: reinforcement learning trains whole weights; leave the adapters out")
         if rl.rollout.max_staleness or rl.rollout.replay_experts:
             raise ConfigError(
                 "config.rl.orchestrator: runs are not continued, so leave max_staleness and replay_experts off"
@@ -119,8 +115,7 @@ class OrchestratorWorker:
         self._mesh = mesh if mesh is not None and mesh.size > 1 else None
         self._batch: BatchedModel | None = None
         self._tokenizer = load_tokenizer(config.data.tokenizer)
-        self._made: list[tuple[Played, parl.Rewards]] = []
-        self._version = 0
+        self._made: list[tuple[FinishedRun, parl.Rewards]] = []
 
     def open_task(self, config: TaskConfig, split: str = "train") -> Questions:
         """The questions of a task, kind "orchestrate". Raises ConfigError for another kind."""
@@ -132,35 +127,33 @@ class OrchestratorWorker:
 
     def set_params(self, params: Any, version: int) -> None:
         """Sample with these weights from now on; `version`, the iteration, is noted at every token."""
-        rollout = self._rl.rollout
         if self._batch is None:
+            engine = open_engine(self._config, self._rl.rollout, params, self._mesh)
             length = self._config.data.sequence_length
-            engine = Engine(
-                Model(dataclasses.replace(self._config.model, remat=False), params, mesh=self._mesh),
-                slots=rollout.slots, page_size=rollout.page_size, mesh=self._mesh, max_sequence_length=length,
-                tokens_per_call=rollout.tokens_per_call,
-            )  # fmt: skip
             self._batch = BatchedModel(engine, self._tokenizer, length, self._rl.policy.temperature)
         self._batch.engine.set_params(params, version)
-        self._version = version
 
     def begin(self, task: str, index: int, problem: Question, samples: int, seed: int) -> RunGroup:
         """A group whose runs are not made yet."""
         return RunGroup(task, index, problem, [f"{seed}/{task}/{index}/{k}" for k in range(samples)])
 
     def draw(self, groups: Sequence[RunGroup], most: int = 0, greedy: bool = False) -> None:
-        """Makes all runs of groups that have none, to their ends. most: 0, because runs are not continued."""
+        """Makes all runs of groups that have none, to their ends. most: 0, because runs are not continued.
+
+        greedy: the most probable turns, with subagents that are up to every brief.
+        """
         assert self._batch is not None, "set_params comes first"
         waiting = [(group, seed) for group in groups if not group.complete for seed in group.seeds]
-        reliability = self._settings.reliability_at(self._version)
+        reliability = 1.0 if greedy else self._settings.reliability_at(self._batch.engine.version)
+        subagent = Finder(reliability, self._config.seed)
         runs = [
-            Run(group.problem, EpisodeModel(self._batch, i, seed, greedy), Finder(reliability, self._config.seed))
+            PlannedRun(group.problem, EpisodeModel(self._batch, i, seed, greedy), subagent)
             for i, (group, seed) in enumerate(waiting)
         ]
         for (group, _), played in zip(waiting, self.play(runs), strict=True):
             group.runs.append(played)
 
-    def play(self, runs: Sequence[Run]) -> list[Played]:
+    def play(self, runs: Sequence[PlannedRun]) -> list[FinishedRun]:
         """Runs within the limits of these settings."""
         limits = settings(self._settings.critical_steps, self._settings.turns, self._rl.rollout.max_new_tokens)
         return play(runs, self._corpus, limits)
@@ -189,7 +182,7 @@ class OrchestratorWorker:
         """Nothing is held outside the process."""
 
 
-def means(runs: Sequence[Played]) -> dict[str, float]:
+def means(runs: Sequence[FinishedRun]) -> dict[str, float]:
     """item_f1, critical_steps, width (of subagents at work at once) and subagents, over runs; {} for none."""
     if not runs:
         return {}
@@ -214,8 +207,8 @@ def evaluate(
 ) -> list[Row]:
     """Rows of item F1, critical steps and width for each named task of `config.rl.tasks` ("all": every one).
 
-    The most probable turns over `limit` held-out questions; the control is a script that assigns one task in a turn,
-    within the same limits, with subagents that are up to every brief. frozen: unused, for the loop.
+    The most probable turns over `limit` held-out questions, with subagents that are up to every brief; the control is
+    a script that assigns one task in a turn, within the same limits. frozen: unused, for the loop.
     """
     assert config.rl is not None
     worker.set_params(params, 0)
@@ -225,7 +218,7 @@ def evaluate(
         groups = [worker.begin(name, i, questions[i], 1, 0) for i in range(limit)]
         worker.draw(groups, greedy=True)
         runs = [group.runs[0] for group in groups]
-        serial = worker.play([Run(g.problem, Orchestrator(g.problem, parallel=False), Finder()) for g in groups])
+        serial = worker.play([PlannedRun(g.problem, Orchestrator(g.problem, False), Finder()) for g in groups])
         found, control = means(runs), means(serial)
         for metric in ("item_f1", "critical_steps", "width"):
             values = [means([run])[metric] for run in runs]

@@ -1,7 +1,7 @@
 """PARL: the rewards of an orchestrator that learns when to work in parallel, of what a run of the swarm has recorded.
 
 Source: Kimi K2.5 report (arXiv 2602.02276), section 6.2: lambda1 r_parallel + lambda2 r_finish + r_perf, without closed
-forms; docs/rl.md section 10 has the readings.
+forms; docs/rl.md section 11 has the readings.
 
 W width   B briefs
 

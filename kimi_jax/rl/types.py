@@ -154,7 +154,7 @@ class Group:
 class Sample(NamedTuple):
     """A context as the packer takes it. columns: COLUMNS, float32 [n] beside the tokens.
 
-    experts: int [n, L, k] that the sampler routed each token to, `FREE` where it recorded none; None: nowhere.
+    experts: int [n, L, k] that the sampler routed each token to, `FREE` where it recorded none; None: no record.
     """
 
     encoded: Encoded

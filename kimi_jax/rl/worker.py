@@ -50,7 +50,7 @@ REPEAT_EVERY = 16  # tokens between two looks for repetition
 
 @runtime_checkable
 class Sampler(Protocol):
-    """What draws tokens: `infer.engine.Engine` here, `rl.remote` elsewhere."""
+    """What of an `infer.engine.Engine` draws answers."""
 
     @property
     def idle(self) -> bool: ...
@@ -110,12 +110,7 @@ class RolloutWorker:
         self._sampler.set_params(params, version)
 
     def _open(self, params: Any) -> Sampler:
-        """What draws tokens: here an engine in this process."""
-        model = Model(dataclasses.replace(self._config.model, remat=False), params, mesh=self._mesh)
-        return Engine(
-            model, slots=self._rollout.slots, page_size=self._rollout.page_size, mesh=self._mesh,
-            max_sequence_length=self._config.data.sequence_length, tokens_per_call=self._rollout.tokens_per_call,
-        )  # fmt: skip
+        return open_engine(self._config, self._rollout, params, self._mesh)
 
     def take_metrics(self) -> dict[str, float]:
         """What happened since the last time: calls of tools, those that failed, that were run again, that differed."""
@@ -306,6 +301,15 @@ class RolloutWorker:
             if len(tokens) >= whole and tokens[-whole:-period] == tokens[period - whole :]:
                 return True
         return False
+
+
+def open_engine(config: TrainConfig, rollout: RolloutConfig, params: Any, mesh: Mesh | None) -> Engine:
+    """The engine of a run's rollouts, in this process."""
+    model = Model(dataclasses.replace(config.model, remat=False), params, mesh=mesh)
+    return Engine(
+        model, slots=rollout.slots, page_size=rollout.page_size, mesh=mesh,
+        max_sequence_length=config.data.sequence_length, tokens_per_call=rollout.tokens_per_call,
+    )  # fmt: skip
 
 
 def _seed(seed: int, task: str, index: int, sample: int) -> int:

@@ -63,7 +63,7 @@ class Server:
     may be named by path; "" for none. remote: whether http URLs are fetched; allowed_networks: which of the
     networks that are not public those may reach. api_key: "" for none. max_body: bytes of a request's body.
     max_memory: bytes for the bodies and media of all requests. body_seconds: for a body to arrive. weights: where
-    a call may take other weights from; None: nowhere.
+    a call may take other weights from; None: there is no such call.
     """
 
     name: str

@@ -7,7 +7,7 @@ import pytest
 
 from kimi_jax.agents.batched_model import BatchedModel, EpisodeModel
 from kimi_jax.agents.finder import Finder, question
-from kimi_jax.agents.orchestration import Run, play, settings, write_corpus
+from kimi_jax.agents.orchestration import PlannedRun, play, settings, write_corpus
 from kimi_jax.config import preset
 from kimi_jax.data.conversation import ARGUMENTS, CALL, CALL_END, CALLS, CALLS_END
 from kimi_jax.infer.request import Completion
@@ -56,7 +56,7 @@ def corpus(tmp_path_factory):
 def played(engine, corpus, episodes=3, max_length=4096):
     batch = BatchedModel(engine, TOKENIZER, max_length)
     asked = [question("wide", i, 2) for i in range(episodes)]
-    runs = [Run(q, EpisodeModel(batch, i, f"seed/{i}"), Finder()) for i, q in enumerate(asked)]
+    runs = [PlannedRun(q, EpisodeModel(batch, i, f"seed/{i}"), Finder()) for i, q in enumerate(asked)]
     return play(runs, corpus, settings(20, 4, 512))
 
 

@@ -3,13 +3,13 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kimi_jax.agents import finder
 from kimi_jax.agents.finder import FAMILIES, Finder, Orchestrator, question
 from kimi_jax.agents.model import Call, Response, ScriptedModel
-from kimi_jax.agents.orchestration import Run, play, settings, write_corpus
+from kimi_jax.agents.orchestration import PlannedRun, play, settings, write_corpus
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def corpus(tmp_path_factory):
 
 def runs(family, parallel, count=4, items=3, reliability=1.0):
     asked = [question(family, i, items) for i in range(count)]
-    return [Run(each, Orchestrator(each, parallel), Finder(reliability)) for each in asked]
+    return [PlannedRun(each, Orchestrator(each, parallel), Finder(reliability)) for each in asked]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -63,7 +63,9 @@ def test_finder_gives_up_on_some_briefs_and_the_others_are_unchanged(corpus):
     assert 0 < sum(second == "" for _, second in pairs) < len(pairs)
 
 
-@given(st.text(max_size=400), st.integers(0, 5))
+@given(st.one_of(st.text(max_size=400), st.text("0123 \nx", max_size=700)), st.integers(0, 5))
+@example("1" + " " * 400 + "x", 5)
+@example("0 " * 400, 5)
 def test_cited_numbers_are_calls_whatever_the_answer(answer, count):
     numbers = finder.cited(answer, count)
     assert len(set(numbers)) == len(numbers) and all(0 <= n < count for n in numbers)
@@ -81,7 +83,7 @@ def test_answer_that_cites_what_was_not_asked_for_loses_precision(corpus):
         more = Call("functions.assign_task:2", "assign_task", json.dumps({"agent": "finder", "prompt": other}))
         return Response("", (*response.calls, more))
 
-    (played,) = play([Run(asked, ScriptedModel(complete), Finder())], corpus, settings(100, 20, 256))
+    (played,) = play([PlannedRun(asked, ScriptedModel(complete), Finder())], corpus, settings(100, 20, 256))
     score = finder.verify(asked, played.events)
     assert score.item_recall == 1.0 and score.item_precision == pytest.approx(2 / 3)
     assert finder.used(played.events) == ["root/0.0", "root/0.1", "root/0.2"]
@@ -93,5 +95,5 @@ def test_verify_scores_any_answer(answer, corpus):
         return Response(answer)
 
     asked = question("wide", 0, 2)
-    (played,) = play([Run(asked, ScriptedModel(complete), Finder())], corpus, settings(100, 20, 256))
+    (played,) = play([PlannedRun(asked, ScriptedModel(complete), Finder())], corpus, settings(100, 20, 256))
     assert played.item_f1 == 0.0 and finder.used(played.events) == []

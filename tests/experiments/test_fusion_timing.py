@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import harness
-from experiments.fusion_timing import EXPERIMENT, MAIN, TOLERANCE, check, dip, scenes
+from experiments.fusion_timing import EXPERIMENT, MAIN, TOLERANCE, check, dip, figures, scenes
 from kimi_jax.config import override
 from kimi_jax.data.pipeline import BatchStream
 from kimi_jax.data.sources import demo_scene
@@ -40,6 +40,15 @@ def test_scene_tasks_offer_one_right_answer():
             caption = demo_scene.scene("validation", int(question.cluster.split()[1])).words
             if name == "scene_colour":  # the other shape's colour would be right as well
                 assert f" {caption[5]}" not in question.choices and len(question.choices) == 5
+
+
+@pytest.mark.parametrize(("early_seed", "drawn"), [(0, True), (1, False)])
+def test_plot_needs_a_seed_that_its_rows_share(early_seed, drawn, tmp_path):
+    seeds = {"early": early_seed, "mid": 0, "late": 0}
+    records = [{"row": row, "seed": seed, "task": "x", "step": 0, "score": 0.0} for row, seed in seeds.items()]
+    curves = [{**r, "task": figures.CURVE, "step": s, "score": v} for r in records for s, v in CURVE]
+    figures.draw(harness.Table(EXPERIMENT, "cpu", records, curves), tmp_path)
+    assert (tmp_path / "text.png").exists() == drawn
 
 
 def test_dip_of_a_falling_curve_is_none():

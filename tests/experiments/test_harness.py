@@ -1,6 +1,7 @@
 """The harness of experiments: records, claims on planted effects and on nulls, and READMEs that are generated."""
 
 import dataclasses
+import fcntl
 import json
 
 import numpy as np
@@ -73,6 +74,23 @@ def test_claims_of_equivalence_need_an_interval_inside_the_margin():
     assert harness.equivalent("task/accuracy", "null", "plain", 0.05)(table).outcome == CONFIRMED
     assert harness.equivalent("task/accuracy", "planted", "plain", 0.01)(table).outcome == CONTRADICTED
     assert harness.equivalent("task/accuracy", "null", "plain", 1e-4)(table).outcome == UNDECIDED
+
+
+def test_claim_above_a_control_compares_two_scores_of_one_row():
+    of = experiment()
+    found = records(of, 0.0)
+    control = [{**r, "task": "task/control", "score": r["score"] - 0.05} for r in found]
+    table = harness.Table(of, "cpu", [*found, *control])
+    assert harness.above_control("task/accuracy", "plain", "task/control")(table).outcome == CONFIRMED
+    assert harness.above_control("task/control", "plain", "task/accuracy")(table).outcome == CONTRADICTED
+
+
+def test_second_process_waits_for_the_lock_of_the_first(tmp_path):
+    path = tmp_path / "folder" / "lock"
+    with harness.locked(path), path.open() as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with path.open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_claims_are_not_judged_by_one_seed():

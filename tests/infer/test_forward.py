@@ -99,7 +99,7 @@ def test_idle_rows_change_nothing():
 
 
 def test_tpu_reads_the_pages_by_its_kernel_which_gives_the_same():
-    """Rows of no token, one page and some, and all pages; over a mesh, where pages are cut, there is no kernel.
+    """Rows of no token, one page and some, and all pages; over a mesh, where pages are sharded, there is no kernel.
 
     bfloat16: probabilities are rounded before they meet values, in blocks that differ.
     """

@@ -136,7 +136,7 @@ def test_new_weights_compile_nothing_and_old_ones_are_freed():
 
 
 def test_engine_keeps_no_stack_of_layers_beside_its_own():
-    """Only the routed experts, the embedding and the head, which are not cut."""
+    """Only the routed experts, the embedding and the head, which are not split."""
     engine, params = fresh(one_by_one()), jax.tree.map(lambda a: a + 0, model().params)
     layers = [stack["attention"] for stack in (params["dense_layers"], params["moe_layers"])]
     stacks = [weakref.ref(leaf) for leaf in jax.tree.leaves(layers)]

@@ -131,10 +131,10 @@ def test_episode_in_parts_is_the_one_in_one_piece_and_its_calls_are_run_again(fo
     ]  # fmt: skip
     whole = draw(opened(configured(folder), script)).answers[0]
     worker = opened(configured(folder, max_staleness=2, tokens_per_iteration=30), script)
-    cut = draw(worker, most=30, parts=20).answers[0]
-    assert cut.tokens == whole.tokens and cut.calls == whole.calls and cut.finish == whole.finish == "stop"
-    assert [c.text for c in cut.calls] == ["(no output)", "42\n", "43\n", "43\n"]
-    assert len(set(cut.versions)) > 3 and cut.versions[-1] > cut.versions[0]
+    parts = draw(worker, most=30, parts=20).answers[0]
+    assert parts.tokens == whole.tokens and parts.calls == whole.calls and parts.finish == whole.finish == "stop"
+    assert [c.text for c in parts.calls] == ["(no output)", "42\n", "43\n", "43\n"]
+    assert len(set(parts.versions)) > 3 and parts.versions[-1] > parts.versions[0]
     counts = worker.take_metrics()
     assert counts["tool_calls"] == 4 and counts["tool_replayed"] > 1 and counts["tool_differed"] == 0
 

@@ -10,8 +10,8 @@ import pytest
 from kimi_jax import config as c
 from kimi_jax.agents import finder
 from kimi_jax.agents.finder import Finder, Orchestrator
-from kimi_jax.agents.orchestration import Run, conversations, settings, write_corpus
-from kimi_jax.config import ConfigError
+from kimi_jax.agents.orchestration import PlannedRun, conversations, settings, write_corpus
+from kimi_jax.config import ConfigError, LoRAConfig
 from kimi_jax.config_rl import OrchestratorConfig, RLConfig, RolloutConfig, TaskConfig
 from kimi_jax.data.tokenizer import train_tokenizer
 from kimi_jax.nn.kimi import init_params
@@ -26,7 +26,7 @@ from tests.rl.tiny_run import TEXT
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("orchestrator")
     corpus = write_corpus(folder / "corpus")
-    told = conversations(6, corpus, settings(14, 6, 256), lambda rng: True, seed=0)
+    told = conversations(6, corpus, settings(14, 6, 256), 1.0, seed=0)
     train_tokenizer([json.dumps(messages) for messages in told], 320, folder / "tokenizer.json")
     return folder
 
@@ -59,7 +59,7 @@ def worker(folder):
 
 def group_of(worker, asked, *orchestrators):
     group = RunGroup("wide", 0, asked, ["0"] * len(orchestrators))
-    group.runs = worker.play([Run(asked, each, Finder()) for each in orchestrators])
+    group.runs = worker.play([PlannedRun(asked, each, Finder()) for each in orchestrators])
     return group
 
 
@@ -101,6 +101,18 @@ def test_reliability_of_subagents_follows_the_iteration():
     assert OrchestratorConfig(reliability=((0, 0.5), (0, 0.6))).conflict()
 
 
+def test_evaluation_has_subagents_that_are_up_to_every_brief(folder, params, monkeypatch):
+    config = configured(folder, reliability=((0, 0.25),))
+    worker = OrchestratorWorker(config, config.rl)
+    worker.set_params(params, 0)
+    subagents = []
+    monkeypatch.setattr(worker, "play", lambda runs: subagents.append(runs[0].subagent._reliability) or [None] * 2)
+    for greedy in (False, True):
+        asked = worker.open_task(TaskConfig("orchestrate", path="wide/2"))[0]
+        worker.draw([worker.begin("wide", 0, asked, 2, 0)], greedy=greedy)
+    assert subagents == [0.25, 1.0]
+
+
 def test_run_without_anything_of_the_policy_makes_its_group_fail(worker):
     class Silent:
         name = "silent"
@@ -134,6 +146,9 @@ def test_settings_that_no_run_can_be_made_with_are_refused(folder, tmp_path):
     stale = dataclasses.replace(config.rl, rollout=dataclasses.replace(config.rl.rollout, max_staleness=1))
     with pytest.raises(ConfigError, match="max_staleness"):
         OrchestratorWorker(config, stale)
+    adapted = dataclasses.replace(config, lora=LoRAConfig())
+    with pytest.raises(ConfigError, match="lora"):
+        OrchestratorWorker(adapted, config.rl)
     lost = dataclasses.replace(config.rl, orchestrator=OrchestratorConfig(corpus=str(tmp_path / "none")))
     with pytest.raises(ConfigError, match="corpus"):
         OrchestratorWorker(config, lost)

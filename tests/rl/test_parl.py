@@ -1,4 +1,4 @@
-"""Rewards of an orchestrator (hard test 9 of docs/rl.md): what earns r_parallel and r_finish, and what does not."""
+"""Rewards of an orchestrator (docs/rl.md section 11): what earns r_parallel and r_finish, and what does not."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from kimi_jax.agents import detectors, finder
 from kimi_jax.agents.finder import Finder, Orchestrator, question
 from kimi_jax.agents.model import Call, Response, ScriptedModel
-from kimi_jax.agents.orchestration import Run, play, settings, write_corpus
+from kimi_jax.agents.orchestration import PlannedRun, play, settings, write_corpus
 from kimi_jax.rl import parl
 
 ISLANDS = ["Cuba", "Malta", "Fiji", "Iceland"]  # rows of no chain
@@ -37,7 +37,7 @@ def spam(briefs, answer="none"):
 
 def played(family, orchestrator, corpus, count=6, items=4):
     asked = [question(family, i, items) for i in range(count)]
-    return play([Run(q, orchestrator(q), Finder()) for q in asked], corpus, settings(40, 20, 256))
+    return play([PlannedRun(q, orchestrator(q), Finder()) for q in asked], corpus, settings(40, 20, 256))
 
 
 def episodes(runs):
