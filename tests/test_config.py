@@ -237,7 +237,7 @@ def test_override_changes_single_settings_and_leaves_the_original():
         ({"steps.more.yet": 3}, r"config\.steps is a value and has no setting 'more'"),
         ({"steps": None}, r"config\.steps must not be None"),
         ({"model": 3, "model.vocab_size": 4}, r"config\.model is a section of settings, not 3"),
-        ({"": 3}, r"unknown setting config\."),
+        ({"": 3}, r"unknown setting config: ''"),
     ],
 )
 def test_override_of_what_does_not_exist_or_fit_is_refused(changes, message):
