@@ -113,6 +113,7 @@ class OrchestratorConfig:
     critical_steps: Annotated[int, Range(2, 1 << 20)] = 14  # limit of a run
     turns: Count = 6  # most turns of the orchestrator
     width: Annotated[int, Range(2, 1024)] = 3  # useful subagents at work at once that earn all of r_parallel
+    reward_useless: bool = False  # r_parallel counts subagents whose results are not used too: what not to do
     lambda_parallel: NonNegative = 0.3
     lambda_finish: NonNegative = 0.2
     anneal: Natural = 30  # iterations in which both weights fall to zero; 0: they stay

@@ -79,8 +79,16 @@ def is_used(result: str, brief: str, later: str) -> bool:
     return any(len(word) > 2 for word in (words(result) - words(brief)) & words(later))
 
 
-def episode(events: Sequence[Event], oracle: float, rewards: tuple[float, float, float] = (0, 0, 0)) -> Episode:
-    """The summary of one recorded run. rewards: r_parallel, r_finish, r_perf."""
+def episode(
+    events: Sequence[Event],
+    oracle: float,
+    rewards: tuple[float, float, float] = (0, 0, 0),
+    used: Sequence[str] | None = None,
+) -> Episode:
+    """The summary of one recorded run. rewards: r_parallel, r_finish, r_perf.
+
+    used: the subagents whose results are used, where answers cite calls; None: told by the words of later text.
+    """
     graph = from_events(events)
     briefs = {e.agent: str(e.detail.get("brief", "")) for e in events if e.kind == "start" and e.agent != ROOT}
     ends = {e.agent: e for e in events if e.kind == "end"}
@@ -103,7 +111,7 @@ def episode(events: Sequence[Event], oracle: float, rewards: tuple[float, float,
             Child(
                 brief=brief,
                 gain=span_gain(graph, name) if name in graph.subagents else 0,
-                used=is_used(result, brief, "\n".join([answer, *asked])),
+                used=is_used(result, brief, "\n".join([answer, *asked])) if used is None else name in used,
                 finished=end is not None and end.status == "ok",
                 tool_calls=tools.get(name, 0),
             )
@@ -117,7 +125,7 @@ def _share(flags: Iterable[bool]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def _change(values: Sequence[float]) -> float:
+def rise(values: Sequence[float]) -> float:
     """Least-squares slope over the window, times the window: how far a line through the values rises."""
     n = len(values)
     if n < 2:
@@ -127,6 +135,11 @@ def _change(values: Sequence[float]) -> float:
     return slope * (n - 1)
 
 
+def collapsed_share(window: Sequence[Episode]) -> float:
+    """Share of the episodes of wide tasks whose width or T1 / T∞ shows no parallelism; 0 without any."""
+    return _share(e.width <= COLLAPSED or e.parallelism < COLLAPSED for e in window if e.oracle > WIDE)
+
+
 def serial_collapse(window: Sequence[Episode], share: float = 0.5) -> Finding:
     """Wide tasks are done one thing after the other, in more than `share` of the window or more and more.
 
@@ -134,7 +147,7 @@ def serial_collapse(window: Sequence[Episode], share: float = 0.5) -> Finding:
     `after`, how often one step starts two or more subagents, in the first and the second half of the window.
     """
     wide = [e for e in window if e.oracle > WIDE]
-    collapsed = _share(e.width <= COLLAPSED or e.parallelism < COLLAPSED for e in wide)
+    collapsed = collapsed_share(window)
     half = len(wide) // 2
     before, after = (_share(e.largest_group >= 2 for e in part) for part in (wide[:half], wide[half:]))
     fading = half >= 5 and before > 0.2 and after < 0.1 * before
@@ -148,17 +161,27 @@ def spurious_parallelism(window: Sequence[Episode], share: float = 0.5) -> Findi
     `no_gain` (subagents that the span does not need), `unused` (results that nothing cites), `duplicate` (briefs) and
     `on_chains` (episodes of chains that are wide).
     """
+    rises = [rise([getattr(e, name) for e in window]) for name in ("r_parallel", "r_finish", "r_perf")]
+    signs = useless(window)
+    paid = pays(*rises)
+    return Finding(paid and any(v > share for v in signs.values()), {**signs, "paid": float(paid)})
+
+
+def pays(parallel: float, finish: float, perf: float) -> bool:
+    """Whether the auxiliary rewards rise over a window by more than noise, and the outcome does not."""
+    return parallel > RISE and finish > RISE and perf < RISE
+
+
+def useless(window: Sequence[Episode]) -> dict[str, float]:
+    """Shares of subagents, or episodes, that parallelism does nothing for; see `spurious_parallelism`."""
     children = [child for e in window for child in e.children]
     repeated = sum(len(duplicates([child.brief for child in e.children])) for e in window)
-    rises = [_change([getattr(e, name) for e in window]) for name in ("r_parallel", "r_finish", "r_perf")]
-    signs = {
+    return {
         "no_gain": _share(child.gain <= 0 for child in children),
         "unused": _share(not child.used for child in children),
         "duplicate": repeated / len(children) if children else 0.0,
         "on_chains": _share(e.width > TOO_WIDE for e in window if e.oracle <= CHAIN),
     }
-    paid = rises[0] > RISE and rises[1] > RISE and rises[2] < RISE
-    return Finding(paid and any(v > share for v in signs.values()), {**signs, "paid": float(paid)})
 
 
 def finish_hacking(window: Sequence[Episode], share: float = 0.5) -> Finding:

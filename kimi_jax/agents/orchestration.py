@@ -135,19 +135,24 @@ def conversations(count: int, corpus: Corpus, config: SwarmConfig, parallel: flo
     return [list(played.messages) for played in play(runs, corpus, config)]
 
 
+def write(out: Path, count: int = 3000, seed: int = 0, parallel: float = 0.3, critical_steps: float = 14.0,
+          turns: int = 6) -> Path:  # fmt: skip
+    """Writes the corpus into `out/corpus`, and conversations, of which it gives the file."""
+    corpus = write_corpus(out / "corpus")
+    made = conversations(count, corpus, settings(critical_steps, turns, 256), parallel, seed)
+    lines = (json.dumps({"messages": messages, "thinking": False}, ensure_ascii=False) for messages in made)
+    path, unfinished = out / "conversations.jsonl", out / "conversations.jsonl.part"
+    unfinished.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return unfinished.replace(path)
+
+
 def main(argv: list[str]) -> None:
     """Runs the command line."""
     values = flags.FLAGS
     if len(argv) > 1:
         raise SystemExit(f"error: unexpected argument {argv[1]!r}   (--help for more)")
-    out = Path(values.out)
-    corpus = write_corpus(out / "corpus")
-    config = settings(values.critical_steps, values.turns, 256)
-    made = conversations(values.count, corpus, config, values.parallel, values.seed)
-    with (out / "conversations.jsonl").open("w", encoding="utf-8") as file:
-        for messages in made:
-            file.write(json.dumps({"messages": messages, "thinking": False}, ensure_ascii=False) + "\n")
-    print(f"{len(made):,} conversations in {file.name}")
+    path = write(Path(values.out), values.count, values.seed, values.parallel, values.critical_steps, values.turns)
+    print(f"{values.count:,} conversations in {path}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from kimi_jax.agents import critical, finder
+from kimi_jax.agents import critical, detectors, finder
 from kimi_jax.agents.batched_model import BatchedModel, EpisodeModel
 from kimi_jax.agents.corpus import Corpus, CorpusError
 from kimi_jax.agents.events import ROOT
@@ -137,31 +137,43 @@ class OrchestratorWorker:
         """A group whose runs are not made yet."""
         return RunGroup(task, index, problem, [f"{seed}/{task}/{index}/{k}" for k in range(samples)])
 
-    def draw(self, groups: Sequence[RunGroup], most: int = 0, greedy: bool = False) -> None:
-        """Makes all runs of groups that have none, to their ends. most: 0, because runs are not continued.
-
-        greedy: the most probable turns, with subagents that are up to every brief.
-        """
+    def draw(self, groups: Sequence[RunGroup], most: int = 0) -> None:
+        """Makes all runs of groups that have none, to their ends. most: 0, because runs are not continued."""
         assert self._batch is not None, "set_params comes first"
         waiting = [(group, seed) for group in groups if not group.complete for seed in group.seeds]
-        reliability = 1.0 if greedy else self._settings.reliability_at(self._batch.engine.version)
-        subagent = Finder(reliability, self._config.seed)
+        subagent = Finder(self._settings.reliability_at(self._batch.engine.version), self._config.seed)
         runs = [
-            PlannedRun(group.problem, EpisodeModel(self._batch, i, seed, greedy), subagent)
+            PlannedRun(group.problem, EpisodeModel(self._batch, i, seed), subagent)
             for i, (group, seed) in enumerate(waiting)
         ]
         for (group, _), played in zip(waiting, self.play(runs), strict=True):
             group.runs.append(played)
 
-    def play(self, runs: Sequence[PlannedRun]) -> list[FinishedRun]:
-        """Runs within the limits of these settings."""
-        limits = settings(self._settings.critical_steps, self._settings.turns, self._rl.rollout.max_new_tokens)
-        return play(runs, self._corpus, limits)
+    def play(self, runs: Sequence[PlannedRun], critical_steps: int | None = None) -> list[FinishedRun]:
+        """Runs within the limits of these settings, or with another limit of critical steps."""
+        steps = critical_steps or self._settings.critical_steps
+        return play(runs, self._corpus, settings(steps, self._settings.turns, self._rl.rollout.max_new_tokens))
+
+    def answer(
+        self, asked: Sequence[Question], reliability: float = 1.0, critical_steps: int | None = None
+    ) -> list[FinishedRun]:
+        """A run with the most probable turns for each question, with subagents of that reliability."""
+        assert self._batch is not None, "set_params comes first"
+        subagent = Finder(reliability, self._config.seed)
+        models = [EpisodeModel(self._batch, i, "", greedy=True) for i in range(len(asked))]
+        return self.play([PlannedRun(q, m, subagent) for q, m in zip(asked, models, strict=True)], critical_steps)
+
+    def one_by_one(self, asked: Sequence[Question], critical_steps: int | None = None) -> list[FinishedRun]:
+        """Of each question the run of a script that assigns one task in a turn, with reliable subagents."""
+        return self.play([PlannedRun(q, Orchestrator(q, parallel=False), Finder()) for q in asked], critical_steps)
 
     def rewards(self, group: RunGroup, iteration: int) -> list[float]:
         """Of each run: the outcome, and the auxiliary terms by the weights of this iteration."""
         limits = self._settings
-        terms = [parl.rewards(run.events, run.item_f1, finder.used(run.events), limits.width) for run in group.runs]
+        terms = [
+            parl.rewards(run.events, run.item_f1, finder.used(run.events), limits.width, limits.reward_useless)
+            for run in group.runs
+        ]
         self._made += zip(group.runs, terms, strict=True)
         weights = [
             Anneal(start, limits.anneal).at(iteration) if limits.anneal else start
@@ -170,16 +182,27 @@ class OrchestratorWorker:
         return [each.total(*weights) for each in terms]
 
     def take_metrics(self) -> dict[str, float]:
-        """Means over the runs since the last time."""
+        """Means over the runs since the last time, and the detectors' shares."""
         made, self._made = self._made, []
-        terms = [each for _, each in made]
-        return {**means([run for run, _ in made]), **{
-            name: float(np.mean([getattr(each, field) for each in terms]))
-            for name, field in (("r_parallel", "parallel"), ("r_finish", "finish")) if terms
-        }}  # fmt: skip
+        if not made:
+            return {}
+        window = [episode(run, terms) for run, terms in made]
+        return {
+            **means([run for run, _ in made]),
+            "r_parallel": float(np.mean([e.r_parallel for e in window])),
+            "r_finish": float(np.mean([e.r_finish for e in window])),
+            "collapsed": detectors.collapsed_share(window),
+            **detectors.useless(window),
+        }
 
     def close(self) -> None:
         """Nothing is held outside the process."""
+
+
+def episode(run: FinishedRun, terms: parl.Rewards) -> detectors.Episode:
+    """What the detectors read of a run."""
+    rewards = (terms.parallel, terms.finish, terms.perf)
+    return detectors.episode(run.events, run.asked.oracle, rewards, finder.used(run.events))
 
 
 def means(runs: Sequence[FinishedRun]) -> dict[str, float]:
@@ -215,10 +238,8 @@ def evaluate(
     rows = []
     for name in config.rl.tasks if "all" in tasks else tasks:
         questions = worker.open_task(config.rl.tasks[name], "validation")
-        groups = [worker.begin(name, i, questions[i], 1, 0) for i in range(limit)]
-        worker.draw(groups, greedy=True)
-        runs = [group.runs[0] for group in groups]
-        serial = worker.play([PlannedRun(g.problem, Orchestrator(g.problem, False), Finder()) for g in groups])
+        asked = [questions[i] for i in range(limit)]
+        runs, serial = worker.answer(asked), worker.one_by_one(asked)
         found, control = means(runs), means(serial)
         for metric in ("item_f1", "critical_steps", "width"):
             values = [means([run])[metric] for run in runs]

@@ -12,7 +12,7 @@ r_finish    share of the subagents that finished after at least one tool call
 A subagent counts for r_parallel if its brief is no near-duplicate of an earlier one and its result is used: by the
 answer, or by a later brief. Subagents that work one after the other have a mean of 1, so they earn nothing. Both
 weights fall to zero during training, on the global step, which is in the checkpoint: a reward of parallelism that stays
-is collected by spawning.
+is collected by spawning. `every` counts every subagent, the naive reading, for experiments/agent_swarm.
 """
 
 from __future__ import annotations
@@ -37,16 +37,17 @@ class Rewards:
         return self.perf + lambda1 * self.parallel + lambda2 * self.finish
 
 
-def rewards(events: Sequence[Event], perf: float, used: Sequence[str], width: int) -> Rewards:
+def rewards(events: Sequence[Event], perf: float, used: Sequence[str], width: int, every: bool = False) -> Rewards:
     """The terms of a recorded run. perf: its score; used: the subagents whose results the answer or a brief is made of;
-    width: number of useful subagents at work at once that earns the whole of r_parallel, at least 2."""
+    width: number of useful subagents at work at once that earns the whole of r_parallel, at least 2; every: subagents
+    count for r_parallel whether they are useful or not."""
     if width < 2:
         raise ValueError(f"a width of {width} is no parallelism; it must be at least 2")
     briefs = {e.agent: str(e.detail["brief"]) for e in events if e.kind == "start" and e.agent != ROOT}
     names = list(briefs)
     repeated = {names[j] for _, j in detectors.duplicates(list(briefs.values()))}
     graph = critical.from_events(events)
-    idle = [name for name in names if name not in used or name in repeated]
+    idle = [] if every else [name for name in names if name not in used or name in repeated]
     mean = critical.mean_width(critical.without(graph, idle))
     tools = {e.agent for e in events if e.kind == "tool"}
     ends = [e for e in events if e.kind == "end" and e.agent != ROOT]

@@ -91,6 +91,7 @@ def test_rewards_are_the_outcome_and_terms_that_are_annealed(folder):
     assert worker.rewards(group, 10) == worker.rewards(group, 1000) == [1.0, 1.0]
     metrics = worker.take_metrics()
     assert metrics["r_parallel"] == 0.5 and metrics["r_finish"] == 1.0 and metrics["width"] == 1.5
+    assert metrics["unused"] == metrics["duplicate"] == 0.0, "the answers cite every row"
     assert worker.take_metrics() == {}
 
 
@@ -106,11 +107,20 @@ def test_evaluation_has_subagents_that_are_up_to_every_brief(folder, params, mon
     worker = OrchestratorWorker(config, config.rl)
     worker.set_params(params, 0)
     subagents = []
-    monkeypatch.setattr(worker, "play", lambda runs: subagents.append(runs[0].subagent._reliability) or [None] * 2)
-    for greedy in (False, True):
-        asked = worker.open_task(TaskConfig("orchestrate", path="wide/2"))[0]
-        worker.draw([worker.begin("wide", 0, asked, 2, 0)], greedy=greedy)
+    monkeypatch.setattr(
+        worker, "play", lambda runs, *limit: subagents.append(runs[0].subagent._reliability) or [None] * 2 * (not limit)
+    )
+    asked = worker.open_task(TaskConfig("orchestrate", path="wide/2"))[0]
+    worker.draw([worker.begin("wide", 0, asked, 2, 0)])
+    worker.answer([asked])
     assert subagents == [0.25, 1.0]
+
+
+def test_limit_of_critical_steps_ends_what_needs_more(worker):
+    asked = [worker.open_task(TaskConfig("orchestrate", path="wide/2"))[0]]
+    (free,), (limited,) = worker.one_by_one(asked, 40), worker.one_by_one(asked, 4)
+    assert free.item_f1 == 1.0 and free.result.critical_steps > 4
+    assert limited.item_f1 == 0.0 and limited.result.critical_steps <= 4
 
 
 def test_run_without_anything_of_the_policy_makes_its_group_fail(worker):

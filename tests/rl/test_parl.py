@@ -68,6 +68,12 @@ def test_subagents_whose_results_are_ignored_earn_no_r_parallel(corpus):
         assert terms.finish == 1.0  # which alone can be hacked, so it is annealed too
 
 
+def test_naive_reading_pays_subagents_whose_results_are_ignored(corpus):
+    (run,) = played("chain", lambda q: spam(ISLANDS), corpus, 1, 2)
+    terms = parl.rewards(run.events, run.item_f1, finder.used(run.events), 3, every=True)
+    assert terms.parallel == 1.0 and terms.perf == 0.0
+
+
 def test_r_finish_counts_subagents_that_found_something(corpus):
     (run,) = played("wide", lambda q: spam(["Ghana", "no such country"]), corpus, count=1)
     assert rewards(run).finish == 0.5

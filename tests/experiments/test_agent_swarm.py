@@ -1,0 +1,65 @@
+"""The swarm experiment: its rows are settings of a run, and its measures and claims can say yes and no."""
+
+import pytest
+
+from experiments import harness
+from experiments.agent_swarm import EXPERIMENT, LIMITS, of_log, reduction, steps_to
+from experiments.harness import CONFIRMED
+from kimi_jax.config_check import check_run
+
+ROW_OF_LOG = {
+    "item_f1": 0.5, "r_parallel": 0.0, "r_finish": 0.5, "collapsed": 0.0, "no_gain": 0.0, "unused": 0.0,
+    "duplicate": 0.0, "on_chains": 0.0, "subagents": 3.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", ["smoke", "cpu"])
+@pytest.mark.parametrize("row", EXPERIMENT.rows)
+def test_rows_are_settings_of_a_run_of_equally_many_steps(row, scale):
+    config = EXPERIMENT.config(row, 1, scale)
+    check_run(config)
+    assert config.steps == (40 if scale == "cpu" else 3) and config.seed == 1
+
+
+def log(steps=20, **last):
+    """Rows of a log that go from ROW_OF_LOG to `last` in equal steps."""
+    ends = {**ROW_OF_LOG, **last}
+    return [
+        {"data": {name: value + (ends[name] - value) * i / (steps - 1) for name, value in ROW_OF_LOG.items()}}
+        for i in range(steps)
+    ]
+
+
+def test_log_of_useless_subagents_that_are_paid_for_is_spurious_and_others_are_not():
+    assert of_log(log(r_parallel=0.9, r_finish=1.0, unused=1.0))["train/spurious"] == (1.0, 20)
+    assert of_log(log(r_parallel=0.9, r_finish=1.0, unused=1.0, item_f1=0.9))["train/spurious"][0] == 0.0
+    assert of_log(log(r_parallel=0.9, r_finish=1.0))["train/spurious"][0] == 0.0
+    assert of_log(log(unused=1.0))["train/spurious"][0] == 0.0
+
+
+def test_log_of_wide_questions_one_after_the_other_is_a_serial_collapse():
+    assert of_log(log(collapsed=1.0))["train/serial"][0] == 1.0
+    assert of_log(log(collapsed=0.3))["train/serial"][0] == 0.0
+
+
+def table(policy, serial):
+    """Item F1 under each limit that rises from 0 to 1 at so many critical steps, the same for all families."""
+    records = [
+        {"row": "annealed", "seed": seed, "task": f"limit_{limit}/wide/{name}", "step": 40, "n": 1,
+         "score": float(limit >= (step if name == "serial" else step + 0.01 * seed))}
+        for seed in EXPERIMENT.seeds for limit in LIMITS for name, step in (("policy", policy), ("serial", serial))
+    ]  # fmt: skip
+    return harness.Table(EXPERIMENT, "cpu", records)
+
+
+def test_steps_to_a_target_lie_between_two_limits_and_are_infinite_where_it_is_not_reached():
+    assert steps_to(table(8, 8), "annealed", 0, "wide", "policy", 0.5) == 7.0
+    assert steps_to(table(8, 8), "annealed", 0, "wide", "policy", 0.25) == 6.5
+    assert steps_to(table(4, 8), "annealed", 0, "wide", "policy") == 4.0
+    assert steps_to(table(99, 8), "annealed", 0, "wide", "policy") == float("inf")
+
+
+def test_reduction_is_confirmed_where_the_script_needs_more_steps_and_not_where_it_does_not():
+    assert reduction("annealed", "wide")(table(6, 14)).outcome == CONFIRMED
+    assert reduction("annealed", "wide")(table(14, 14)).outcome != CONFIRMED
+    assert reduction("annealed", "wide")(table(99, 14)).estimate.mean == 0.0, "a target that is not reached is no gain"
