@@ -22,7 +22,7 @@ help:
 	@echo "make demo          train the whole model on text, images and video, evaluate it, write $(WORKDIR)/report.html"
 	@echo "make sft-demo      fine-tune the demo on conversations; held-out image questions before and after"
 	@echo "make rl-demo       a small model learns to count what is in images by reward; held-out images before and after"
-	@echo "make swarm-demo    one agent and a swarm answer a wide question over real documents; scores, costs, trace pages"
+	@echo "make swarm-demo    one agent and a swarm answer a wide question over real documents; a small orchestrator learns by reward"
 	@echo "make plan          what Kimi K2.5 needs of three TPU pods: memory, predicted time and traffic (no TPU needed)"
 	@echo "make test          style, types and the quick tests"
 	@echo "make test-slow     long proofs, TFDS and seqio sources, lm-eval, transformers, the TPU compiler, Python 3.12"
@@ -69,9 +69,15 @@ rl-demo: setup
 	@$(VENV)/bin/python -m kimi_jax.rl --config=configs/rl/count.py
 	@$(VENV)/bin/python -m kimi_jax.rl.page
 
-# a script in the place of a model searches and reads by the real runtime, alone and as a swarm; less than a minute, no network
+# a script in the place of a model searches and reads by the real runtime, alone and as a swarm; then a small model learns
+# by reward to be the orchestrator
 swarm-demo: setup
 	@$(VENV)/bin/python -m kimi_jax.agents.demo
+	@$(VENV)/bin/python -m kimi_jax.agents.orchestration --out=runs/orchestrator
+	@$(VENV)/bin/python -m kimi_jax.data tokenizer --config=configs/rl/orchestrate_sft.py
+	@$(VENV)/bin/python -m kimi_jax.train --config=configs/rl/orchestrate_sft.py
+	@$(VENV)/bin/python -m kimi_jax.rl --config=configs/rl/orchestrate.py
+	@$(VENV)/bin/python -m kimi_jax.rl.orchestrator_page
 
 # -------------------------------------------------------------------------------------------------------------- plan
 

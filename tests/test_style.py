@@ -21,7 +21,7 @@ FORBIDDEN = {
 # entry points beside the files __main__.py: what a user runs, or another program loads
 COMMANDS = (
     "kimi_jax/data/inspect.py", "kimi_jax/data/vocabulary.py", "kimi_jax/eval/conversations.py",
-    "kimi_jax/eval/lm_eval_adapter.py", "kimi_jax/rl/page.py",
+    "kimi_jax/eval/lm_eval_adapter.py", "kimi_jax/rl/orchestrator_page.py", "kimi_jax/rl/page.py",
 )  # fmt: skip
 # third-party packages that a package may not import, not even inside a function
 FORBIDDEN_LIBRARIES = {

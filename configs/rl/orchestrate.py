@@ -42,6 +42,6 @@ def get_config() -> ml_collections.ConfigDict:
             ),
             checkpoint=c.CheckpointConfig(interval=20, keep=2),
             eval=c.EvalConfig(tasks=("wide", "chain", "mixed"), interval=20, limit=32, final_limit=64),
-            rl=RLConfig(tasks, rollout, PolicyConfig(), orchestrator=OrchestratorConfig()),
+            rl=RLConfig(tasks, rollout, PolicyConfig(), orchestrator=OrchestratorConfig(width=4)),
         )
     )

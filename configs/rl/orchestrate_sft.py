@@ -17,7 +17,7 @@ MODEL = c.ModelConfig(
     moe=c.MoEConfig(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=128, routed_scaling_factor=1.5),
     vision=None, media_placeholder_token_id=9, bos_token_id=0, eos_token_id=1, pad_token_id=2, dtype="float32",
 )  # fmt: skip
-STEPS = 300
+STEPS = 400
 
 
 def get_config() -> ml_collections.ConfigDict:
