@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.agent_swarm import figures
+from experiments.agent_swarm import context, figures
 from experiments.harness import HERE, Claim, Experiment, Score, Table, Verdict, better, judge, locked
 from kimi_jax import config as c
 from kimi_jax.data.vocabulary import tokenizer_for
@@ -231,4 +231,5 @@ EXPERIMENT = Experiment(
     measure=measure,
     plots=lambda table, folder: figures.draw(table, folder, LIMITS),
     captions=figures.CAPTIONS,
+    notes=context.section(read_rows(context.RESULTS)),
 )  # fmt: skip

@@ -3,7 +3,8 @@
 It stands in for a language model where none is at hand (`make swarm-demo`). It knows the form of these questions and of
 the Factbook's lines, and no answer: every cell comes from a line of a document that it read in this run. Whether it has
 subagents is seen from the tools that it is given; with them it assigns one task for each row, and looks up itself what
-did not come back. Each turn is a function of the request, so that a run can be resumed and replayed.
+did not come back. Asked for a summary it gives the rows so far, and goes on from those of an earlier one. Each turn is
+a function of the request, so that a run can be resumed and replayed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import anyio
 
 from kimi_jax.agents.config import ASSIGN_TASK, CREATE_SUBAGENT
+from kimi_jax.agents.context import SUMMARISE, SUMMARISED
 from kimi_jax.agents.evals import TableError, parse_table
 from kimi_jax.agents.events import Usage
 from kimi_jax.agents.families import NUMBERS, SECTIONS, read_number
@@ -79,10 +81,13 @@ class Researcher:
             if calls:
                 return "", calls
         rows, sources = _delivered(past)
+        rows |= _summarised(request.messages)
         for country in (name for name in countries if name not in rows):
             row, step, found = look_up(country, columns[1:], past)
             if step and request.tools:
                 return "", [step]
+            if step and request.messages[-1]["content"] == SUMMARISE:
+                break
             if any(row):
                 rows[country] = (country, *row)
                 sources += found
@@ -131,6 +136,17 @@ def _delivered(past: Sequence[PastCall]) -> tuple[dict[str, tuple[str, ...]], li
             rows |= {row[0]: row for row in found}
             sources += re.findall(r"\[(\S+?)\]", envelope["summary"])
     return rows, sources
+
+
+def _summarised(messages: Sequence[Message]) -> dict[str, tuple[str, ...]]:
+    """Rows by country of the summary that the conversation goes on from, if there is one."""
+    text = str(messages[2]["content"]) if len(messages) > 2 and messages[2]["role"] == "user" else ""
+    if not text.startswith(SUMMARISED):
+        return {}
+    try:
+        return {row[0]: row for row in parse_table(text).rows}
+    except TableError:
+        return {}
 
 
 def look_up(

@@ -3,9 +3,11 @@
 import pytest
 
 from experiments import harness
-from experiments.agent_swarm import EXPERIMENT, LIMITS, of_log, reduction, steps_to
+from experiments.agent_swarm import EXPERIMENT, LIMITS, context, of_log, reduction, steps_to
 from experiments.harness import CONFIRMED
+from kimi_jax.agents.orchestration import write_corpus
 from kimi_jax.config_check import check_run
+from kimi_jax.train.log import read_rows
 
 ROW_OF_LOG = {
     "item_f1": 0.5, "r_parallel": 0.0, "r_finish": 0.5, "collapsed": 0.0, "no_gain": 0.0, "unused": 0.0,
@@ -63,3 +65,18 @@ def test_reduction_is_confirmed_where_the_script_needs_more_steps_and_not_where_
     assert reduction("annealed", "wide")(table(6, 14)).outcome == CONFIRMED
     assert reduction("annealed", "wide")(table(14, 14)).outcome != CONFIRMED
     assert reduction("annealed", "wide")(table(99, 14)).estimate.mean == 0.0, "a target that is not reached is no gain"
+
+
+def test_discarded_context_costs_rows_and_a_shared_one_does_not(tmp_path):
+    rows = list(context.sweep(write_corpus(tmp_path), sizes=(6,), seeds=range(2)))
+    found = {name: [row for row in rows if row["policy"] == name] for name in context.policies(6)}
+    assert all(row["item_f1"] == 1.0 for name, each in found.items() if "discard" not in name for row in each)
+    assert all(row["item_f1"] < 0.8 for row in found["one agent, discard_all"])
+    assert all(row["largest"] > context.WINDOW for row in found["one agent, no limit"])
+    assert all(row["largest"] < context.WINDOW for row in found["swarm, sharding"])
+
+
+def test_table_of_context_policies_is_that_of_its_records():
+    rows = read_rows(context.RESULTS)
+    assert len(rows) == len(context.ITEMS) * len(context.SEEDS) * len(context.policies(1))
+    assert context.section(rows) in (EXPERIMENT.folder / "README.md").read_text()
