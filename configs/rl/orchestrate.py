@@ -1,4 +1,4 @@
-"""PARL in small: reward for assigning tasks at the same time where that helps (experiments/agent_swarm compares rewards).
+"""PARL in small: reward for assigning tasks at the same time where that helps; see experiments/agent_swarm.
 
 Run:     python -m kimi_jax.rl --config=configs/rl/orchestrate.py, after the commands of configs/rl/orchestrate_sft.py
 Needs:   runs/orchestrator and runs/orchestrator_sft.
