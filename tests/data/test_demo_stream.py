@@ -45,10 +45,11 @@ def test_first_batches_of_the_demo(tmp_path):
     assert report["token_fill"] >= 0.97
 
 
-@pytest.mark.parametrize(("get", "packs"), [(get_config, 50), (SFT["get_config"], 30)], ids=["demo", "sft"])
+@pytest.mark.parametrize(("get", "packs"), [(get_config, 50), (SFT["get_config"], 60)], ids=["demo", "sft"])
 def test_token_fill_and_vision_ratio_of_a_demo_last(get, packs, tmp_path):
     """Rows of short images and long texts, which piled up in the buffer from pack 20 on; a ratio that the images of
-    the conversations reach. 2 % of the ratio are the images that still wait at the end."""
+    the conversations reach. 2 % of the ratio are the images that still wait at the end: one pack moves the
+    ratio by 3 % at 30 packs of conversations, too much with the texts of Python 3.12's packages, and by 1 % at 60."""
     config = demo(tmp_path / "tokenizer.json", 500_000)
     data = dataclasses.replace(freeze(get()).data, tokenizer=config.data.tokenizer, num_workers=0)
     with BatchStream(data, config.model, config.steps) as stream:
