@@ -10,13 +10,18 @@ import base64
 import html
 import io
 import json
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from absl import flags
 from etils import epath
 from PIL import Image as PILImage
+
+from kimi_jax import cli
+from kimi_jax.config import ConfigError
+
+T = TypeVar("T")
 
 STYLE = """body{font:15px/1.45 system-ui,sans-serif;max-width:64em;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.35em .8em;border-bottom:1px solid #ddd;text-align:left}
@@ -42,6 +47,21 @@ def define_flags(before: str, after: str, limit: int, questions: str) -> None:
     flags.DEFINE_string("after", after, "Workdir of the model after.")
     flags.DEFINE_string("out", "", "Folder of the results; default: that of --after.")
     flags.DEFINE_integer("limit", limit, questions, lower_bound=2)
+
+
+def compared(argv: Sequence[str], compare: Callable[[str, str, int], T]) -> T:
+    """What `compare(before, after, limit)` says of the models of the command line.
+
+    Ends the process with a message and status 1 for arguments that are no flags, and folders that are no workdirs.
+    """
+    f = flags.FLAGS
+    if len(argv) > 1:
+        raise SystemExit(f"error: unexpected argument {argv[1]!r}   (--help for more)")
+    cli.enable_compilation_cache()
+    try:
+        return compare(f.before, f.after, f.limit)
+    except (ConfigError, ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 def document(title: str, heading: str, body: str) -> str:

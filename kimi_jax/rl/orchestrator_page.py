@@ -17,7 +17,7 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
-from kimi_jax import cli, sharding
+from kimi_jax import sharding
 from kimi_jax.agents import trace
 from kimi_jax.agents.finder import Question
 from kimi_jax.agents.orchestration import FinishedRun
@@ -71,7 +71,7 @@ def scores(runs: Runs) -> list[dict[str, Any]]:
 
 
 def page(rows: Sequence[dict[str, Any]], runs: Runs) -> str:
-    """The page: the table, and the first questions with each answer, as the country of every row that it cites."""
+    """The page: the table, and the first questions of each task with every answer, its item F1 and critical steps."""
     table = before_after.table(
         ("task", "model", *(name.replace("_", " ") for name in METRICS), "n"),
         [(row["task"], row["model"], *(row[name] for name in METRICS), row["n"]) for row in rows],
@@ -96,13 +96,7 @@ def page(rows: Sequence[dict[str, Any]], runs: Runs) -> str:
 def main(argv: Sequence[str]) -> None:
     """Runs the command line; exits with a message and status 1 when it cannot."""
     f = flags.FLAGS
-    if len(argv) > 1:
-        raise SystemExit(f"error: unexpected argument {argv[1]!r}   (--help for more)")
-    cli.enable_compilation_cache()
-    try:
-        runs = compare(f.before, f.after, f.limit)
-    except (ConfigError, ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+    runs = before_after.compared(argv, compare)
     rows = scores(runs)
     table = Table("task", "model", *(name.replace("_", " ") for name in METRICS), "n")
     for row in rows:

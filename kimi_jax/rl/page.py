@@ -20,8 +20,8 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
-from kimi_jax import cli, sharding
-from kimi_jax.config import ConfigError, MeshConfig, TrainConfig
+from kimi_jax import sharding
+from kimi_jax.config import MeshConfig, TrainConfig
 from kimi_jax.config_rl import PolicyConfig
 from kimi_jax.eval import before_after
 from kimi_jax.eval.runner import Row, Sample
@@ -133,13 +133,7 @@ def compare(before: str, after: str, limit: int) -> tuple[dict[str, list[Row]], 
 def main(argv: Sequence[str]) -> None:
     """Runs the command line; exits with a message and status 1 when it cannot."""
     f = flags.FLAGS
-    if len(argv) > 1:
-        raise SystemExit(f"error: unexpected argument {argv[1]!r}   (--help for more)")
-    cli.enable_compilation_cache()
-    try:
-        rows, text = compare(f.before, f.after, f.limit)
-    except (ConfigError, ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+    rows, text = before_after.compared(argv, compare)
     table = Table("task", "model", "reward, greedy", "control", "constant answer", "n")
     for name in NAMES:
         for r in rows[name]:
