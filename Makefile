@@ -93,7 +93,7 @@ plan: .venv-plan/.ready-demo-test-tpu
 # two runs of each, a few steps long, from data to README, in a folder of their own
 experiments-smoke: setup
 	@rm -rf runs/smoke
-	@for name in fusion_timing muon_adamw token_clip long_context zero_vision_sft; do \
+	@for name in $$($(VENV)/bin/python -c "from experiments.run import NAMES; print(*NAMES)"); do \
 		$(VENV)/bin/python -m experiments $$name --scale=smoke --limit=2 --runs=runs/smoke || exit 1; done
 
 # ------------------------------------------------------------------------------------------------------------- tests
