@@ -15,8 +15,8 @@ COLOURS = {
 CAPTIONS = {
     "steps.png": "Left and middle: item F1 on 96 held-out questions under a limit of critical steps, mean over seeds "
     "(band: lowest to highest); dashed: a script that assigns one task in a turn. Right: of the last iterations of "
-    "training, the share of wide questions that were worked on one after the other (circles), and the largest share of "
-    "useless subagents or wide chains (crosses); points are seeds."
+    "training, the share of wide questions that were worked on one after the other (circles), and of subagents whose "
+    "result was not used (crosses); points are seeds."
 }
 
 
@@ -45,7 +45,7 @@ def draw(table: Table, folder: Path, limits: tuple[int, ...]) -> None:
     left.legend(frameon=False, fontsize=7)
     trained = [row for row in rows if table.values(row, "train/collapsed")]
     for place, row in enumerate(trained):
-        for task, shift, marker in (("train/collapsed", -0.12, "o"), ("train/useless", 0.12, "x")):
+        for task, shift, marker in (("train/collapsed", -0.12, "o"), ("train/unused", 0.12, "x")):
             found = list(table.values(row, task).values())
             label = task.removeprefix("train/") if place == 0 else None
             right.plot([place + shift] * len(found), found, marker, color=COLOURS[row], markersize=5, label=label)

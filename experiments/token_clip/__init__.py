@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import runpy
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from experiments.harness import HERE, Claim, Experiment, Score, better, locked
+from experiments.config import settings_of
+from experiments.harness import Claim, Experiment, Score, better, locked
 from experiments.token_clip import figures
 from kimi_jax import config as c
 from kimi_jax.data.vocabulary import tokenizer_for
@@ -27,14 +27,14 @@ STALE, PASSES = 4, 2  # iterations between drawing and training; times that an i
 
 def start() -> c.TrainConfig:
     """The supervised run of make rl-demo, in this experiment's folder."""
-    config = _settings("count_sft")
+    config = settings_of("rl/count_sft.py")
     data = dataclasses.replace(config.data, tokenizer=str(DATA / "tokenizer.json"))
     return dataclasses.replace(config, workdir=str(START), data=data)
 
 
 def base(iterations: int = 60) -> c.TrainConfig:
     """Counting by reward as in make rl-demo, at half the prompts and twice the rate, from stale rollouts."""
-    config = _settings("count")
+    config = settings_of("rl/count.py")
     assert config.rl is not None
     rollout = dataclasses.replace(config.rl.rollout, prompts=32, max_staleness=STALE, passes=PASSES)
     rows, bins = rollout.prompts * rollout.samples, ((64, rollout.prompts // 4),)
@@ -51,10 +51,6 @@ def base(iterations: int = 60) -> c.TrainConfig:
         eval=c.EvalConfig(tasks=("count",), interval=max(1, iterations // 6) * PASSES, limit=256, final_limit=512),
         rl=dataclasses.replace(config.rl, rollout=rollout),
     )
-
-
-def _settings(name: str) -> c.TrainConfig:
-    return c.freeze(runpy.run_path(str(HERE.parent / "configs" / "rl" / f"{name}.py"))["get_config"]())
 
 
 ROWS: dict[str, Mapping[str, object]] = {

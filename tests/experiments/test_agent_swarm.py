@@ -3,7 +3,7 @@
 import pytest
 
 from experiments import harness
-from experiments.agent_swarm import EXPERIMENT, LIMITS, context, of_log, reduction, steps_to
+from experiments.agent_swarm import EXPERIMENT, LIMITS, START, context, of_log, reduction, start, steps_to
 from experiments.harness import CONFIRMED
 from kimi_jax.agents.orchestration import write_corpus
 from kimi_jax.config_check import check_run
@@ -80,3 +80,15 @@ def test_table_of_context_policies_is_that_of_its_records():
     rows = read_rows(context.RESULTS)
     assert len(rows) == len(context.ITEMS) * len(context.SEEDS) * len(context.policies(1))
     assert context.section(rows) in (EXPERIMENT.folder / "README.md").read_text()
+
+
+def test_records_of_context_policies_are_made_again_by_the_command(tmp_path):
+    again = list(context.sweep(write_corpus(tmp_path), sizes=context.ITEMS[:1], seeds=range(2)))
+    assert again == read_rows(context.RESULTS)[: len(again)]
+
+
+def test_smoke_runs_begin_with_a_start_of_their_own():
+    """So that a few steps suffice, and are never the start of a run whose records are kept."""
+    cpu, smoke = (EXPERIMENT.config("annealed", 0, scale).init_from.path for scale in ("cpu", "smoke"))
+    assert cpu == str(START) != smoke
+    assert start(cpu).steps == 400 and start(smoke).steps == 3
