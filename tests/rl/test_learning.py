@@ -11,6 +11,8 @@ import sys
 
 import pytest
 
+from kimi_jax.agents.orchestration import conversations, settings, write_corpus
+from kimi_jax.data.tokenizer import train_tokenizer
 from tests.environment import REPO
 from tests.rl import scripted
 from tests.rl.tiny_run import write_tokenizer
@@ -90,3 +92,19 @@ def test_killed_inside_an_episode_a_run_ends_with_the_same_weights(tmp_path):
     assert any(folder.name.isdigit() for folder in (tmp_path / "killed" / "checkpoints").iterdir())
     done, found = start(tmp_path / "killed", tokenizer, **more, kill=0)
     assert found and found["digest"] == expected["digest"], done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_killed_while_subagents_are_at_work_a_run_ends_with_the_same_weights(tmp_path):
+    """Runs of a swarm begin again with their iteration, and make the same. SIGKILL comes in the fourth iteration, two
+    after the checkpoint, in one of 16 subagents that are at work at the same time."""
+    corpus = write_corpus(tmp_path / "corpus")
+    told = conversations(6, corpus, settings(14, 6, 256), 1.0, seed=0)
+    train_tokenizer([json.dumps(messages) for messages in told] * 20, scripted.VOCABULARY, tmp_path / "tokenizer.json")
+    more = {"kind": "orchestrate", "steps": 6, "program": "orchestrator_program", "folder": str(tmp_path)}
+    expected = learn(tmp_path / "whole", "", **more, kill=0)
+    assert min(expected["subagents"]) >= 2 and len(set(expected["reward_mean"])) > 1
+    done, found = start(tmp_path / "killed", "", **more, kill=170)
+    assert done.returncode == -9 and found is None
+    assert any(folder.name.isdigit() for folder in (tmp_path / "killed" / "checkpoints").iterdir())
+    assert learn(tmp_path / "killed", "", **more, kill=0)["digest"] == expected["digest"]
