@@ -33,7 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
         dataclasses.replace(
             start,
             workdir="runs/orchestrator_rl",
-            steps=60,
+            steps=40,
             log_interval=1,
             init_from=c.InitFromConfig(path=start.workdir),
             data=dataclasses.replace(start.data, sources={}, rows_per_pack=PROMPTS * SAMPLES),
