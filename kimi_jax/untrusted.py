@@ -109,7 +109,7 @@ def parse_object(data: bytes, where: str, error: type[ValueError]) -> dict[str, 
     Raises `error`, which begins with `where`.
     """
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        value = _DECODER.decode(data.decode("utf-8"))
     except RecursionError as problem:
         raise error(f"{where} is nested deeper than {MAX_DEPTH} levels") from problem
     except ValueError as problem:
@@ -137,6 +137,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
 
 
 def describe(value: Any) -> str:

@@ -84,14 +84,13 @@ class Toolset:
         except ToolError as error:
             return Result(f"error: {error}"[:MAX_ERROR], (), "refused")
         try:
-            with anyio.fail_after(tool.timeout):
+            with anyio.move_on_after(tool.timeout):
                 return await tool.run(checked)
-        except TimeoutError:
-            return Result(f"error: {name} gave no result within {tool.timeout:g} s", (), "timeout")
         except ToolError as error:
             return Result(f"error: {error}"[:MAX_ERROR], (), "error")
         except Exception as error:
             return Result(f"error: {name} failed with {type(error).__name__}: {error}"[:MAX_ERROR], (), "error")
+        return Result(f"error: {name} gave no result within {tool.timeout:g} s", (), "timeout")
 
 
 # ------------------------------------------------------------------------------------------------ arguments and schemas
