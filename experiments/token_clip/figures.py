@@ -45,7 +45,7 @@ def draw(table: Table, folder: Path) -> None:
             right.plot([place + shift] * len(found), found, marker, color=COLOURS[row], alpha=0.7, markersize=5,
                        label=task if place == 0 else None)  # fmt: skip
     left.set(xlabel="step", ylabel="accuracy, held-out images")
-    left.legend(frameon=False, fontsize=8)
+    left.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     right.set(ylabel="share of tokens masked")
     right.set_xticks(places, rows, rotation=40, ha="right")
     right.legend(frameon=False)
