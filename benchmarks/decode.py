@@ -158,7 +158,8 @@ def profile(engine: Engine, batch: int, rng: np.random.Generator) -> None:
 
 def compare(model: kimi.Model, peer: Peer, batch: int, rng: np.random.Generator) -> None:
     """Prints the two rows of one batch size."""
-    engine = Engine(model, slots=batch, max_sequence_length=FLAGS.prompt + FLAGS.new + 4 * batch)
+    longest = FLAGS.prompt + FLAGS.new + 4 * batch
+    engine = Engine(model.config, model.params, slots=batch, max_sequence_length=longest)
     engine.warmup()
     times: list[tuple[tuple[float, float], dict[str, list[float]]]] = []
     for turn in range(FLAGS.repeats + 1):

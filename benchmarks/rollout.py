@@ -102,7 +102,10 @@ def compare(new: int, image: bool, before: Peer | None, torch: Peer | None) -> N
     """Prints the row of one case."""
     model = demo_model(image)
     most = length_of(image, new)
-    engine = Engine(model, slots=FLAGS.slots, page_size=FLAGS.page_size, max_sequence_length=most, tokens_per_call=new)
+    engine = Engine(
+        model.config, model.params, slots=FLAGS.slots, page_size=FLAGS.page_size, max_sequence_length=most,
+        tokens_per_call=new,
+    )  # fmt: skip
     engine.warmup(groups=True)
     sides = {"here": rollouts(model, engine, new, image), "bare": bare(engine, new, most - new)}
     if before is not None:

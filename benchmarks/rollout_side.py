@@ -10,6 +10,7 @@ N patches of an image
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import sys
 from typing import Any
@@ -65,8 +66,10 @@ def rollouts(settings: dict[str, Any], new: int, image: bool) -> Step:
     from kimi_jax.infer.request import Request, Sampling
 
     model, rounds = demo_model(image), iter(range(1 << 30))
+    # an older checkout's engine is given the model as one
+    given = (model,) if "model" in inspect.signature(Engine).parameters else (model.config, model.params)
     engine = Engine(
-        model, slots=settings["slots"], page_size=settings["page_size"], max_sequence_length=length_of(image, new)
+        *given, slots=settings["slots"], page_size=settings["page_size"], max_sequence_length=length_of(image, new)
     )
     engine.warmup()
 

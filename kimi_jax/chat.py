@@ -193,7 +193,7 @@ def main(argv: list[str]) -> None:
     sampling = Sampling(temperature, f.top_p, f.seed, f.max_new_tokens)
     try:
         model = load_alike(f.model, f.dtype, f.experts, sharded=f.mesh)
-        engine = Engine(model, slots=1, max_sequence_length=f.max_sequence_length)
+        engine = Engine(model.config, model.params, slots=1, max_sequence_length=f.max_sequence_length, mesh=model.mesh)
         links = lockstep.meet()
         if not hosts.is_first():
             lockstep.obey(engine, links[0])

@@ -9,7 +9,6 @@ B rows   S tokens   V vocabulary   D width   N patches   P patches of a bin   p 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import os
@@ -17,22 +16,21 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from kimi_jax import hosts, sharding
 from kimi_jax.config import ModelConfig
 from kimi_jax.data.conversation import Message
 from kimi_jax.data.example import MediaItem
-from kimi_jax.data.patches import num_features, place_item
+from kimi_jax.data.patches import num_features
 from kimi_jax.data.reply import Reply
 from kimi_jax.data.routing import FREE, RoutingShape
 from kimi_jax.data.tokenizer import Tokenizer, load_tokenizer
-from kimi_jax.infer.media import bin_size, bucket
+from kimi_jax.infer.media import VisionEncoder, bucket, fill_bins
 from kimi_jax.infer.request import Sampling
 from kimi_jax.nn.kimi import KimiK25
-from kimi_jax.packed_batch import VisionBins, empty_bins, padding
+from kimi_jax.packed_batch import padding
 from kimi_jax.train.weights import load_weights
 
 if TYPE_CHECKING:
@@ -96,16 +94,6 @@ class Model:
         self.tokenizer_path = tokenizer_path
         self._engine: tuple[Any, Engine] | None = None  # and the params it was made for
 
-    def with_params(self, params: dict[str, Any], mesh: Mesh | None = None) -> Model:
-        """The same model with other weights of the same shapes, which lie over `mesh`; both share what is compiled if
-        they lie alike."""
-        _ = self._logits, self._features  # made now, so that the copy has the same ones
-        other = copy.copy(self)
-        other.params, other.mesh, other._engine = params, mesh, None
-        if mesh != self.mesh:
-            del other._logits, other._features
-        return other
-
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The one that lies beside the weights. Raises FileNotFoundError if there is none; it can be set instead."""
@@ -134,7 +122,7 @@ class Model:
         length = bucket(len(request.token_ids) + max_new_tokens, LEAST_CACHE)
         made_for, engine = self._engine or (None, None)
         if engine is None or made_for is not self.params or engine.max_sequence_length < length:
-            engine = Engine(self, slots=1, max_sequence_length=length, mesh=self.mesh)
+            engine = Engine(self.config, self.params, slots=1, max_sequence_length=length, mesh=self.mesh)
             self._engine = self.params, engine
         return generate.answer(engine, request, self.tokenizer, chat.reasons, stop)
 
@@ -161,7 +149,7 @@ class Model:
                 f"{pads.sum()} media pads (id {self.config.media_placeholder_token_id}) in input_ids, but the items "
                 f"have {wanted} features: each needs h*w/4 pads"
             )
-        bins, places = _bins(items)
+        bins, places = fill_bins(items)
         batch = padding(*padded, padded[0], self.config.pad_token_id, bins)
         batch.tokens[:rows, :length] = tokens
         batch.positions[:] = np.arange(padded[1])
@@ -178,36 +166,15 @@ class Model:
         Arguments as in `logits`. Raises ValueError for shapes that do not fit together or a text-only model.
         """
         items = self._check_media(pixel_values, grid_thws)
-        return np.concatenate([np.zeros((0, self.config.hidden_size), np.float32), *self.item_features(items)])
-
-    def item_features(self, items: Sequence[MediaItem]) -> list[np.ndarray]:
-        """The features float32 [h*w/4, D] of each item, all in one call of the tower."""
-        if not items:
-            return []
-        bins, places = _bins(items, 1 if self.mesh is None else sharding.layout(self.mesh).parts("bins"))
-        features = np.asarray(self._features(self.params, bins).astype(jnp.float32))
-        return [features[place] for place in places]
+        features = VisionEncoder(self.config, self.params, self.mesh).features(items) if items else []
+        return np.concatenate([np.zeros((0, self.config.hidden_size), np.float32), *features])
 
     @functools.cached_property
     def _logits(self) -> Callable:
         module = KimiK25(self.config)
-        return jax.jit(lambda params, batch: module.apply({"params": params}, batch)[0], out_shardings=self._whole)
-
-    @functools.cached_property
-    def _features(self) -> Callable:
-        module, mesh = KimiK25(self.config), self.mesh
-
-        def features(params: dict[str, Any], bins: tuple) -> jax.Array:
-            if mesh is not None:
-                bins = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, _bin_sharding(mesh, len(x))), bins)
-            return module.apply({"params": params}, bins, method="vision_features")
-
-        return jax.jit(features, out_shardings=self._whole)
-
-    @property
-    def _whole(self) -> NamedSharding | None:
-        """What numbers for the host lie as: on every device, so that each host can read them."""
-        return None if self.mesh is None else sharding.replicated(self.mesh)
+        # on every device, so that each host can read them
+        whole = None if self.mesh is None else sharding.replicated(self.mesh)
+        return jax.jit(lambda params, batch: module.apply({"params": params}, batch)[0], out_shardings=whole)
 
     def _patch_size(self) -> int:
         return self.config.vision.patch_size if self.config.vision else 0
@@ -260,32 +227,6 @@ class Model:
 def _pad(array: np.ndarray, shape: Sequence[int], value: int) -> np.ndarray:
     """The array in the corner of a larger one."""
     return np.pad(array, [(0, to - size) for size, to in zip(array.shape, shape, strict=True)], constant_values=value)
-
-
-def _bin_sharding(mesh: Mesh, count: int) -> NamedSharding:
-    return NamedSharding(mesh, sharding.layout(mesh).spec(("bins",), (count,)))
-
-
-def _bins(items: Sequence[MediaItem], parts: int = 1) -> tuple[tuple[VisionBins, ...], list[slice]]:
-    """The items as bins (one item each, classes by rounded size), and where each one's features stand among them all.
-
-    parts: devices that share the bins of a class; a single bin every device has.
-    Returns the batch's `vision`, and of each item the numbers of its features.
-    """
-    sizes = [bin_size(item.grid) for item in items]
-    classes, places, offset = [], [slice(0)] * len(items), 0
-    for size in sorted(set(sizes)):
-        members = [i for i, each in enumerate(sizes) if each == size]
-        patches, count = items[members[0]].patches, bucket(len(members), 1)
-        count += -count % parts if count > 1 else 0
-        bins = empty_bins(count, size, patches.shape[1], patches.dtype)
-        for v, i in enumerate(members):
-            place_item(bins, v, 0, 1, items[i].patches, items[i].grid)
-            start = offset + v * (size // 4)
-            places[i] = slice(start, start + num_features(items[i].grid))
-        classes.append(bins)
-        offset += bins.feature_slots.size
-    return tuple(classes), places
 
 
 def _numbers(place: slice) -> np.ndarray:

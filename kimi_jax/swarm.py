@@ -219,7 +219,7 @@ async def _model() -> AsyncIterator[Model]:
         cli.enable_compilation_cache()
         loaded = load(_MODEL.value, "bfloat16")
         tokenizer = loaded.tokenizer
-        engine = Engine(loaded, slots=_PARALLEL.value + 1, max_sequence_length=_LENGTH.value)
+        engine = Engine(loaded.config, loaded.params, slots=_PARALLEL.value + 1, max_sequence_length=_LENGTH.value)
         name = _NAME.value or os.path.basename(os.path.normpath(_MODEL.value))
         temperature = 1.0 if _THINKING.value else 0.6
         async with LocalModel(engine, tokenizer, name, thinking=_THINKING.value, temperature=temperature) as local:

@@ -86,7 +86,7 @@ def measure(workdir: Path) -> Mapping[str, tuple[float, int]]:
 
 def ask(model: Model, questions: Sequence[Asked], images: Sequence[np.ndarray] | None) -> list[Said]:
     """Greedy replies, all together. images: None where the scene is given in words."""
-    engine = Engine(model, slots=32, max_sequence_length=256, chunks=(32, 128), tokens_per_call=8)
+    engine = Engine(model.config, model.params, slots=32, max_sequence_length=256, chunks=(32, 128), tokens_per_call=8)
     requests = []
     for number, question in enumerate(questions):
         content: Any = in_words(question) if images is None else with_image(images[number], question)
@@ -97,7 +97,7 @@ def ask(model: Model, questions: Sequence[Asked], images: Sequence[np.ndarray] |
 
 def by_tool(model: Model, questions: Sequence[Asked]) -> dict[str, tuple[float, int]]:
     """tool/calls: an episode has a call that ran; tool/correct: the answer is right, and so for each kind."""
-    engine = Engine(model, slots=1, max_sequence_length=256, chunks=(32, 128))
+    engine = Engine(model.config, model.params, slots=1, max_sequence_length=256, chunks=(32, 128))
     replies = engine_replies(engine, model.tokenizer, _greedy(), thinking=False)
     called, right = [], []
     with Session() as session:

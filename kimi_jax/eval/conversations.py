@@ -77,7 +77,7 @@ def questions_of(limit: int) -> list[ImageQuestion]:
 
 def ask(model: Model, questions: Sequence[ImageQuestion], blank: bool = False) -> list[ImageAnswer]:
     """The greedy answers of a model, all requests batched. blank: a white image in place of each."""
-    engine = Engine(model, slots=16, max_sequence_length=256)
+    engine = Engine(model.config, model.params, slots=16, max_sequence_length=256, mesh=model.mesh)
     sampling = Sampling(temperature=0.0, max_new_tokens=TOKENS_OF_AN_ANSWER)
     requests = []
     for asked in questions:

@@ -29,25 +29,23 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from jax.sharding import Mesh
 
 from kimi_jax import sharding
+from kimi_jax.config import ModelConfig
 from kimi_jax.infer.cache import Cache, PagePool, media_digest
 from kimi_jax.infer.checks import check_media, check_sampling, check_tokens
 from kimi_jax.infer.line import NOBODY, Caller, Line
-from kimi_jax.infer.media import encode_media
+from kimi_jax.infer.media import VisionEncoder, encode_media
 from kimi_jax.infer.pages import Pages, Place
-from kimi_jax.infer.programs import PrefillChunk, Programs, Sizes, common_entropy
+from kimi_jax.infer.programs import PrefillChunk, Programs, Sizes, common_entropy, shapes
 from kimi_jax.infer.request import Completion, Event, Grammar, GrammarError, Matcher, Request, Sampling, completion
 from kimi_jax.infer.sequence import Sequence as Answer
 from kimi_jax.infer.sequence import SequenceGroup
 from kimi_jax.infer.unfinished import Unfinished, restore
-
-if TYPE_CHECKING:
-    from kimi_jax.model import Model
 
 CHUNKS = (32, 128, 512)  # lengths of a prompt's pieces; the last one also bounds how long a decoding step may wait
 LOOK_AHEAD = 4  # times the slots: of those who wait, how many are looked at while others wait for a prompt to be read
@@ -58,10 +56,11 @@ Running = Literal["drain", "keep", "recompute"]
 class Engine:
     """Runs requests on a model. Single thread: `submit`, `cancel` and `step` are called by one thread.
 
+    params: the plain tree of `nn.kimi`, decoder and vision tower; version 0, until others of these `shapes` are set.
     slots: requests that decode together. page_size: tokens a page, a power of two. num_pages: of the cache; default:
     enough for `conversations` of the longest length, of which as many as there are slots run and the others may return:
     their pages are kept meanwhile; default: as many as slots. max_sequence_length: most tokens of prompt and answer.
-    mesh: of `kimi_jax.sharding`, the model's unless given; slots and pages are sharded along its batch axes. Each of
+    mesh: of `kimi_jax.sharding`, None for one device; slots and pages are sharded along its batch axes. Each of
     several hosts has this engine and calls it alike (`infer.lockstep`). chunks: lengths of a prompt's pieces.
     tokens_per_call: how many tokens of an answer are decoded before they are reported; 1 to stream them as they come.
     prefill_tokens: of prompts, read in one step; the longest piece unless given.
@@ -70,7 +69,8 @@ class Engine:
 
     def __init__(
         self,
-        model: Model,
+        config: ModelConfig,
+        params: dict[str, Any],
         *,
         slots: int = 8,
         page_size: int = 64,
@@ -89,12 +89,12 @@ class Engine:
                 f"slots={slots} and tokens_per_call={tokens_per_call} must be at least 1, "
                 f"max_sequence_length={max_sequence_length} at least 2"
             )
-        self.model, self.config, self.mesh = model, model.config, model.mesh if mesh is None else mesh
+        self.config, self.mesh, self.shapes = config, mesh, shapes(params)
         self.page_size, self.max_sequence_length = page_size, max_sequence_length
         width = -(-max_sequence_length // page_size)
         num_pages = 1 + max(slots, conversations or 0) * width if num_pages is None else num_pages
-        if self.mesh is not None:
-            num_pages += -num_pages % sharding.batch_parts(self.mesh)
+        if mesh is not None:
+            num_pages += -num_pages % sharding.batch_parts(mesh)
         longest = 1 << (max_sequence_length - 1).bit_length()
         self._chunks = [n for n in chunks if n <= longest] or [chunks[0]]
         budget = max(prefill_tokens or 0, self._chunks[-1])
@@ -102,19 +102,18 @@ class Engine:
         rows = {n: budget // n if n == self._chunks[-1] else min(budget // n, slots) for n in self._chunks}
         self._pool = PagePool(num_pages)
         self._pages = Pages(self._pool, page_size)
-        self._programs = Programs(
-            self.config, self.mesh, Sizes(slots, num_pages, page_size, width, tokens_per_call, rows)
-        )
+        self._programs = Programs(config, mesh, Sizes(slots, num_pages, page_size, width, tokens_per_call, rows))
+        self._encoder = VisionEncoder(config, {}, mesh)
         self._slots: list[Answer | None] = [None] * slots
         self._waiting = Line()
         self._prefilling: list[Answer] = []
         self._coming: tuple[dict[str, Any], int] | None = None
         self._numbers = itertools.count()
-        self._seeds = np.random.default_rng(common_entropy(self.mesh))
+        self._seeds = np.random.default_rng(common_entropy(mesh))
         self._counts = dict.fromkeys(("prefill_tokens", "decode_tokens", "prefix_hit_tokens"), 0)
         self._decoded_last = False
         self.version = -1
-        self.set_params(model.params, 0)
+        self.set_params(params, 0)
 
     # ------------------------------------------------------------------------------------------------ the public part
 
@@ -276,8 +275,8 @@ class Engine:
         (params, version), self._coming = self._coming, None
         params = self._programs.place(params)
         self._programs.set_weights(params)  # it fails if they are none; then nothing has changed
-        tower = {name: params[name] for name in params.keys() & {"vision", "projector"}}
-        self.model, self.version = self.model.with_params(tower, self.mesh), version  # the rest is in the programs
+        self._encoder.params = {name: params[name] for name in params.keys() & {"vision", "projector"}}
+        self.version = version
         for answer in self._slots:
             if answer is not None:
                 answer.stale = True
@@ -372,7 +371,7 @@ class Engine:
         if not seeing:
             return []
         items = {d: item for s in seeing for d, item in zip(s.digests, s.media, strict=True)}
-        features, failed = encode_media(self.model, items), []
+        features, failed = encode_media(self._encoder, items), []
         for answer in seeing:
             own = [features[digest] for digest in answer.digests]
             errors = [error for error in own if isinstance(error, Exception)]

@@ -211,6 +211,11 @@ class Programs:
         return table, settings
 
 
+def shapes(params: Any) -> Any:
+    """The tree of (shape, dtype) of the arrays."""
+    return jax.tree.map(lambda x: (x.shape, x.dtype), params)
+
+
 def common_entropy(mesh: Mesh | None) -> int:
     """What numbers can be drawn with that are alike on all hosts of the mesh: 32 bits, which host 0 has drawn."""
     own = np.random.SeedSequence().generate_state(1)

@@ -30,7 +30,6 @@ from kimi_jax.data.tokenizer import Tokenizer, load_tokenizer
 from kimi_jax.infer.engine import Engine
 from kimi_jax.infer.generate import STOP_TOKENS
 from kimi_jax.infer.request import Event, Request, Sampling
-from kimi_jax.model import Model
 from kimi_jax.rl.episode import (
     Finished,
     Interpreters,
@@ -305,10 +304,9 @@ class RolloutWorker:
 
 def open_engine(config: TrainConfig, rollout: RolloutConfig, params: Any, mesh: Mesh | None) -> Engine:
     """The engine of a run's rollouts, in this process."""
-    model = Model(dataclasses.replace(config.model, remat=False), params, mesh=mesh)
     return Engine(
-        model, slots=rollout.slots, page_size=rollout.page_size, mesh=mesh,
-        max_sequence_length=config.data.sequence_length, tokens_per_call=rollout.tokens_per_call,
+        dataclasses.replace(config.model, remat=False), params, slots=rollout.slots, page_size=rollout.page_size,
+        max_sequence_length=config.data.sequence_length, tokens_per_call=rollout.tokens_per_call, mesh=mesh,
     )  # fmt: skip
 
 

@@ -136,7 +136,8 @@ def _load(path: str) -> tuple[Engine, Tokenizer]:
         print(f"{path} is loaded; compiling", file=sys.stderr)
     conversations = _CONVERSATIONS.value or CONVERSATIONS_A_SLOT * _SLOTS.value
     engine = Engine(
-        model, slots=_SLOTS.value, conversations=conversations, max_sequence_length=_LENGTH.value
+        model.config, model.params, slots=_SLOTS.value, conversations=conversations, max_sequence_length=_LENGTH.value,
+        mesh=model.mesh,
     )  # fmt: skip
     engine.warmup(grammars=_GRAMMARS.value)
     return engine, model.tokenizer

@@ -13,6 +13,7 @@ import jax
 
 from kimi_jax import sharding
 from kimi_jax.config import MeshConfig
+from kimi_jax.infer.programs import shapes
 from kimi_jax.serve.protocol import ApiError, Fields
 from kimi_jax.serve.worker import EngineWorker
 
@@ -43,7 +44,7 @@ class WeightsFolder:
         run, params = checkpoint.load(self._workdir, step, mesh, engine.config.param_dtype)
         if run.lora is not None:
             raise ValueError(f"the checkpoint of step {step} holds adapters, not weights")
-        if _shapes(params) != _shapes(engine.model.params):
+        if shapes(params) != engine.shapes:
             raise ValueError(f"the checkpoint of step {step} is of another model than the one that is served")
         return params
 
@@ -66,7 +67,3 @@ class WeightsFolder:
         finally:
             self._busy = False
         return {"object": "weights", "step": step, "version": worker.version}
-
-
-def _shapes(params: Any) -> Any:
-    return jax.tree.map(lambda x: (x.shape, x.dtype), params)

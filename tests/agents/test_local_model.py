@@ -120,7 +120,7 @@ def test_serve_answers_a_swarm_over_http(tmp_path):
 def test_serve_shares_the_prefixes_of_32_conversations(tmp_path, record_property):
     """32 subagents of four turns each on the real engine: what the prefix cache gives, and the most that it could."""
     model = load_checkpoint(tmp_path / "model")
-    engine = Engine(model, slots=32, max_sequence_length=4096)
+    engine = Engine(model.config, model.params, slots=32, max_sequence_length=4096)
     events = []
 
     def lookup(word: str) -> str:

@@ -181,7 +181,7 @@ def test_agent_over_tokens():
 def test_agent_on_the_tiny_real_engine(tmp_path):
     """Random weights answer nonsense: the episode still ends as it must, twice the same."""
     model = load_checkpoint(tmp_path / "tiny")
-    engine = Engine(model, slots=1, max_sequence_length=512)
+    engine = Engine(model.config, model.params, slots=1, max_sequence_length=512)
     sampling = Sampling(temperature=0.0, max_new_tokens=12)
     image = {"type": "image", "image": np.zeros((28, 28, 3), np.uint8)}
     messages = [{"role": "user", "content": [image, {"type": "text", "text": "What?"}]}]

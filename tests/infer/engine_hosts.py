@@ -26,7 +26,6 @@ from kimi_jax import hosts, sharding  # noqa: E402
 from kimi_jax.infer import lockstep  # noqa: E402
 from kimi_jax.infer.engine import Engine  # noqa: E402
 from kimi_jax.infer.request import Event, Request, Sampling  # noqa: E402
-from kimi_jax.model import Model  # noqa: E402
 from tests.infer.test_engine import make_image, text, with_image  # noqa: E402
 from tests.nn import tiny  # noqa: E402
 
@@ -57,7 +56,7 @@ def requests() -> list[Request]:
 
 def make_engine() -> Engine:
     return Engine(
-        Model(CONFIG, tiny.params(CONFIG)), slots=4, page_size=4, num_pages=40, max_sequence_length=64, chunks=(4,),
+        CONFIG, tiny.params(CONFIG), slots=4, page_size=4, num_pages=40, max_sequence_length=64, chunks=(4,),
         mesh=sharding.serving_mesh() if jax.device_count() > 1 else None,
     )  # fmt: skip
 

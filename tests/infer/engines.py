@@ -13,13 +13,13 @@ SIZES = {"slots": 3, "page_size": 4, "max_sequence_length": LENGTH, "chunks": (4
 @functools.cache
 def one_by_one():
     """One token a call, one prompt at a time but for the shortest pieces."""
-    return Engine(model(), **SIZES)
+    return Engine(model().config, model().params, **SIZES)
 
 
 @functools.cache
 def eight_a_call():
     """Up to eight tokens a call; three pieces of 4 tokens or four of 16 in a step."""
-    return Engine(model(), **SIZES, tokens_per_call=8, prefill_tokens=64)
+    return Engine(model().config, model().params, **SIZES, tokens_per_call=8, prefill_tokens=64)
 
 
 def fresh(engine):

@@ -41,7 +41,13 @@ def talk(engine):
 def test_prefixes_of_32_conversations_are_found_over_8_slots(conversations, least, most):
     """With pages for four conversations a slot, the server's default, every page; with pages for the slots, few."""
     engine = Engine(
-        model(), slots=SLOTS, conversations=conversations, page_size=PAGE, max_sequence_length=LENGTH, chunks=(16,)
+        model().config,
+        model().params,
+        slots=SLOTS,
+        conversations=conversations,
+        page_size=PAGE,
+        max_sequence_length=LENGTH,
+        chunks=(16,),
     )
     cached, ideal = talk(engine)
     assert ideal > 32 * 3 * 20
@@ -50,5 +56,7 @@ def test_prefixes_of_32_conversations_are_found_over_8_slots(conversations, leas
 
 def test_fewer_conversations_than_slots_still_have_a_page_for_every_slot():
     sizes = {"slots": 3, "page_size": PAGE, "max_sequence_length": LENGTH, "chunks": (16,)}
-    pages = [Engine(model(), conversations=n, **sizes).stats()["free_pages"] for n in (None, 1, 6)]
+    pages = [
+        Engine(model().config, model().params, conversations=n, **sizes).stats()["free_pages"] for n in (None, 1, 6)
+    ]
     assert pages == [48, 48, 96]

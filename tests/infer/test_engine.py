@@ -43,7 +43,9 @@ def model():
 @functools.cache
 def shared_engine():
     """Three slots, and fewer pages than they can want: 16 of 4 tokens."""
-    return Engine(model(), slots=3, page_size=4, num_pages=17, max_sequence_length=LENGTH, chunks=(4, 16))
+    return Engine(
+        model().config, model().params, slots=3, page_size=4, num_pages=17, max_sequence_length=LENGTH, chunks=(4, 16)
+    )
 
 
 @pytest.fixture
@@ -205,7 +207,7 @@ def test_seeded_tokens_and_log_probabilities_do_not_depend_on_earlier_answers(dt
     """Bit for bit, in both dtypes: pages that decoding made are not their prefix. Others still share them."""
     config = dataclasses.replace(tiny.CONFIG, dtype=dtype, media_placeholder_token_id=tiny.CONFIG.vocab_size - 1)
     params = model().params
-    engine = Engine(Model(config, params), slots=2, page_size=4, max_sequence_length=LENGTH)
+    engine = Engine(config, params, slots=2, page_size=4, max_sequence_length=LENGTH)
     (before,) = engine.run([Request(text(3, 3), sampling=Sampling(0.0, max_new_tokens=12))])
     longer = np.concatenate([text(3, 3), np.array(before.token_ids[:10], np.int32)])
     request = Request(longer, sampling=Sampling(max_new_tokens=8, **asked))
@@ -281,7 +283,7 @@ def test_what_can_never_fit_is_refused(engine, monkeypatch):
 
 def test_request_that_fails_does_not_touch_the_others(engine, monkeypatch):
     """The tower fails for one image: not for another that waits behind it, nor for text that is being decoded."""
-    see, cursed = engine.model.item_features, make_image(9)
+    see, cursed = engine._encoder.features, make_image(9)
 
     def broken(items):
         if any(np.array_equal(item.patches, cursed.patches) for item in items):
@@ -290,7 +292,7 @@ def test_request_that_fails_does_not_touch_the_others(engine, monkeypatch):
 
     good, seen = Request(text(6, 6), sampling=Sampling(0.0, max_new_tokens=9)), with_image(3, 5, make_image(1), 2)
     wanted = reference(good)[0], reference(seen)[0]
-    monkeypatch.setattr(engine.model, "item_features", broken)
+    monkeypatch.setattr(engine._encoder, "features", broken)
     first = engine.submit(good)
     events = [event for _ in range(3) for event in engine.step()]
     bad, last = engine.submit(with_image(1, 2, cursed, 2)), engine.submit(seen)
@@ -338,7 +340,16 @@ def test_new_weights_forget_what_was_known(engine):
 def test_eight_devices_give_the_tokens_of_one():
     """Weights sharded over the mesh, slots and pages too: 8 slots, requests joining and leaving."""
     mesh = sharding.make_mesh(MeshConfig())
-    engine = Engine(model(), slots=8, page_size=4, num_pages=60, max_sequence_length=LENGTH, mesh=mesh, chunks=(4,))
+    engine = Engine(
+        model().config,
+        model().params,
+        slots=8,
+        page_size=4,
+        num_pages=60,
+        max_sequence_length=LENGTH,
+        mesh=mesh,
+        chunks=(4,),
+    )
     requests = [Request(text(n, 1 + n % 7), sampling=Sampling(0.0, max_new_tokens=2 + n % 3)) for n in range(10)]
     completions = engine.run(requests)
     assert completions[0].cached_tokens == 0
@@ -354,7 +365,9 @@ def test_int4_experts_are_decoded_as_they_are(devices):
     """On one device; over eight, where they stay and three slots' tokens are sent to them."""
     found = kimi.load(FIXTURES / "tiny_int4", experts="int4")
     mesh = None if devices == 1 else sharding.make_mesh(MeshConfig(expert=4))
-    engine = Engine(found, slots=3, page_size=16, max_sequence_length=LENGTH, chunks=(16,), mesh=mesh)
+    engine = Engine(
+        found.config, found.params, slots=3, page_size=16, max_sequence_length=LENGTH, chunks=(16,), mesh=mesh
+    )
     words = engine._weights.expert_weights.gate.words
     assert words.dtype == np.int32 and words.addressable_shards[0].data.size * devices == words.size
     prompt = np.random.default_rng(0).integers(0, 400, 20).astype(np.int32)
@@ -365,4 +378,4 @@ def test_int4_experts_are_decoded_as_they_are(devices):
 @pytest.mark.parametrize("settings", [{"page_size": 12}, {"slots": 0}, {"max_sequence_length": 1}, {"chunks": (16, 4)}])
 def test_sizes_without_sense(settings):
     with pytest.raises(ValueError, match="must be"):
-        Engine(model(), **settings)
+        Engine(model().config, model().params, **settings)

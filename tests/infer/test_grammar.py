@@ -130,7 +130,9 @@ def test_one_program_more_is_compiled_for_a_grammar_and_none_without():
     before = engine.stats()["compilations"]
     engine.run([Request(text(1, 5), sampling=DRAWN, grammar=Rising()), Request(text(2, 20), sampling=DRAWN)])
     assert engine.stats()["compilations"] == before
-    small = Engine(model(), slots=1, page_size=4, max_sequence_length=16, chunks=(4,), tokens_per_call=2)
+    small = Engine(
+        model().config, model().params, slots=1, page_size=4, max_sequence_length=16, chunks=(4,), tokens_per_call=2
+    )
     small.warmup()
     before = small.stats()["compilations"]
     small.run([Request(text(1, 5), sampling=DRAWN)])

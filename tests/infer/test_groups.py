@@ -37,8 +37,8 @@ def test_group_gives_the_answers_of_single_requests_and_reads_once(length):
 def test_group_encodes_its_image_once(monkeypatch):
     engine = fresh(eight_a_call())
     calls = []
-    real = engine.model.item_features
-    monkeypatch.setattr(engine.model, "item_features", lambda items: (calls.append(len(items)), real(items))[1])
+    real = engine._encoder.features
+    monkeypatch.setattr(engine._encoder, "features", lambda items: (calls.append(len(items)), real(items))[1])
     request = with_image(3, 2, make_image(1), 1, SAMPLED)
     numbers = engine.submit_group(request, range(4))
     found = drain(engine)
@@ -76,7 +76,7 @@ def test_group_goes_on_when_its_reader_is_cancelled():
 
 def test_group_in_a_cache_with_room_for_one_runs_one_by_one():
     """The pages held for those who still have to begin do not keep them from beginning."""
-    engine = Engine(model(), **SIZES | {"slots": 2}, num_pages=11)
+    engine = Engine(model().config, model().params, **SIZES | {"slots": 2}, num_pages=11)
     numbers = engine.submit_group(Request(text(2, 33), sampling=Sampling(0.0, max_new_tokens=7)), range(3))
     found = drain(engine)
     assert len({ids(found[n]) for n in numbers}) == 1

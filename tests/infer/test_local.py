@@ -81,7 +81,7 @@ def test_local_sampler_tells_who_asks_what_is_wrong(sampler, monkeypatch):
     with pytest.raises(KeyError):
         sampler.set_params({}, 1, "drain")
     assert sampler.version == 0
-    engine = Engine(model(), **SIZES)
+    engine = Engine(model().config, model().params, **SIZES)
     broken = LocalSampler(engine)
 
     def burn(tokens=None):

@@ -79,4 +79,4 @@ def test_loop_compiles_once_for_any_number_of_tokens():
 @pytest.mark.parametrize("settings", [{"tokens_per_call": 0}])
 def test_loop_of_no_tokens_is_refused(settings):
     with pytest.raises(ValueError, match="at least 1"):
-        Engine(model(), **SIZES | settings)
+        Engine(model().config, model().params, **SIZES | settings)

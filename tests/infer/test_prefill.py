@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_jax.infer.engine import Engine
-from kimi_jax.infer.media import TOGETHER, encode_media
+from kimi_jax.infer.media import TOGETHER, VisionEncoder, encode_media
 from kimi_jax.infer.request import Request, Sampling
 from tests.infer.engines import SIZES, eight_a_call, fresh, one_by_one
 from tests.infer.test_engine import GREEDY, check, drain, ids, make_image, model, text, with_image
@@ -81,12 +81,12 @@ def test_prefill_of_equal_beginnings_waits_for_who_reads_them():
 
 def test_images_of_many_requests_are_encoded_together_and_each_once(monkeypatch):
     """Nine different ones of one size and one twice: a call of eight and one of one; features as one by one."""
-    shown = model().with_params(model().params)
+    encoder = VisionEncoder(model().config, model().params)
     calls = []
-    real = shown.item_features
-    monkeypatch.setattr(shown, "item_features", lambda items: (calls.append(len(items)), real(items))[1])
+    real = encoder.features
+    monkeypatch.setattr(encoder, "features", lambda items: (calls.append(len(items)), real(items))[1])
     items = {bytes([i]): make_image(i) for i in range(TOGETHER + 1)}
-    found = encode_media(shown, items)
+    found = encode_media(encoder, items)
     assert calls == [TOGETHER, 1]
     for key, item in items.items():
         (want,) = real([item])
@@ -96,8 +96,8 @@ def test_images_of_many_requests_are_encoded_together_and_each_once(monkeypatch)
 def test_images_of_requests_that_come_together_are_encoded_once(monkeypatch):
     engine = fresh(eight_a_call())
     calls = []
-    real = engine.model.item_features
-    monkeypatch.setattr(engine.model, "item_features", lambda items: (calls.append(len(items)), real(items))[1])
+    real = engine._encoder.features
+    monkeypatch.setattr(engine._encoder, "features", lambda items: (calls.append(len(items)), real(items))[1])
     requests = [with_image(n, 3, make_image(1), 2) for n in range(3)]
     found = engine.run(requests)
     assert calls == [1]
@@ -108,7 +108,7 @@ def test_images_of_requests_that_come_together_are_encoded_once(monkeypatch):
 @pytest.mark.slow
 def test_thousands_of_tiny_requests_leave_everything_as_it_was():
     """2,000 requests, some of them cancelled: pages, slots, known pages' bound, programs and device memory."""
-    engine = fresh(Engine(model(), **SIZES, tokens_per_call=8, num_pages=40))
+    engine = fresh(Engine(model().config, model().params, **SIZES, tokens_per_call=8, num_pages=40))
     engine.warmup()
 
     def burst(first, count):

@@ -245,7 +245,9 @@ def test_json_that_is_no_unfinished_answer_is_refused(change):
 
 def test_eight_devices_take_new_weights_where_the_old_ones_lay():
     """The compiled cut leaves every layer's shards on the devices where the first ones were."""
-    engine = Engine(model(), **SIZES | {"chunks": (4,), "slots": 8}, mesh=sharding.make_mesh(MeshConfig()))
+    engine = Engine(
+        model().config, model().params, **SIZES | {"chunks": (4,), "slots": 8}, mesh=sharding.make_mesh(MeshConfig())
+    )
     first = jax.tree.map(lambda a: a.sharding, engine._weights)
     engine.set_params(other().params)
     second = jax.tree.map(lambda a: a.sharding, engine._weights)

@@ -11,7 +11,6 @@ from kimi_jax.config import MeshConfig
 from kimi_jax.infer.engine import Engine
 from kimi_jax.infer.forward import Chunk
 from kimi_jax.infer.sampler import Settings
-from kimi_jax.model import Model
 from kimi_jax.nn.kimi import init_params
 from kimi_jax.nn.param import unbox
 from kimi_jax.plan import decode
@@ -32,7 +31,7 @@ def engine(mesh, request):
     config = decode.served(MODEL)
     config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, int4_group_size=request.param))
     params = jax.jit(lambda: unbox(init_params(config, jax.random.key(0))))()
-    return Engine(Model(config, params), slots=SLOTS, page_size=PAGE, max_sequence_length=LENGTH, mesh=mesh)
+    return Engine(config, params, slots=SLOTS, page_size=PAGE, max_sequence_length=LENGTH, mesh=mesh)
 
 
 def test_weights_are_those_of_the_engine(engine, mesh):

@@ -145,8 +145,8 @@ def weights(noise=0.0):
 
 @functools.cache
 def engine(dtype):
-    model = Model(dataclasses.replace(CONFIG, dtype=dtype), weights())
-    return Engine(model, slots=8, page_size=4, max_sequence_length=64, chunks=(8,))
+    config = dataclasses.replace(CONFIG, dtype=dtype)
+    return Engine(config, weights(), slots=8, page_size=4, max_sequence_length=64, chunks=(8,))
 
 
 def rollouts(engine):

@@ -61,7 +61,7 @@ def of_schema(schema):
 @pytest.fixture(scope="module")
 def api(tmp_path_factory):
     model = load_checkpoint(tmp_path_factory.mktemp("model") / "tiny")
-    engine = Engine(model, slots=8, page_size=16, max_sequence_length=2048, chunks=(128,))
+    engine = Engine(model.config, model.params, slots=8, page_size=16, max_sequence_length=2048, chunks=(128,))
     with serving(engine, model.tokenizer, model.config) as address, client(address) as api:
         yield api
 

@@ -30,7 +30,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(model):
-    engine = Engine(model, slots=SLOTS, max_sequence_length=LENGTH)
+    engine = Engine(model.config, model.params, slots=SLOTS, max_sequence_length=LENGTH)
     with serving(engine, model.tokenizer, model.config, limit=SLOTS + 40) as address:
         yield address
 

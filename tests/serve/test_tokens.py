@@ -35,7 +35,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(model):
-    return Engine(model, slots=2, page_size=16, max_sequence_length=LENGTH, chunks=(32,))
+    return Engine(model.config, model.params, slots=2, page_size=16, max_sequence_length=LENGTH, chunks=(32,))
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from kimi_jax.hf.convert import from_hf
+from kimi_jax.infer.engine import Engine as InferenceEngine
 from kimi_jax.model import load
 from kimi_jax.serve.weights import WeightsFolder
 from kimi_jax.train import checkpoint
@@ -37,7 +38,7 @@ class Engine(ScriptedEngine):
     """Remembers the weights that it was given."""
 
     mesh, config = None, types.SimpleNamespace(param_dtype="float32")
-    model = types.SimpleNamespace(params={"w": np.zeros(3, np.float32)})
+    shapes = {"w": ((3,), np.float32)}
     params = None
 
     def set_params(self, params, version, running):
@@ -118,12 +119,14 @@ def test_second_change_waits_its_turn(served, monkeypatch):
 
 
 def test_weights_of_a_real_checkpoint_are_those_of_the_engine(tmp_path):
-    """Read for an engine without a mesh, as arrays of the same devices; a step that there is not is not found."""
+    """Read for an engine without a mesh, as arrays of the same devices, also when it has got others before; a step that
+    there is not is not found."""
     from_hf(FIXTURES / "tiny_fp32", tmp_path / "ours")
     model = load(tmp_path / "ours")
-    engine = types.SimpleNamespace(mesh=None, config=model.config, model=model)
+    engine = InferenceEngine(model.config, model.params, slots=1, max_sequence_length=64)
     (step,) = (int(folder.name) for folder in (tmp_path / "ours" / "checkpoints").iterdir() if folder.name.isdigit())
     folder = WeightsFolder(str(tmp_path / "ours"), engine)
+    engine.set_params(folder.read(step), step)
     for mine, theirs in zip(jax.tree.leaves(folder.read(step)), jax.tree.leaves(model.params), strict=True):
         assert mine.devices() == theirs.devices()
         np.testing.assert_array_equal(mine, theirs)
