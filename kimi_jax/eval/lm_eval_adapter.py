@@ -20,19 +20,20 @@ from kimi_jax.config import TrainConfig
 from kimi_jax.data.example import Encoded
 from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.eval.packed import Apply, Scorer
+from kimi_jax.infer.request import RequestEngine
 
 MAX_NEW_TOKENS = 64  # where the task names no limit
 
 
 class KimiLM(LM):
-    """`lm_eval.api.model.LM` over a Scorer. Generation is greedy: sampling options raise ValueError."""
+    """`lm_eval.api.model.LM` over a Scorer. Generation is greedy, by its engine: sampling options raise ValueError."""
 
     def __init__(
         self, params: Any, config: TrainConfig, tokenizer: Tokenizer | None = None, apply: Apply | None = None,
-        frozen: Any = None,
+        frozen: Any = None, engine: RequestEngine | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self._scorer = Scorer(params, config, tokenizer, apply, frozen)
+        self._scorer = Scorer(params, config, tokenizer, apply, frozen, engine)
 
     @classmethod
     def from_workdir(cls, workdir: str, step: int | None = None) -> KimiLM:

@@ -1,9 +1,10 @@
-"""Scores documents with a model: many a forward pass, in the static shapes of training.
+"""Scores documents with a model: many a forward pass, in the static shapes of training. Texts come from the engine.
 
-Every question (with one answer to score, or with the answer generated so far) is one document. Documents are packed by
-`kimi_jax.data.packing` into batches of the run's own shape, so one compiled function serves all tasks: it returns for
-every position the log-likelihood of the next token and the likeliest next token, and at the ends of documents the
-log-probabilities of a few candidate tokens. Answers that differ in their last token only (" 3", " 7") share one.
+Every question with an answer to score is one document. Documents are packed by `kimi_jax.data.packing` into batches of
+the run's own shape, so one compiled function serves all tasks: it returns for every position the log-likelihood of the
+next token and whether it was the likeliest, and at the ends of documents the log-probabilities of a few candidate
+tokens. Answers that differ in their last token only (" 3", " 7") share one. What has to be generated is given to
+`kimi_jax.infer.engine`, over the same mesh.
 
 B, S, D, V  as in the model;  N ends of documents a batch;  A candidates an end
 """
@@ -27,6 +28,8 @@ from kimi_jax.data.packing import Pack, PackShape
 from kimi_jax.data.tokenizer import Tokenizer, load_tokenizer
 from kimi_jax.eval import scorers
 from kimi_jax.eval.tasks import Part, Question
+from kimi_jax.infer.engine import Engine
+from kimi_jax.infer.request import Request, RequestEngine, Sampling
 from kimi_jax.nn import lora
 from kimi_jax.nn.kimi import KimiK25
 from kimi_jax.nn.layers import precision
@@ -34,6 +37,7 @@ from kimi_jax.packed_batch import PackedBatch, concatenate
 
 MAX_CANDIDATES = 16
 HEAD_CHUNK = 1024  # positions whose logits exist at once
+SLOTS = 32  # texts that are generated together
 
 Apply = Callable[[Any, PackedBatch, Any, Any], tuple[Any, Any, Any]]
 
@@ -43,12 +47,11 @@ class Scored:
     """What the model says about one document.
 
     nll: sum of loss weight * -log p over its targets, nats. greedy: whether every target with weight was likeliest.
-    next_token: the likeliest token after the last one. candidates: log-probabilities of those asked for there.
+    candidates: log-probabilities of the tokens asked for after the last one.
     """
 
     nll: float
     greedy: bool
-    next_token: int
     candidates: np.ndarray
 
 
@@ -102,15 +105,17 @@ def _place(batch: PackedBatch, placement: Any) -> PackedBatch:
 
 
 class Scorer:
-    """A model, its tokenizer and the packing shapes of its run; `apply` replaces the compiled model (tests).
+    """A model, its tokenizer and the packing shapes of its run.
 
-    frozen: with `config.lora` the weights; `params` are then its adapters.
+    `apply` and `engine` stand in for the compiled model and its engine (tests). frozen: with `config.lora` the weights;
+    `params` are then its adapters.
     """
 
     def __init__(
         self, params: Any, config: TrainConfig, tokenizer: Tokenizer | None = None, apply: Apply | None = None,
-        frozen: Any = None,
+        frozen: Any = None, engine: RequestEngine | None = None,
     ):  # fmt: skip
+        self._config, self._params, self._frozen, self._given = config, params, frozen, engine
         self.tokenizer = tokenizer or load_tokenizer(config.data.tokenizer)
         self._variables = lora.variables(params, frozen, config.lora)
         self._apply = apply or make_apply(config.model, config.data.num_packs, config.mesh)
@@ -180,8 +185,7 @@ class Scorer:
             weights = batch.loss_weights[here]
             right = likeliest[here] == batch.targets[here]
             total = float(np.sum(weights * nll[here], dtype=np.float64))
-            next_token = int(likeliest.reshape(-1)[ends[k]])
-            scored.append(Scored(total, bool(np.all(right | (weights == 0))), next_token, logp[k, : len(asked[k])]))
+            scored.append(Scored(total, bool(np.all(right | (weights == 0))), logp[k, : len(asked[k])]))
         return scored
 
     # ------------------------------------------------------------------------------------------------ kinds of request
@@ -211,30 +215,49 @@ class Scorer:
         return [(self.encode(question.context, choice), ()) for choice in question.choices]
 
     def generate(self, contexts: Sequence[Encoded], max_new_tokens: int, stop: Sequence[str] = ("\n",)) -> list[str]:
-        """Greedy continuations, up to (without) the first of the `stop` strings, the end token or `max_new_tokens`."""
-        documents = list(contexts)
-        made: list[list[int]] = [[] for _ in contexts]
-        active = list(range(len(contexts)))
-        for _ in range(max_new_tokens):
-            active = [i for i in active if not self._finished(made[i], stop)]
-            if not active:
-                break
-            for i, scored in zip(active, self.score([documents[i] for i in active]), strict=True):
-                made[i].append(scored.next_token)
-                tokens = np.append(documents[i].tokens, scored.next_token)
-                if documents[i].media and len(tokens) > self.length:
-                    made[i].append(self.tokenizer.eos_id)  # no room for more
-                else:
-                    documents[i] = self.from_tokens(tokens, np.zeros(len(tokens)), documents[i])
+        """Greedy continuations, up to (without) the first of the `stop` strings, the end token or `max_new_tokens`.
+
+        Context and continuation together are not longer than a row: of a text the beginning is left out for that, up
+        to half a row; what has media, or still has no room, ends there. Raises RuntimeError if the engine fails.
+        """
+        engine, made = self._engine, [list[int]() for _ in contexts]
+        sampling = Sampling(0.0, max_new_tokens=max_new_tokens, stop_ids=(self.tokenizer.eos_id,))
+        running = {engine.submit(self._request(context, sampling)): i for i, context in enumerate(contexts)}
+        while running:
+            for event in engine.step():
+                i = running.get(event.request_id)
+                if i is None:  # it was cancelled
+                    continue
+                if event.finish_reason == "error":
+                    raise RuntimeError(f"question {i} of {len(contexts)}: {event.error}")
+                made[i] += [] if event.token_id is None else [event.token_id]
+                if event.finish_reason or any(s in self._text(made[i]) for s in stop):
+                    del running[event.request_id]
+                    engine.cancel(event.request_id)
+        while not engine.idle:
+            engine.step()
         return [_until(self._text(ids), stop) for ids in made]
+
+    def _request(self, context: Encoded, sampling: Sampling) -> Request:
+        most = max(self.length - sampling.max_new_tokens, self.length // 2)
+        tokens = context.tokens if context.media else context.tokens[-most:]
+        return Request(tokens, context.media, sampling)
+
+    @functools.cached_property
+    def _engine(self) -> RequestEngine:
+        """Made when the first text is wanted; adapters are merged into their weights, as they are served."""
+        if self._given is not None:
+            return self._given
+        config, mesh = self._config, sharding.make_mesh(self._config.mesh)
+        params = self._params if config.lora is None else lora.merge(self._frozen, self._params, config.lora)
+        return Engine(
+            dataclasses.replace(config.model, remat=False), params, slots=SLOTS, tokens_per_call=8,
+            max_sequence_length=self.length + 1, mesh=mesh if mesh.size > 1 else None,
+        )  # fmt: skip
 
     def _text(self, ids: list[int]) -> str:
         ids = ids[: ids.index(self.tokenizer.eos_id)] if self.tokenizer.eos_id in ids else ids
         return self.tokenizer.decode(ids, skip_special_tokens=True)
-
-    def _finished(self, ids: list[int], stop: Sequence[str]) -> bool:
-        text = self._text(ids)
-        return self.tokenizer.eos_id in ids or any(s in text for s in stop)
 
     def bits(self, text: str) -> list[Encoded]:
         """Documents of a text to be scored whole, split into rows; the first token of each is given, not scored."""

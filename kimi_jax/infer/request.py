@@ -156,6 +156,24 @@ class Completion:
     experts: np.ndarray | None = field(default=None, compare=False)
 
 
+@runtime_checkable
+class RequestEngine(Protocol):
+    """What runs requests, step by step: of an `infer.engine.Engine` all that its simplest users need."""
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits or runs."""
+
+    def submit(self, request: Request) -> int:
+        """Put a request in line; its number. Raises ValueError for one that cannot be served."""
+
+    def cancel(self, request_id: int) -> None:
+        """End a request at the next step. Unknown and finished ones are ignored."""
+
+    def step(self) -> list[Event]:
+        """Go on with all requests; what happened."""
+
+
 def completion(events: Sequence[Event], prompt_tokens: int) -> Completion:
     """The events of one request, from its first to its last, as one. Raises RuntimeError if the request failed."""
     if events[-1].finish_reason == "error":

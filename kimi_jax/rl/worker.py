@@ -29,7 +29,7 @@ from kimi_jax.data.example import Encoded, EncodeLimits, Example, encode
 from kimi_jax.data.tokenizer import Tokenizer, load_tokenizer
 from kimi_jax.infer.engine import Engine
 from kimi_jax.infer.generate import STOP_TOKENS
-from kimi_jax.infer.request import Event, Request, Sampling
+from kimi_jax.infer.request import Event, Request, RequestEngine, Sampling
 from kimi_jax.rl.episode import (
     Finished,
     Interpreters,
@@ -48,19 +48,10 @@ REPEAT_EVERY = 16  # tokens between two looks for repetition
 
 
 @runtime_checkable
-class Sampler(Protocol):
-    """What of an `infer.engine.Engine` draws answers."""
-
-    @property
-    def idle(self) -> bool: ...
-
-    def submit(self, request: Request) -> int: ...
+class RolloutEngine(RequestEngine, Protocol):
+    """What of an `infer.engine.Engine` draws the answers of groups, with weights that change."""
 
     def submit_group(self, request: Request, seeds: Sequence[int | None]) -> list[int]: ...
-
-    def cancel(self, request_id: int) -> None: ...
-
-    def step(self) -> list[Event]: ...
 
     def set_params(self, params: Any, version: int) -> None: ...
 
@@ -95,7 +86,7 @@ class RolloutWorker:
         self._has_tools = any(task.tools for task in self._rl.tasks.values())
         check_tools([name for task in self._rl.tasks.values() for name in task.tools])
         self._interpreters = Interpreters(self._rl.tools) if self._has_tools else None
-        self._sampler: Sampler | None = None
+        self._sampler: RolloutEngine | None = None
         self._counts: Counter[str] = Counter()
 
     def open_task(self, config: TaskConfig) -> Task:
@@ -108,7 +99,7 @@ class RolloutWorker:
             self._sampler = self._open(params)
         self._sampler.set_params(params, version)
 
-    def _open(self, params: Any) -> Sampler:
+    def _open(self, params: Any) -> RolloutEngine:
         return open_engine(self._config, self._rollout, params, self._mesh)
 
     def take_metrics(self) -> dict[str, float]:

@@ -430,9 +430,16 @@ def _check(config: TrainConfig, own_tasks: bool = False) -> None:
         from kimi_jax.eval.tasks import resolve
 
         try:
-            resolve(config.eval.tasks)
+            tasks = resolve(config.eval.tasks)
         except KeyError as error:
             raise ConfigError(f"config.eval.tasks: {error.args[0]}") from error
+        texts = [task.name for task in tasks if task.kind == "generate"]
+        lora = config.lora
+        if texts and lora is not None and lora.experts == "int4" and "experts" in lora.targets:
+            raise ConfigError(
+                f"config.eval.tasks: {', '.join(texts)} generate text, which adapters of INT4 experts cannot; "
+                "leave these tasks out, or use --config.lora.experts=float"
+            )
 
 
 def describe(config: TrainConfig) -> list[str]:

@@ -3,15 +3,20 @@
 import dataclasses
 import itertools
 
+import jax
 import numpy as np
 import pytest
 
-from kimi_jax.config import DataConfig, TrainConfig, preset
+from kimi_jax import sharding
+from kimi_jax.config import DataConfig, MeshConfig, TrainConfig, preset
 from kimi_jax.data.example import Image, Text
 from kimi_jax.data.tokenizer import train_tokenizer
 from kimi_jax.eval import packed, runner, scorers, tasks
 from kimi_jax.eval.__main__ import table, write_rows, write_samples
 from kimi_jax.eval.tasks import Control, Question, Task
+from kimi_jax.nn.kimi import init_params
+from kimi_jax.nn.param import unbox
+from tests.eval.scripted import ScriptedEngine
 
 NAMES = ("red", "green", "blue", "grey")
 
@@ -54,6 +59,22 @@ def lookup(rule, tokenizer):
         return nll, logp.argmax(-1), np.take_along_axis(logp.reshape(-1, v)[ends], candidates, axis=-1)
 
     return apply
+
+
+def writing(rule, tokenizer):
+    """The same stand-in for the engine; without an idea it writes the first token."""
+
+    def next_token(request, made):
+        seen = np.concatenate([item.patches for item in request.media]).mean() if request.media else None
+        ids = [int(i) for i in (*request.token_ids, *made) if i != tokenizer.media_pad_id]
+        return rule(seen, tokenizer.decode(ids, True)) or 0
+
+    return ScriptedEngine(next_token)
+
+
+def stand_in(rule, tokenizer):
+    """A scorer whose model is the rule, for likelihoods and for texts."""
+    return packed.Scorer(None, config(tokenizer), tokenizer, lookup(rule, tokenizer), engine=writing(rule, tokenizer))
 
 
 def _brightness(batch, row, here):
@@ -106,10 +127,8 @@ def sighted(tokenizer, says=lambda brightness: NAMES[round(brightness / 60) % 4]
 
 @pytest.mark.parametrize("kind", ["choice", "generate"])
 def test_model_that_sees_scores_one_and_its_blank_control_does_not(tokenizer, kind):
-    apply = lookup(sighted(tokenizer), tokenizer)
-    scorer = packed.Scorer(None, config(tokenizer), tokenizer, apply)
     samples = []
-    rows = runner.run_task(scorer, colour_task(kind), 12, samples)
+    rows = runner.run_task(stand_in(sighted(tokenizer), tokenizer), colour_task(kind), 12, samples)
     assert [r.score for r in rows] == [1.0] * len(rows) and rows[0].stderr == 0.0
     assert rows[0].control == 0.25 and rows[0].majority == 0.25  # white reads as the first name: right for 3 of 12
     assert len(samples) == runner.SAMPLES and all(s.correct and s.media[0].shape[0] == 28 for s in samples)
@@ -117,7 +136,7 @@ def test_model_that_sees_scores_one_and_its_blank_control_does_not(tokenizer, ki
 
 
 def test_model_that_knows_nothing_takes_the_first_choice_and_writes_nothing_right(tokenizer):
-    scorer = packed.Scorer(None, config(tokenizer), tokenizer, lookup(lambda b, t: None, tokenizer))
+    scorer = stand_in(lambda b, t: None, tokenizer)
     same_length = colour_task(by_length=False)
     score = runner.run_task(scorer, same_length, 12)[0].score
     # with the same number of tokens in each name, all are equally likely: the first, right once in four
@@ -127,15 +146,14 @@ def test_model_that_knows_nothing_takes_the_first_choice_and_writes_nothing_righ
 
 
 def test_blind_model_gains_nothing_over_its_control(tokenizer):
-    apply = lookup(sighted(tokenizer, says=lambda b: "blue"), tokenizer)
-    row = runner.run_task(packed.Scorer(None, config(tokenizer), tokenizer, apply), colour_task(), 16)[0]
+    scorer = stand_in(sighted(tokenizer, says=lambda b: "blue"), tokenizer)
+    row = runner.run_task(scorer, colour_task(), 16)[0]
     assert row.score == row.control == row.chance == 0.25
 
 
 def test_answer_to_another_question_is_a_control(tokenizer):
-    apply = lookup(sighted(tokenizer), tokenizer)
     task = colour_task("generate", controls=(Control("other", other_answers=True),), metrics=("exact_match",))
-    row = runner.run_task(packed.Scorer(None, config(tokenizer), tokenizer, apply), task, 12)[0]
+    row = runner.run_task(stand_in(sighted(tokenizer), tokenizer), task, 12)[0]
     assert (row.score, row.control, row.control_name) == (1.0, 0.0, "other")
 
 
@@ -210,6 +228,43 @@ def test_text_only_models_skip_tasks_with_images(tokenizer):
     blind = dataclasses.replace(blind, model=dataclasses.replace(blind.model, vision=None))
     apply = lookup(lambda b, t: None, tokenizer)
     assert runner.evaluate(None, blind, ["easyvqa_open"], 4, tokenizer=tokenizer, apply=apply) == []
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_texts_are_those_of_repeated_full_forward_passes(tokenizer, devices, monkeypatch):
+    """Greedy, with and without an image, by the engine over the mesh of the run; the next token of a pass is the
+    candidate that the packed model gives the most. Float32: random weights have no ties that close."""
+    real = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda mesh: real(mesh, jax.devices()[:devices]))
+    settings = config(tokenizer, num_packs=8)
+    model = dataclasses.replace(settings.model, num_hidden_layers=2, dtype="float32", initializer_range=0.2)
+    settings = dataclasses.replace(settings, model=model, mesh=MeshConfig(devices))
+    params = jax.jit(lambda: unbox(init_params(model, jax.random.key(0))))()
+    scorer = packed.Scorer(params, settings, tokenizer)
+    ids = list(range(tokenizer.vocab_size))
+    tokens = [scorer.encode((Text(text),)) for text in ("some text", "which colour is it?\nA:")]
+    contexts = [*tokens, scorer.encode((Image(np.full((28, 56, 3), 90, np.uint8)), Text("which colour")))]
+    texts = scorer.generate(contexts, 4, stop=("\n", "q"))
+    for context, text in zip(contexts, texts, strict=True):
+        made = []
+        while len(made) < 4 and tokenizer.eos_id not in made:
+            longer = np.concatenate([context.tokens, np.array(made, np.int32)])
+            document = scorer.from_tokens(longer, np.zeros(len(longer)), context)
+            pieces = [ids[k : k + packed.MAX_CANDIDATES] for k in range(0, len(ids), packed.MAX_CANDIDATES)]
+            scored = scorer.score([document] * len(pieces), pieces)
+            made.append(int(np.argmax(np.concatenate([each.candidates for each in scored]))))
+        whole = tokenizer.decode([i for i in made if i != tokenizer.eos_id], True)
+        assert text == whole.split("\n")[0].split("q")[0]
+
+
+def test_generation_leaves_out_the_beginning_of_a_text_that_fills_the_row(tokenizer):
+    asked = []
+    engine = ScriptedEngine(lambda request, made: asked.append(len(request.token_ids)) or 0)
+    scorer = packed.Scorer(None, config(tokenizer), tokenizer, lookup(lambda b, t: None, tokenizer), engine=engine)
+    long = scorer.encode((Text("some text " * 100),))
+    scorer.generate([long], 4)
+    scorer.generate([long], 60)
+    assert (len(long.tokens), set(asked)) == (64, {60, 32})
 
 
 def test_rows_and_samples_are_written_for_the_report(tokenizer, tmp_path):

@@ -15,6 +15,7 @@ import pytest
 from kimi_jax.config import DataConfig, TrainConfig, preset
 from kimi_jax.data.tokenizer import train_tokenizer
 from kimi_jax.packed_batch import padding
+from tests.eval.scripted import ScriptedEngine
 
 pytestmark = pytest.mark.lm_eval
 lm_eval = pytest.importorskip("lm_eval", reason="needs the extra [lm_eval]: make test-lm-eval")
@@ -105,10 +106,21 @@ def knowing(tokenizer):
     return apply
 
 
+def writing(tokenizer):
+    """The same stand-in for the engine."""
+    sentences = [tokenizer.encode(f"The colour of {t} is {c}.") for t, c in COLOURS.items()]
+
+    def next_token(request, made):
+        seen = [*request.token_ids.tolist(), *made]
+        return next((s[len(seen)] for s in sentences if s[: len(seen)] == seen and len(seen) < len(s)), 0)
+
+    return ScriptedEngine(next_token)
+
+
 def test_model_that_knows_scores_one_through_lm_eval(tokenizer, task_manager):
     from kimi_jax.eval.lm_eval_adapter import KimiLM
 
-    lm = KimiLM(None, config(tokenizer), tokenizer, knowing(tokenizer))
+    lm = KimiLM(None, config(tokenizer), tokenizer, knowing(tokenizer), engine=writing(tokenizer))
     assert run(lm, task_manager, "colour_choice")["acc"] == 1.0
     assert run(lm, task_manager, "colour_write")["exact_match"] == 1.0
 

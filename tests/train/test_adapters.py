@@ -156,6 +156,10 @@ def _rebase(run, to, base):
         ({"lora": LoRAConfig()}, "config.lora.base is empty"),
         ({"lora": LoRAConfig("nowhere")}, "neither config.json"),
         ({"eval": EvalConfig(tasks=("nonsense",))}, "no task is called 'nonsense'"),
+        (
+            {"eval": EvalConfig(tasks=("arithmetic",)), "lora": LoRAConfig("base", "int4", targets=("experts",))},
+            "arithmetic generate text, which adapters of INT4 experts cannot",
+        ),
     ],
 )
 def test_what_cannot_be_run_is_said(changes, message, base, tmp_path):
