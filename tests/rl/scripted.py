@@ -11,7 +11,6 @@ from kimi_jax.data.tokenizer import train_tokenizer
 from kimi_jax.data.tool_declaration import declare_tools
 from kimi_jax.infer.engine import Engine
 from kimi_jax.infer.request import Event
-from kimi_jax.model import Model
 from kimi_jax.rl.worker import RolloutWorker
 from kimi_jax.sandbox.tool import IPYTHON
 from tests.rl.tiny_run import TEXT
@@ -145,7 +144,7 @@ class ForcedWorker(RolloutWorker):
 
     def _open(self, params):
         engine = ForcedEngine(
-            Model(dataclasses.replace(self._config.model, remat=False), params), slots=self._rollout.slots,
+            dataclasses.replace(self._config.model, remat=False), params, slots=self._rollout.slots,
             page_size=self._rollout.page_size, max_sequence_length=self._config.data.sequence_length,
         )  # fmt: skip
         engine.tokenizer, engine.first = self.tokenizer, self.first
