@@ -139,8 +139,8 @@ run-tfds: .venv-tfds/.ready-demo-test-tfds-seqio
 run-lm-eval: .venv-lm-eval/.ready-demo-test-lm-eval-transformers
 	KIMI_SLOW=lm_eval .venv-lm-eval/bin/python -m pytest -m "lm_eval or transformers"
 
-# what stands on jax, flax, Orbax and Grain, whose versions differ, and on the interpreter; the rest is the same code
-STACK := $(addprefix tests/,data e2e eval infer kernels nn optim parity rl sandbox train test_import.py test_load.py)
+# what stands on jax, flax, Orbax, Grain and the interpreter itself, whose versions differ; the rest is code above these
+STACK := $(addprefix tests/,data kernels nn optim parity sandbox train test_import.py)
 run-py312: .venv312/.ready-demo-test
 	.venv312/bin/python -m pytest $(PARALLEL) -m "$(QUICK)" $(STACK)
 

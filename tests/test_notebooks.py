@@ -91,6 +91,7 @@ def test_committed_executed_and_clean(path):
     assert set(notebook.metadata) <= {"kernelspec", "language_info"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_runs_from_a_clean_state(path, tmp_path):
     """No errors and nothing on stderr (no warnings), as many images as were committed, and the results hold."""

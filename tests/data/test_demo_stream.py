@@ -45,6 +45,7 @@ def test_first_batches_of_the_demo(tmp_path):
     assert report["token_fill"] >= 0.97
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("get", "packs"), [(get_config, 50), (SFT["get_config"], 60)], ids=["demo", "sft"])
 def test_token_fill_and_vision_ratio_of_a_demo_last(get, packs, tmp_path):
     """Rows of short images and long texts, which piled up in the buffer from pack 20 on; a ratio that the images of

@@ -290,6 +290,7 @@ class Counts(Synthetic):
         return super().__getitem__(i)
 
 
+@pytest.mark.slow
 def test_corrupt_record_is_quarantined_by_name_and_never_opened_twice(path, tmp_path):
     """Over several epochs, all shards and a continuation; and the batches are those of a stream that knows nothing."""
     opened = {**SOURCES, "vqa": Counts("image", size=53, words=(3, 10), bad_every=17, log=str(tmp_path / "opened"))}

@@ -100,6 +100,7 @@ def test_kill_and_ctrl_c_leave_no_trace_in_the_run(config, uninterrupted, tmp_pa
     assert status == 0 and rows(tmp_path) == rows(uninterrupted), output
 
 
+@pytest.mark.slow
 def test_worker_process_gives_the_same_run_killed_or_not(config, uninterrupted, tmp_path):
     worker = "--config.data.num_workers=1"
     output, status = stop_at(config, tmp_path, 40, signal.SIGKILL, worker)

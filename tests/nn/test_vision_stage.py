@@ -31,6 +31,7 @@ def nll(params, batch):
     return model.apply({"params": params}, batch, method=model.token_nll)[0].sum()
 
 
+@pytest.mark.slow
 def test_gradient_is_that_of_the_three_phases(params):
     """Encode; go through the decoder and back to the features; encode again and go back from there (the paper)."""
     batch, model = jax.tree.map(jnp.asarray, make_batch(0)), KimiK25(MODEL)

@@ -9,6 +9,7 @@ change the counts, write the new ones here.
 import dataclasses
 
 import jax
+import pytest
 
 from kimi_jax import config as c
 from kimi_jax import sharding
@@ -61,10 +62,12 @@ GOLDEN = {
 }
 
 
+@pytest.mark.slow
 def test_collectives_are_as_many_as_ever():
     assert counts() == GOLDEN
 
 
+@pytest.mark.slow
 def test_lost_rule_changes_the_counts(monkeypatch):
     monkeypatch.setitem(sharding.RULES, "embed", ())
     assert counts()[str(LAYERS)] != GOLDEN[str(LAYERS)]

@@ -21,6 +21,7 @@ def mesh():
     return sharding.make_mesh(MeshConfig())
 
 
+@pytest.mark.slow
 def test_plan_lowers_the_function_that_train_jits(mesh):
     """Text for text, from a real state and batch on the one side and from shapes on the other."""
     init, step = make_train_step(CONFIG, mesh)

@@ -92,6 +92,7 @@ class Dies(Toy):
         return super().__next__()
 
 
+@pytest.mark.slow
 def test_source_with_arrays_continues_bit_for_bit_and_sees_the_weights_of_every_step(tmp_path):
     Toy.opened.clear()
     assert train(config(tmp_path / "whole"), Toy) == 0

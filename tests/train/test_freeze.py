@@ -59,6 +59,7 @@ def test_frozen_parameters_are_the_same_bits_after_many_steps(devices, scan, dty
         assert has_moments == (not is_frozen(infos[name]) and infos[name].group != RouterBias()), name
 
 
+@pytest.mark.slow
 def test_gradients_of_what_learns_are_the_same_and_the_frozen_have_none():
     """On one device and on eight, in microbatches; float32 sums in another order once the rest is not computed."""
     params = jax.jit(lambda: param.unbox(state_lib.create(MODEL, _no_optimizer(), jax.random.key(0)).params))()

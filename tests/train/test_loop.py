@@ -66,6 +66,7 @@ def test_run_that_stays_not_finite_is_given_up_with_advice(tmp_path, monkeypatch
     assert "step 6: loss or gradient is not finite; its update is left out" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_evaluation_on_the_way_and_at_the_end_and_not_again(tmp_path):
     """With an evaluation of one's own, whose tasks nobody has registered."""
     calls = []
@@ -103,6 +104,7 @@ def test_report_draws_every_chart_from_the_log_of_a_real_run(tmp_path):
     assert made_up and all(set(row) <= set(ROW) for row in made_up)  # what the tests of the report read
 
 
+@pytest.mark.slow
 def test_trace_of_some_steps_and_where_the_time_went(tmp_path, capsys):
     """A run of six steps, traced in two of them, and two more in a second start: sums go on over both."""
     settings = config(tmp_path, profile=ProfileConfig(start_step=3, steps=2))

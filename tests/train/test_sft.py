@@ -68,12 +68,14 @@ def trained(folder, base, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_sft_learns(trained):
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
     assert rows[-1]["data"]["shortened"]["chat"] > 0 and not rows[-1]["data"]["bad"]
 
 
+@pytest.mark.slow
 def test_sft_that_was_cut_off_goes_on_bit_for_bit(trained, base, folder, tmp_path):
     """Another process would do the same: all that it has is the workdir as it was after step 6."""
     (tmp_path / "checkpoints").mkdir()
