@@ -16,7 +16,8 @@ Shape letters: N matrices in a stack, R rows (input), C columns (output).
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,13 +42,25 @@ class MuonState(NamedTuple):
     momentum: PyTree
 
 
+class MuonClip(optax.GradientTransformation):
+    """What `muonclip` gives: init and update, and the learning rate as a function of the updates already made."""
+
+    learning_rate: optax.Schedule
+
+    def __new__(cls, init: Callable[..., Any], update: Callable[..., Any], learning_rate: optax.Schedule) -> MuonClip:
+        """The pair that optax knows, with its schedule."""
+        made = super().__new__(cls, init, update)
+        made.learning_rate = learning_rate
+        return made
+
+
 def muonclip(
     config: OptimizerConfig,
     total_steps: int,
     infos: PyTree,
     ns_dtype: DTypeLike | None = None,
     layout: Layout | None = None,
-) -> optax.GradientTransformation:
+) -> MuonClip:
     """The optimizer of a run, global-norm clipping and WSD learning rate included.
 
     `infos` is `nn.param.metadata(boxed)`; parameters and gradients must be the same tree of arrays. `ns_dtype` is the
@@ -64,6 +77,7 @@ def muonclip(
     matrices = [(info.group, info.axes) for info in jax.tree.leaves(learning) if isinstance(info.group, Muon)]
     if config.matrices == "adamw":  # the rates are shared: Muon's updates have the RMS of AdamW's (`update_rms`)
         labels, matrices = jax.tree.map(lambda label: "adamw" if label == "muon" else label, labels), []
+    learning_rate = schedules.wsd(config, total_steps)
     transform = optax.chain(
         optax.clip_by_global_norm(config.grad_clip_norm) if config.grad_clip_norm > 0 else optax.identity(),
         optax.partition(
@@ -77,7 +91,7 @@ def muonclip(
             labels,
         ),
         optax.add_decayed_weights(config.weight_decay, mask=jax.tree.map(lambda label: label != "router_bias", labels)),
-        optax.scale_by_learning_rate(schedules.wsd(config, total_steps)),
+        optax.scale_by_learning_rate(learning_rate),
     )
 
     def init(params: PyTree) -> optax.OptState:
@@ -91,7 +105,7 @@ def muonclip(
         out, state = transform.update(learned(updates, infos), state, learned(params, infos))
         return join(out, jax.tree.map(jnp.zeros_like, frozen(updates, infos))), state
 
-    return optax.GradientTransformation(init, update)
+    return MuonClip(init, update, learning_rate)
 
 
 def _narrow(dtype: str) -> jnp.dtype | None:

@@ -26,8 +26,8 @@ from kimi_jax.nn import lora, param
 from kimi_jax.nn.decoder import merge_aux
 from kimi_jax.nn.kimi import KimiK25
 from kimi_jax.nn.layout import Layout
-from kimi_jax.optim import newton_schulz, qk_clip, router_bias, schedules
-from kimi_jax.optim.muonclip import muonclip, step_metrics
+from kimi_jax.optim import newton_schulz, qk_clip, router_bias
+from kimi_jax.optim.muonclip import MuonClip, muonclip, step_metrics
 from kimi_jax.packed_batch import PackedBatch
 from kimi_jax.train import flops, spikes
 from kimi_jax.train import state as state_lib
@@ -45,7 +45,7 @@ from kimi_jax.train.objective import (
 from kimi_jax.train.state import TrainState
 
 
-def make_optimizer(config: TrainConfig, mesh: Mesh | None = None) -> optax.GradientTransformation:
+def make_optimizer(config: TrainConfig, mesh: Mesh | None = None) -> MuonClip:
     """MuonClip for this model's parameter groups.
 
     mesh: Newton-Schulz is distributed to its devices. The state is the same with and without.
@@ -63,7 +63,7 @@ def make_train_step(
     config: TrainConfig,
     mesh: Mesh | None = None,
     objective: Objective | None = None,
-    optimizer: optax.GradientTransformation | None = None,
+    optimizer: MuonClip | None = None,
 ) -> tuple[Callable[[], TrainState], Callable[[TrainState, PackedBatch], tuple[TrainState, dict[str, Any]]]]:
     """Returns (init_state, train_step).
 
@@ -203,7 +203,7 @@ def microbatches(batch: PackedBatch, parts: int, layout: Layout | None = None) -
 
 def _train_step(
     config: TrainConfig,
-    tx: optax.GradientTransformation,
+    tx: MuonClip,
     layout: Layout | None,
     objective: Objective,
     state: TrainState,
@@ -234,7 +234,7 @@ def _train_step(
         "grad_norm": Mean(optimizer.pop("grad_norm"), jnp.float32(1)),
         **{name: Last(value) for name, value in optimizer.items()},
         # the optimizer counts the updates it made, not the batches it saw
-        "lr": Last(schedules.wsd(options, config.steps)(state.step - state.skipped)),
+        "lr": Last(tx.learning_rate(state.step - state.skipped)),
         "max_logit": Max(jnp.max(aux.max_logits, axis=-1)),
         "clipped_heads": Sum(clipped),
         "expert_load": Sum(aux.expert_load),

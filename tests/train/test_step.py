@@ -10,6 +10,7 @@ from kimi_jax import sharding
 from kimi_jax.config import MeshConfig
 from kimi_jax.nn.kimi import KimiK25, init_params
 from kimi_jax.nn.param import unbox
+from kimi_jax.optim import schedules
 from kimi_jax.train import state as state_lib
 from kimi_jax.train.objective import Mean
 from kimi_jax.train.step import loss_fn, make_optimizer, make_train_step
@@ -98,7 +99,17 @@ def test_state_is_made_in_its_shardings_and_keeps_them():
     assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, state, wanted))
 
 
-def test_moments_are_cut_like_their_parameter():
+def test_schedule_is_made_once_for_optimizer_and_log(monkeypatch):
+    made, real = [], schedules.wsd
+    monkeypatch.setattr(schedules, "wsd", lambda *given: made.append(given) or real(*given))
+    mesh = mesh_of(1)
+    optimizer = make_optimizer(CONFIG, mesh)
+    _, train_step = make_train_step(CONFIG, mesh, optimizer=optimizer)
+    jax.eval_shape(train_step, state_lib.abstract(MODEL, optimizer, mesh), make_batch(0))
+    assert len(made) == 1
+
+
+def test_moments_are_sharded_like_their_parameter():
     mesh = mesh_of(8)
     tx = make_optimizer(CONFIG)
     placed, abstract = state_lib.shardings(MODEL, tx, mesh), state_lib.abstract(MODEL, tx, mesh)
