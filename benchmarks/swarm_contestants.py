@@ -25,7 +25,7 @@ async def kimi_jax(agents: int, slots: int, delay: float, folder: Path) -> None:
     from kimi_jax.agents.budget import Budget
     from kimi_jax.agents.config import SwarmConfig
     from kimi_jax.agents.events import Usage
-    from kimi_jax.agents.model import Call, Request, Response, ScriptedModel
+    from kimi_jax.agents.model import Call, ModelRequest, Response, ScriptedModel
     from kimi_jax.agents.swarm import Swarm
     from kimi_jax.agents.tools import from_function
 
@@ -33,7 +33,7 @@ async def kimi_jax(agents: int, slots: int, delay: float, folder: Path) -> None:
         """Looks a word up."""
         return f"{word} is known"
 
-    async def answer(request: Request) -> Response:
+    async def answer(request: ModelRequest) -> Response:
         turn = sum(message["role"] == "assistant" for message in request.messages)
         usage = Usage(100, 10)
         if request.agent == "root":

@@ -60,7 +60,7 @@ class Claim:
     """A sentence and the function of the table that judges it."""
 
     text: str
-    judge: Callable[[Table], Verdict]
+    judge: Callable[[ResultsTable], Verdict]
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,9 @@ class Experiment:
     scoring: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     prepare: Callable[[TrainConfig], None] = lambda config: None
     measure: Callable[[Path], Mapping[str, tuple[float, int]]] = lambda workdir: {}
-    check: Callable[[Table], list[str]] = lambda table: []
+    check: Callable[[ResultsTable], list[str]] = lambda table: []
     curves: tuple[str, ...] = ()
-    plots: Callable[[Table, Path], None] = lambda table, folder: None
+    plots: Callable[[ResultsTable, Path], None] = lambda table, folder: None
     captions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     notes: str = ""
 
@@ -118,7 +118,7 @@ class Experiment:
         return [(row, seed) for seed in self.seeds for row in self.rows]
 
 
-class Table:
+class ResultsTable:
     """The records of an experiment at one scale, those of its present configurations only."""
 
     def __init__(self, experiment: Experiment, scale: str, records: Sequence[Record], curves: Sequence[Record] = ()):
@@ -150,20 +150,22 @@ def judge(values: Sequence[float], above: float = 0.0) -> Verdict:
     return Verdict(outcome, found)
 
 
-def better(task: str, row: str, than: str, *, lower: bool = False, by: float = 0.0) -> Callable[[Table], Verdict]:
+def better(
+    task: str, row: str, than: str, *, lower: bool = False, by: float = 0.0
+) -> Callable[[ResultsTable], Verdict]:
     """Claim that `row` scores better than another in `task` by more than `by`, in paired differences over seeds."""
 
-    def judged(table: Table) -> Verdict:
+    def judged(table: ResultsTable) -> Verdict:
         a, b = table.values(row, task), table.values(than, task)
         return judge(statistics.paired(b, a) if lower else statistics.paired(a, b), by)
 
     return judged
 
 
-def equivalent(task: str, row: str, other: str, margin: float) -> Callable[[Table], Verdict]:
+def equivalent(task: str, row: str, other: str, margin: float) -> Callable[[ResultsTable], Verdict]:
     """Claim that two rows differ in `task` by less than `margin`: the whole interval must lie within it."""
 
-    def judged(table: Table) -> Verdict:
+    def judged(table: ResultsTable) -> Verdict:
         differences = statistics.paired(table.values(row, task), table.values(other, task))
         if len(differences) < 2:
             return Verdict(UNDECIDED, None)
@@ -175,15 +177,15 @@ def equivalent(task: str, row: str, other: str, margin: float) -> Callable[[Tabl
     return judged
 
 
-def above(task: str, row: str, bound: float) -> Callable[[Table], Verdict]:
+def above(task: str, row: str, bound: float) -> Callable[[ResultsTable], Verdict]:
     """Claim that a measure of one row is above a bound, over seeds."""
     return lambda table: judge(list(table.values(row, task).values()), bound)
 
 
-def above_control(score: str, row: str, control: str) -> Callable[[Table], Verdict]:
+def above_control(score: str, row: str, control: str) -> Callable[[ResultsTable], Verdict]:
     """Claim that a score of one row is above its control, which asks the same questions with other evidence."""
 
-    def judged(table: Table) -> Verdict:
+    def judged(table: ResultsTable) -> Verdict:
         return judge(statistics.paired(table.values(row, score), table.values(row, control)))
 
     return judged
@@ -221,7 +223,7 @@ def commit() -> str:
     return (git("rev-parse", "--short=10", "HEAD") or "unknown") + ("+" if changed else "")
 
 
-def read_table(experiment: Experiment, scale: str, folder: Path | None = None) -> Table:
+def read_table(experiment: Experiment, scale: str, folder: Path | None = None) -> ResultsTable:
     """The records of runs with their present configuration; others are left in their files and not read."""
     folder = folder or experiment.folder
     found: dict[str, list[Record]] = {"results": [], "curves": []}
@@ -230,7 +232,7 @@ def read_table(experiment: Experiment, scale: str, folder: Path | None = None) -
         for kind, kept in found.items():
             rows = read_rows(folder / kind / scale / f"{row}.jsonl")
             kept += [r for r in rows if hashes.get(r.get("seed")) == r.get("config")]
-    return Table(experiment, scale, found["results"], found["curves"])
+    return ResultsTable(experiment, scale, found["results"], found["curves"])
 
 
 def add_records(experiment: Experiment, scale: str, row: str, seed: int, kind: str, records: list[Record],
@@ -243,7 +245,7 @@ def add_records(experiment: Experiment, scale: str, row: str, seed: int, kind: s
     write_atomic(path, "".join(json.dumps(r) + "\n" for r in kept))
 
 
-def missing(table: Table) -> list[tuple[str, int]]:
+def missing(table: ResultsTable) -> list[tuple[str, int]]:
     """(row, seed) of the runs without records."""
     done = {(r["row"], r["seed"]) for r in table.records}
     return [run for run in table.experiment.runs() if run not in done]

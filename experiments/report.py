@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from experiments import statistics
-from experiments.harness import Experiment, Score, Table, read_table
+from experiments.harness import Experiment, ResultsTable, Score, read_table
 from kimi_jax.train.log import write_atomic
 
 SCALE = "cpu"  # of the committed results
@@ -31,7 +31,7 @@ def write(experiment: Experiment, scale: str = SCALE, folder: Path | None = None
     return folder / "README.md"
 
 
-def render(experiment: Experiment, table: Table, folder: Path | None = None) -> str:
+def render(experiment: Experiment, table: ResultsTable, folder: Path | None = None) -> str:
     """The text of the README, a function of definition and records alone."""
     parts = [
         f"# {experiment.question}",
@@ -63,7 +63,7 @@ def _commands(experiment: Experiment) -> Iterator[str]:
     yield f"python -m experiments {experiment.name} --report    # this page and the plots again, from the records"
 
 
-def _runs(experiment: Experiment, table: Table) -> Iterator[str]:
+def _runs(experiment: Experiment, table: ResultsTable) -> Iterator[str]:
     yield "| row | seeds | commits | minutes a run |"
     yield "| --- | --- | --- | --- |"
     for row in experiment.rows:
@@ -78,7 +78,7 @@ def _runs(experiment: Experiment, table: Table) -> Iterator[str]:
         yield f"| {row} | {done} | {', '.join(commits)} | {time} |"
 
 
-def _claims(experiment: Experiment, table: Table) -> Iterator[str]:
+def _claims(experiment: Experiment, table: ResultsTable) -> Iterator[str]:
     yield "| claim | verdict | difference, interval | smallest effect |"
     yield "| --- | --- | --- | --- |"
     for claim in experiment.claims:
@@ -90,7 +90,7 @@ def _claims(experiment: Experiment, table: Table) -> Iterator[str]:
         yield f"| {claim.text} | **{verdict.outcome}** | {found} | {found.smallest:.4f} |"
 
 
-def _scores(experiment: Experiment, table: Table) -> Iterator[str]:
+def _scores(experiment: Experiment, table: ResultsTable) -> Iterator[str]:
     rows = [row for row in experiment.rows if table.seeds(row)]
     yield "Mean ± standard deviation over seeds; in brackets the control, the same questions without their evidence."
     yield ""
@@ -105,7 +105,7 @@ def _header(score: Score) -> str:
     return f"{score.label} {'↑' if score.higher_is_better else '↓'}"
 
 
-def _cell(table: Table, row: str, score: Score) -> str:
+def _cell(table: ResultsTable, row: str, score: Score) -> str:
     values = list(table.values(row, score.task).values())
     if not values:
         return ""

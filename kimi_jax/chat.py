@@ -38,7 +38,7 @@ Output: TypeAlias = TextIO | io.TextIOBase
 DIM, PLAIN = "\033[2m", "\033[0m"
 
 
-class Conversation:
+class ChatSession:
     """What was said so far, and the engine that goes on with it."""
 
     def __init__(
@@ -81,7 +81,7 @@ class Conversation:
                 self.messages = [*asked, shown.reply.message()]
 
 
-def command(conversation: Conversation, line: str) -> str:
+def command(conversation: ChatSession, line: str) -> str:
     """Does what a line that begins with / says; returns what to tell the user."""
     name, _, argument = line.partition(" ")
     if name in ("/image", "/video") and argument.strip():
@@ -99,7 +99,7 @@ def command(conversation: Conversation, line: str) -> str:
     return HELP
 
 
-def talk(conversation: Conversation, lines: Iterator[str], out: Output, notes: Output, colours: bool = False) -> int:
+def talk(conversation: ChatSession, lines: Iterator[str], out: Output, notes: Output, colours: bool = False) -> int:
     """Answers every line until /exit. Answers go to `out`, notes to `notes`. Returns how many could not be answered."""
     failed = 0
     for line in lines:
@@ -117,7 +117,7 @@ def talk(conversation: Conversation, lines: Iterator[str], out: Output, notes: O
     return failed
 
 
-def _answer(conversation: Conversation, text: str, out: Output, notes: Output, colours: bool) -> None:
+def _answer(conversation: ChatSession, text: str, out: Output, notes: Output, colours: bool) -> None:
     reasoning = False
     with _interrupts() as interrupted, contextlib.closing(conversation.say(text)) as deltas:
         for delta in deltas:
@@ -200,7 +200,7 @@ def main(argv: list[str]) -> None:
             return
         with contextlib.closing(lockstep.Leader(engine, links)) as leader:
             leader.watch(lockstep.leave)
-            conversation = Conversation(leader if links else engine, model.tokenizer, sampling, f.thinking, f.system)
+            conversation = ChatSession(leader if links else engine, model.tokenizer, sampling, f.thinking, f.system)
             for kind, paths in (("image", f.image), ("video", f.video)):
                 for path in paths:
                     conversation.attach(kind, path)

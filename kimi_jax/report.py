@@ -48,7 +48,7 @@ NEXT = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class LoggedRun:
     """Everything the page shows. `rows` are ordered by step."""
 
     workdir: Path
@@ -62,14 +62,14 @@ class Run:
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
-def load(workdir: str | Path) -> Run:
+def load(workdir: str | Path) -> LoggedRun:
     """What the run left in `workdir`. Raises FileNotFoundError if the folder is not there or holds no run."""
     folder = Path(workdir)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}; give the workdir of a run: --workdir=runs/demo")
     sample_dir = folder if (folder / "samples.json").exists() else folder / "samples"
     results = _read_json(folder / "results.json", [])
-    run = Run(
+    run = LoggedRun(
         workdir=folder,
         config=_read_json(folder / "config.json", {}),
         rows=with_evaluations(read_rows(folder / "metrics.jsonl"), read_rows(folder / "eval.jsonl")),
@@ -149,7 +149,7 @@ def verdict(row: dict[str, Any]) -> str:
     return "above" if margin > 0 else "below"
 
 
-def print_table(run: Run) -> None:
+def print_table(run: LoggedRun) -> None:
     """The scores in the terminal, and what to do next."""
     from rich import box
     from rich.console import Console
@@ -190,7 +190,7 @@ def with_error(row: dict[str, Any]) -> str:
 # ----------------------------------------------------------------------------------------------------------------- page
 
 
-def render(run: Run) -> str:
+def render(run: LoggedRun) -> str:
     """The page as one HTML string; every image is inside."""
     title = f"{run.workdir.name}: report of a kimi_jax run"
     body = [
@@ -211,7 +211,7 @@ def render(run: Run) -> str:
     )
 
 
-def _subtitle(run: Run) -> str:
+def _subtitle(run: LoggedRun) -> str:
     model = run.config.get("model", {})
     moe = model.get("moe")
     parts = ["Kimi K2.5 architecture trained by kimi_jax"]
@@ -226,7 +226,7 @@ def _subtitle(run: Run) -> str:
     return "; ".join(parts) + "."
 
 
-def _facts(run: Run) -> str:
+def _facts(run: LoggedRun) -> str:
     rows = [row for row in run.rows if "eval" not in row]
     facts: list[tuple[str, str]] = []
     if rows:
@@ -322,7 +322,7 @@ def _bar(row: dict[str, Any]) -> str:
     )
 
 
-def _samples(run: Run) -> str:
+def _samples(run: LoggedRun) -> str:
     by_task: dict[str, list[dict[str, Any]]] = {}
     for sample in run.samples:
         by_task.setdefault(str(sample.get("task", "")), []).append(sample)
@@ -362,7 +362,7 @@ def _card(sample: dict[str, Any], folder: Path, control_name: str) -> str:
     return f"<article class='card{wide}'>{media}{question}<dl>{answer}{gold}{control}</dl></article>"
 
 
-def _curves(run: Run) -> str:
+def _curves(run: LoggedRun) -> str:
     charts = report_charts.draw(run.rows, tau=run.config.get("optimizer", {}).get("qk_clip_tau"))
     if not charts:
         return ""

@@ -34,7 +34,7 @@ from absl import app, flags
 from kimi_jax import cli
 
 if TYPE_CHECKING:
-    from kimi_jax.agents.model import Model
+    from kimi_jax.agents.model import AgentModel
     from kimi_jax.agents.swarm import Swarm, SwarmResult
     from kimi_jax.agents.tools import Tool
 
@@ -196,7 +196,7 @@ async def _tools(journal: str) -> AsyncIterator[list[Tool]]:
 
 
 @asynccontextmanager
-async def _model() -> AsyncIterator[Model]:
+async def _model() -> AsyncIterator[AgentModel]:
     """The model of this command line."""
     if not _MODEL.value:
         raise ValueError("which model? Give --model=URL of an OpenAI-compatible endpoint, or --model=DIR")

@@ -135,11 +135,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
+def refuse_constant(name: str) -> NoReturn:
+    """For json.loads: NaN and Infinity, which Python reads and JSON does not have, raise ValueError."""
+    raise ValueError(f"{name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=refuse_constant)
 
 
 def describe(value: Any) -> str:

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from kimi_jax.chat import DIM, PLAIN, Conversation, talk
+from kimi_jax.chat import DIM, PLAIN, ChatSession, talk
 from kimi_jax.config import preset
 from kimi_jax.infer.request import Sampling
 from tests.environment import FIXTURES, REPO
@@ -38,7 +38,7 @@ def run(engine):
     """Lines in, (answers, notes, conversation) out."""
 
     def run(*lines, colours=False, **more):
-        conversation = Conversation(engine, TOKENIZER, Sampling(max_new_tokens=100), **more)
+        conversation = ChatSession(engine, TOKENIZER, Sampling(max_new_tokens=100), **more)
         out, notes = io.StringIO(), io.StringIO()
         run.failed = talk(conversation, iter(lines), out, notes, colours)
         return out.getvalue(), notes.getvalue(), conversation

@@ -14,7 +14,7 @@ import numpy as np
 
 from experiments.agent_swarm import context, figures
 from experiments.config import settings_of
-from experiments.harness import Claim, Experiment, Score, Table, Verdict, better, judge, locked
+from experiments.harness import Claim, Experiment, ResultsTable, Score, Verdict, better, judge, locked
 from kimi_jax import config as c
 from kimi_jax.data.vocabulary import tokenizer_for
 from kimi_jax.train.log import read_rows
@@ -141,7 +141,7 @@ def of_log(rows: list[dict[str, Any]]) -> dict[str, tuple[float, int]]:
     return {name: (value, len(rows)) for name, value in found.items()}
 
 
-def steps_to(table: Table, row: str, seed: int, family: str, column: str, target: float = TARGET) -> float:
+def steps_to(table: ResultsTable, row: str, seed: int, family: str, column: str, target: float = TARGET) -> float:
     """Critical steps at which item F1 reaches the target, between two limits by a straight line; infinite if it does
     not within the largest."""
     values = [table.values(row, f"limit_{limit}/{family}/{column}").get(seed, 0.0) for limit in LIMITS]
@@ -160,7 +160,7 @@ def reduction(row: str, family: str) -> Any:
     A policy that does not reach the target counts 0; a script that does not counts as if it did at the largest limit.
     """
 
-    def judged(table: Table) -> Verdict:
+    def judged(table: ResultsTable) -> Verdict:
         seeds = table.seeds(row)
         serial = [min(steps_to(table, row, seed, family, "serial"), float(LIMITS[-1])) for seed in seeds]
         policy = [steps_to(table, row, seed, family, "policy") for seed in seeds]

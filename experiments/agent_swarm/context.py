@@ -23,7 +23,7 @@ from kimi_jax.agents.config import SwarmConfig
 from kimi_jax.agents.context import ContextConfig
 from kimi_jax.agents.corpus import Corpus
 from kimi_jax.agents.events import Event
-from kimi_jax.agents.families import Knobs, Task, make
+from kimi_jax.agents.families import Knobs, SwarmTask, make
 from kimi_jax.agents.orchestration import write_corpus
 from kimi_jax.agents.researcher import Researcher
 from kimi_jax.agents.swarm import Swarm
@@ -52,7 +52,7 @@ def policies(items: int) -> Mapping[str, SwarmConfig]:
     }
 
 
-def play(task: Task, corpus: Corpus, config: SwarmConfig) -> Row:
+def play(task: SwarmTask, corpus: Corpus, config: SwarmConfig) -> Row:
     """One run: item F1, critical steps, tokens of all agents, the largest request of any."""
     events: list[Event] = []
 

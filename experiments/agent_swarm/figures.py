@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.harness import Table
+from experiments.harness import ResultsTable
 
 COLOURS = {
     "start": "#999999", "outcome": "#4a6fa5", "annealed": "#1f8a7a", "constant": "#7cc4b8", "naive": "#c8741a",
@@ -20,7 +20,7 @@ CAPTIONS = {
 }
 
 
-def draw(table: Table, folder: Path, limits: tuple[int, ...]) -> None:
+def draw(table: ResultsTable, folder: Path, limits: tuple[int, ...]) -> None:
     """Writes the PNG file, if any row has records."""
     import matplotlib
 

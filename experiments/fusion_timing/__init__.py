@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 
 from experiments.fusion_timing import figures, scenes
-from experiments.harness import Claim, Experiment, Score, Table, above, better, equivalent, judge, locked
+from experiments.harness import Claim, Experiment, ResultsTable, Score, above, better, equivalent, judge, locked
 from kimi_jax import config as c
 from kimi_jax.data.vocabulary import tokenizer_for
 from kimi_jax.train.log import read_rows
@@ -136,7 +136,7 @@ def dip(curve: list[tuple[int, float]], switch: int) -> tuple[float, float] | No
     return depth, float(end - switch) if above_level else 0.0
 
 
-def check(table: Table) -> list[str]:
+def check(table: ResultsTable) -> list[str]:
     """Raises ValueError if the token budgets of the three main rows differ by TOLERANCE or more."""
     lines = []
     for name in ("vision_tokens", "text_tokens"):
@@ -159,7 +159,7 @@ VISION = ("scene_colour", "scene_shape", "scene_relation")
 SEEN = "mean accuracy on colour, shape and relation"
 
 
-def vision(table: Table, row: str) -> dict[int, float]:
+def vision(table: ResultsTable, row: str) -> dict[int, float]:
     """Seed -> mean accuracy over the tasks of VISION, which weigh the same."""
     each = [table.values(row, f"{task}/accuracy") for task in VISION]
     return {seed: sum(values[seed] for values in each) / len(each) for seed in each[0]}
@@ -168,7 +168,7 @@ def vision(table: Table, row: str) -> dict[int, float]:
 def sees_better(row: str, than: str):
     """Claim on the mean of the vision tasks, paired over seeds."""
 
-    def judged(table: Table):
+    def judged(table: ResultsTable):
         a, b = vision(table, row), vision(table, than)
         return judge([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())])
 

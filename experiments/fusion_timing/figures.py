@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from experiments.harness import Table
+from experiments.harness import ResultsTable
 
 COLOURS = {"early": "#2b5f9e", "mid": "#c8741a", "late": "#1f8a7a", "text_only": "#5b6675"}
 LABELS = {"early": "early, 10:90", "mid": "mid, 20:80 from 50 %", "late": "late, 50:50 from 80 %"}
 CURVE = "wiki_bpb/bits_per_byte"
 
 
-def draw(table: Table, folder: Path) -> None:
+def draw(table: ResultsTable, folder: Path) -> None:
     """Writes the PNG files that the records allow into `folder`."""
     import matplotlib
 
@@ -39,14 +39,14 @@ CAPTIONS = {
 }
 
 
-def _curves(table: Table, row: str) -> tuple[np.ndarray, np.ndarray]:
+def _curves(table: ResultsTable, row: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps [T] and scores [seeds, T] at the steps that all seeds have."""
     curves = [dict(table.curve(row, seed, CURVE)) for seed in table.seeds(row)]
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
     return np.array(steps), np.array([[curve[step] for step in steps] for curve in curves])
 
 
-def _text(axes: Any, table: Table) -> None:
+def _text(axes: Any, table: ResultsTable) -> None:
     for row, label in LABELS.items():
         steps, scores = _curves(table, row)
         late = steps >= steps[-1] * 0.4
@@ -58,7 +58,7 @@ def _text(axes: Any, table: Table) -> None:
     axes.legend(frameon=False)
 
 
-def _difference(axes: Any, table: Table) -> None:
+def _difference(axes: Any, table: ResultsTable) -> None:
     early = {seed: dict(table.curve("early", seed, CURVE)) for seed in table.seeds("early")}
     for row in ("mid", "late"):
         both = [seed for seed in table.seeds(row) if seed in early]

@@ -14,7 +14,7 @@ import numpy as np
 
 from kimi_jax.data.example import Image, Text
 from kimi_jax.data.sources.demo_scene import COLOURS, DIGITS, RELATIONS, SHAPES, scene
-from kimi_jax.eval.tasks import Control, Question, Task, blank_image, register
+from kimi_jax.eval.tasks import Control, EvalTask, Question, blank_image, register
 from kimi_jax.train.log import write_atomic
 
 BLANK = Control("blank image", change=blank_image)
@@ -63,7 +63,7 @@ def _questions(answer_at: int, choices: tuple[str, ...], digits: bool) -> Callab
 
 def _register(name: str, column: str, doc: str, answer_at: int, choices: tuple[str, ...], digits: bool = False) -> None:
     register(
-        Task(
+        EvalTask(
             name=name,
             column=column,
             modality="image",

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.fusion_timing import model
-from experiments.harness import UNDECIDED, Claim, Experiment, Score, Table, Verdict, judge, locked
+from experiments.harness import UNDECIDED, Claim, Experiment, ResultsTable, Score, Verdict, judge, locked
 from experiments.muon_adamw import figures
 from kimi_jax import config as c
 from kimi_jax.data.vocabulary import tokenizer_for
@@ -75,7 +75,7 @@ def prepare(config: c.TrainConfig) -> None:
 # -------------------------------------------------------------------------------------------------------------- claims
 
 
-def best(table: Table, prefix: str) -> str | None:
+def best(table: ResultsTable, prefix: str) -> str | None:
     """The row of a kind with the fewest bits a byte at the end, of those that ran all seeds that any of them ran."""
     rows = [row for row in table.experiment.rows if row.rsplit("_", 1)[0] == prefix and table.seeds(row)]
     most = max((len(table.seeds(row)) for row in rows), default=0)
@@ -83,7 +83,7 @@ def best(table: Table, prefix: str) -> str | None:
     return min(means, key=lambda row: means[row]) if means else None
 
 
-def tokens_ratio(table: Table) -> dict[int, float]:
+def tokens_ratio(table: ResultsTable) -> dict[int, float]:
     """Seed -> steps that Muon needs for the score that AdamW has after TARGET of its steps, over those steps.
 
     Each at its best rate. A run of Muon that never gets there counts as if it did with its last step.
@@ -106,12 +106,12 @@ def steps_to(curve: list[tuple[int, float]], target: float) -> float | None:
     return None
 
 
-def fewer_tokens(table: Table) -> Verdict:
+def fewer_tokens(table: ResultsTable) -> Verdict:
     """Muon needs fewer tokens: one less the ratio is above 0."""
     return judge([1 - ratio for ratio in tokens_ratio(table).values()])
 
 
-def rates_transfer(table: Table) -> Verdict:
+def rates_transfer(table: ResultsTable) -> Verdict:
     """The best rate of the small model is the best one at four times the size: how much the best other one is worse."""
     small = best(table, "muon")
     rate = small.rsplit("_", 1)[1] if small else ""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.harness import Table
+from experiments.harness import ResultsTable
 
 COLOURS = {"muon": "#1f8a7a", "adamw": "#c8741a"}
 CURVE = "wiki_bpb/bits_per_byte"
@@ -16,7 +16,7 @@ CAPTIONS = {
 }
 
 
-def draw(table: Table, folder: Path) -> None:
+def draw(table: ResultsTable, folder: Path) -> None:
     """Writes the PNG file, if any row of each optimizer has records."""
     import matplotlib
 

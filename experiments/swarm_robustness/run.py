@@ -18,7 +18,7 @@ from absl import app, flags
 
 from experiments.swarm_robustness import figures, page, verdicts
 from experiments.swarm_robustness.simulate import CHILD_LIMIT, FAULTS, POLICIES, Result, simulate
-from kimi_jax.agents.families import FAMILIES, Knobs, Task, make
+from kimi_jax.agents.families import FAMILIES, Knobs, SwarmTask, make
 from kimi_jax.train.log import write_atomic
 
 HERE = Path(__file__).parent
@@ -54,13 +54,13 @@ def settings() -> Iterator[Row]:
         yield line("limit", "wide", "parallel", fault=fault, level=level, child_limit=limit)
 
 
-def tasks_of(family: str, items: int, seeds: range = SEEDS) -> tuple[list[Task], list[Result]]:
+def tasks_of(family: str, items: int, seeds: range = SEEDS) -> tuple[list[SwarmTask], list[Result]]:
     """(tasks, their sequential runs)."""
     tasks = [make(family, seed, Knobs(items=items)) for seed in seeds]
     return tasks, [simulate(task, "sequential") for task in tasks]
 
 
-def measure(setting: Row, tasks: Sequence[Task], alone: Sequence[Result]) -> Row:
+def measure(setting: Row, tasks: Sequence[SwarmTask], alone: Sequence[Result]) -> Row:
     """One line of results: a setting over all tasks, beside the sequential runs of the same tasks.
 
     gain: sequential time over time, the geometric mean; f1_change: of item F1. Both with the 95 % interval over tasks

@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from kimi_jax.agents import critical
-from kimi_jax.agents.evals import Score, Table
+from kimi_jax.agents.evals import Table, TableScore
 from kimi_jax.agents.events import ROOT, Event, Kind, Status
-from kimi_jax.agents.families import Task
+from kimi_jax.agents.families import SwarmTask
 
 POLICIES = ("sequential", "half", "parallel", "checked")
 # fault -> what its level is, and the five levels; the first is no fault
@@ -49,7 +49,7 @@ WORK_BUDGET = 6  # steps of all agents, likewise
 class Result:
     """What one run gave. time: steps from its beginning to its end. events: the record, as the runtime writes it."""
 
-    score: Score
+    score: TableScore
     time: int
     events: tuple[Event, ...]
     peak: int  # most subagents that ran at once
@@ -103,7 +103,7 @@ class _Slots:
 class Run:
     """One run under way: what the orchestrator knows, the clock, and the record so far."""
 
-    task: Task
+    task: SwarmTask
     policy: str
     fault: str
     level: float
@@ -317,7 +317,7 @@ class Run:
 
 
 def simulate(
-    task: Task,
+    task: SwarmTask,
     policy: str,
     *,
     fault: str = "wrong",

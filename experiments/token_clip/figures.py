@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.harness import Table
+from experiments.harness import ResultsTable
 
 CURVE = "count/reward"
 COLOURS = {
@@ -20,7 +20,7 @@ CAPTIONS = {
 }
 
 
-def draw(table: Table, folder: Path) -> None:
+def draw(table: ResultsTable, folder: Path) -> None:
     """Writes the PNG file, if any row has records."""
     import matplotlib
 

@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 
 from experiments.fusion_timing import model as narrow_model
-from experiments.harness import Claim, Experiment, Score, Table, above, above_control, better, locked
+from experiments.harness import Claim, Experiment, ResultsTable, Score, above, above_control, better, locked
 from experiments.zero_vision_sft import asking, data
 from kimi_jax import config as c
 from kimi_jax.data.vocabulary import tokenizer_for
@@ -112,7 +112,7 @@ def measure(workdir: Path) -> dict[str, tuple[float, int]]:
     return {**asking.measure(workdir), "tokens": (float(counted["tokens"]), 1)}
 
 
-def check(table: Table) -> list[str]:
+def check(table: ResultsTable) -> list[str]:
     """Raises ValueError if the trained rows differ in tokens by TOLERANCE or more."""
     found = [v for row in TRAINED for v in table.values(row, "tokens").values()]
     if not found:

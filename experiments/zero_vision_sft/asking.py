@@ -18,7 +18,7 @@ from experiments.zero_vision_sft import programs
 from experiments.zero_vision_sft.data import in_words, with_image
 from experiments.zero_vision_sft.scenes import KINDS, Asked, asked
 from kimi_jax.data.reply import Reply, parse_reply
-from kimi_jax.eval.agent import Episode, EpisodeLimits, engine_replies, run
+from kimi_jax.eval.agent import AgentEpisode, EpisodeLimits, engine_replies, run
 from kimi_jax.infer.engine import Engine
 from kimi_jax.infer.generate import Chat, chat_request
 from kimi_jax.infer.request import Sampling
@@ -118,7 +118,7 @@ def _tool(session: Session) -> Callable[[str], list[dict[str, Any]]]:
     return lambda code: run_tool(session, {"code": f"{before}\n{code}"})
 
 
-def _answer(episode: Episode) -> str:
+def _answer(episode: AgentEpisode) -> str:
     return episode.answer.strip().removeprefix("so: ").strip()
 
 

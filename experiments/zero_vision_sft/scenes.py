@@ -39,7 +39,7 @@ Things = tuple[Thing, ...]
 
 
 @dataclass(frozen=True)
-class Scene:
+class DescribedScene:
     """Things in the order of PLACES, and how they look: uint8 [SIDE, SIDE, 3]."""
 
     things: Things
@@ -55,7 +55,7 @@ class Scene:
 class Asked:
     """A scene and a question about it; program: the call of experiments/zero_vision_sft/programs.py that answers it."""
 
-    scene: Scene
+    scene: DescribedScene
     kind: str
     question: str
     answer: str
@@ -75,10 +75,10 @@ def draw_things(rng: np.random.Generator) -> Things:
     )  # fmt: skip
 
 
-def scene(rng: np.random.Generator) -> Scene:
+def scene(rng: np.random.Generator) -> DescribedScene:
     """A random scene."""
     things = draw_things(rng)
-    return Scene(things, _draw(things, rng))
+    return DescribedScene(things, _draw(things, rng))
 
 
 def _draw(things: Sequence[Thing], rng: np.random.Generator) -> np.ndarray:
@@ -102,7 +102,7 @@ def asked(name: str, split: str, i: int) -> Asked:
         things = draw_things(rng)
         found = _question(things, kind, rng)
         if found and (kind != "count" or found[1] == str(i // len(KINDS) % 4)):
-            return Asked(Scene(things, _draw(things, rng)), kind, *found)
+            return Asked(DescribedScene(things, _draw(things, rng)), kind, *found)
 
 
 def _question(things: Things, kind: str, rng: np.random.Generator) -> tuple[str, str, str] | None:
@@ -150,7 +150,7 @@ def asked_visually(split: str, i: int, templates: int) -> Asked:
         "colour": thing.colour, "colour_at": thing.colour, "kind": thing.kind, "thing": f"{thing.colour} {thing.kind}",
         "present": "yes" if wanted in kinds else "no",
     }[kind]  # fmt: skip
-    return Asked(Scene(things, _draw(things, rng)), kind, question, answer)
+    return Asked(DescribedScene(things, _draw(things, rng)), kind, question, answer)
 
 
 def story(i: int) -> str:

@@ -22,7 +22,7 @@ from kimi_jax.agents.journal import canonical_json
 from kimi_jax.agents.model import Call, Message, Response
 from kimi_jax.agents.runtime import FATAL, NO_TOOLS, Declared, Failed, Runtime, Stopped, ask, recorded
 from kimi_jax.agents.scheduler import Lease
-from kimi_jax.agents.tools import Result, ToolError, check_arguments
+from kimi_jax.agents.tools import ToolError, ToolResult, check_arguments
 
 MAX_CONFIGURATIONS = 256  # of one agent
 MAX_NAME, MAX_PROMPT = 64, 100_000  # characters
@@ -202,7 +202,7 @@ class Agent:
 
     async def _act(self, calls: Sequence[Call]) -> None:
         """Makes the calls of one turn, all at the same time, and appends their results in order."""
-        results: list[Result | None] = [None] * len(calls)
+        results: list[ToolResult | None] = [None] * len(calls)
         children: dict[int, Agent] = {}
         for i, call in enumerate(calls):
             if call.name in ("create_subagent", "assign_task") and self._may_spawn():
@@ -246,7 +246,7 @@ class Agent:
                 content = self._finish_call(call, results[i], ends.get(i))
             self._append({"role": "tool", "tool_call_id": call.id, "content": content})
 
-    async def _call_tool(self, call: Call) -> tuple[Result, tuple[float, float]]:
+    async def _call_tool(self, call: Call) -> tuple[ToolResult, tuple[float, float]]:
         if call.name == "read_output":
             return self._read_output(call), (self.local_time, 0.0)
 
@@ -257,7 +257,7 @@ class Agent:
             return {"text": text, "sources": list(result.sources)[:MAX_SOURCES], "status": result.status}
 
         outcome = await recorded(self, call.name[:100], ["tool", call.name, call.arguments], live)
-        result = Result(outcome["text"], tuple(outcome["sources"]), outcome["status"])
+        result = ToolResult(outcome["text"], tuple(outcome["sources"]), outcome["status"])
         return result, (outcome["time"], outcome["duration"])
 
     def _bounded(self, text: str, limit: int) -> str:
@@ -266,7 +266,7 @@ class Agent:
         number = self.runtime.journal.keep(self.name, text[:MAX_KEPT])
         return f"{text[:limit]}\n[cut after {limit} of {len(text)} characters; read_output(number={number}) reads on]"
 
-    def _read_output(self, call: Call) -> Result:
+    def _read_output(self, call: Call) -> ToolResult:
         try:
             arguments = check_arguments(call.arguments, READ_OUTPUT["parameters"])
             number, offset = arguments["number"], max(arguments["offset"], 0)
@@ -274,12 +274,12 @@ class Agent:
             if found is None or not f"{found[0]}/".startswith(f"{self.name}/"):
                 raise ToolError(f"no result of yours or of your subagents has the number {number}")
         except ToolError as error:
-            return Result(f"error: {error}"[:PARTIAL], (), "refused")
+            return ToolResult(f"error: {error}"[:PARTIAL], (), "refused")
         limit = self.runtime.config.max_summary
         text = found[1][offset : offset + limit]
-        return Result(f"{text}\n[characters {offset} to {offset + len(text)} of {len(found[1])}]")
+        return ToolResult(f"{text}\n[characters {offset} to {offset + len(text)} of {len(found[1])}]")
 
-    def _finish_call(self, call: Call, result: Result | None, end: tuple[float, float] | None) -> str:
+    def _finish_call(self, call: Call, result: ToolResult | None, end: tuple[float, float] | None) -> str:
         assert result is not None
         self.sources |= dict.fromkeys(result.sources)
         time, duration = end or (None, 0.0)
@@ -291,7 +291,7 @@ class Agent:
 
     # ------------------------------------------------------------------------------------------------------- subagents
 
-    def _orchestrate(self, call: Call, children: dict[int, "Agent"]) -> "Agent | Result":
+    def _orchestrate(self, call: Call, children: dict[int, "Agent"]) -> "Agent | ToolResult":
         """create_subagent, or assign_task up to the child that will run."""
         try:
             if call.name == "create_subagent":
@@ -299,9 +299,9 @@ class Agent:
             arguments = check_arguments(call.arguments, ASSIGN_TASK["parameters"])
             return self._assign(arguments["agent"], arguments["prompt"], children)
         except ToolError as error:
-            return Result(f"error: {error}"[:PARTIAL], (), "refused")
+            return ToolResult(f"error: {error}"[:PARTIAL], (), "refused")
 
-    def _create(self, arguments: dict[str, str]) -> Result:
+    def _create(self, arguments: dict[str, str]) -> ToolResult:
         name, prompt = arguments["name"], arguments["system_prompt"]
         if not 0 < len(name) <= MAX_NAME or len(prompt) > MAX_PROMPT:
             raise ToolError(f"a name has 1 to {MAX_NAME} characters, a system prompt at most {MAX_PROMPT}")
@@ -310,7 +310,7 @@ class Agent:
         if len(self._configurations) >= MAX_CONFIGURATIONS:
             raise ToolError(f"there are {MAX_CONFIGURATIONS} agents already; use one of them")
         self._configurations[name] = prompt
-        return Result(f"The agent {name!r} can be given tasks now.")
+        return ToolResult(f"The agent {name!r} can be given tasks now.")
 
     def _assign(self, name: str, brief: str, children: dict[int, "Agent"]) -> "Agent":
         if name not in self._configurations:

@@ -16,7 +16,7 @@ import hashlib
 from typing import TYPE_CHECKING
 
 from kimi_jax.agents.local_model import to_chat, to_response
-from kimi_jax.agents.model import ModelError, Request, Response
+from kimi_jax.agents.model import ModelError, ModelRequest, Response
 from kimi_jax.data.reply import ReplyParser
 from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.infer import request as sampler
@@ -74,7 +74,7 @@ class EpisodeModel:
         self._batch, self._number, self._seed, self._greedy = batch, number, seed, greedy
         self._turn = 0
 
-    async def complete(self, request: Request) -> Response:
+    async def complete(self, request: ModelRequest) -> Response:
         """One turn of the orchestrator. Raises ModelError where the conversation leaves no room for it."""
         batch, turn = self._batch, self._turn
         self._turn += 1
@@ -98,6 +98,6 @@ class EpisodeModel:
         shown = ReplyStream(batch.tokenizer, asked.sampling.stop_ids, ReplyParser(chat.reasons))
         for i, token in enumerate(done.token_ids):
             last = i == len(done.token_ids) - 1
-            shown.feed(sampler.Event(0, token, None, (), done.finish_reason if last else None))
+            shown.feed(sampler.TokenEvent(0, token, None, (), done.finish_reason if last else None))
         version = batch.engine.version
         return to_response(shown, asked.token_ids.tolist(), list(done.token_ids), list(done.logprobs), version)

@@ -10,7 +10,7 @@ but what their parent tells them.
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol, runtime_checkable
 
-from kimi_jax.agents.tools import Result, Tool
+from kimi_jax.agents.tools import Tool, ToolResult
 
 
 class CodeResult(Protocol):
@@ -39,11 +39,11 @@ class CodeSessions(Protocol):
 def code_tool(sessions: CodeSessions, timeout: float = 60.0) -> Tool:
     """The tool `python`. timeout: seconds of a call, the wait for an interpreter included."""
 
-    async def run(arguments: dict[str, Any]) -> Result:
+    async def run(arguments: dict[str, Any]) -> ToolResult:
         async with sessions.session() as session:
             result: CodeResult = await session.run(arguments["code"])
         status = {"ok": "ok", "timeout": "timeout"}.get(result.status, "error")
-        return Result(result.text or "(no output)", (), status)  # type: ignore[arg-type]
+        return ToolResult(result.text or "(no output)", (), status)  # type: ignore[arg-type]
 
     description = (
         "Run Python code in a fresh interpreter: nothing is kept from call to call. What the code prints and the value "

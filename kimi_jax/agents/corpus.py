@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kimi_jax.agents.tools import Result, Tool, ToolError, from_function
+from kimi_jax.agents.tools import Tool, ToolError, ToolResult, from_function
 from kimi_jax.untrusted import describe, open_regular, parse_object, refusing
 
 SUFFIXES = (".txt", ".md", ".rst", ".html", ".htm", ".jsonl")
@@ -34,7 +34,7 @@ class CorpusError(ValueError):
 
 
 @dataclass(frozen=True)
-class Document:
+class DocumentLocation:
     """Where a document lies: bytes `start` to `start + length` of a file, and its title."""
 
     path: Path
@@ -54,7 +54,7 @@ class Corpus:
 
         self._bm25s, self._stem = _import_bm25s(), Stemmer.Stemmer("english")
         self.folder = Path(folder)
-        self.documents: dict[str, Document] = {}
+        self.documents: dict[str, DocumentLocation] = {}
         texts = []
         for name, document, text in _scan(self.folder):
             self.documents[name] = document
@@ -95,7 +95,7 @@ class Corpus:
     def tools(self) -> list[Tool]:
         """`search` and `read` over this corpus."""
 
-        async def search(queries: list[str], count: int = 5) -> Result:
+        async def search(queries: list[str], count: int = 5) -> ToolResult:
             """Search the documents. Several queries can be given at once. Gives identifiers, titles and snippets."""
             if not queries or len(queries) > MAX_QUERIES or any(not isinstance(q, str) for q in queries):
                 raise ToolError(f"give a list of 1 to {MAX_QUERIES} queries, each a text")
@@ -106,15 +106,15 @@ class Corpus:
                 for name, _ in found:
                     parts.append(f"[{name}] {self.documents[name].title}: {self._snippet(name, query)}")
                     sources.append(name)
-            return Result("\n".join(parts), tuple(dict.fromkeys(sources)))
+            return ToolResult("\n".join(parts), tuple(dict.fromkeys(sources)))
 
-        async def read(document: str, offset: int = 0) -> Result:
+        async def read(document: str, offset: int = 0) -> ToolResult:
             """Read a document by its identifier, from a character on (0 is the beginning)."""
             text = self.text(document)
             offset = min(max(offset, 0), len(text))
             part = text[offset : offset + 8000]
             end = f"\n[characters {offset} to {offset + len(part)} of {len(text)}]"
-            return Result(part + end, (document,))
+            return ToolResult(part + end, (document,))
 
         return [from_function(search), from_function(read)]
 
@@ -144,7 +144,7 @@ def _import_bm25s() -> Any:
 # ----------------------------------------------------------------------------------------------------------- the folder
 
 
-def _scan(folder: Path) -> Iterator[tuple[str, Document, str]]:
+def _scan(folder: Path) -> Iterator[tuple[str, DocumentLocation, str]]:
     """(identifier, document, text) of everything in the folder, in a fixed order."""
     if not folder.is_dir():
         raise CorpusError(f"{folder} is no folder")
@@ -160,12 +160,12 @@ def _scan(folder: Path) -> Iterator[tuple[str, Document, str]]:
             yield from _documents(path, path.relative_to(home).as_posix())
 
 
-def _documents(path: Path, name: str) -> Iterator[tuple[str, Document, str]]:
+def _documents(path: Path, name: str) -> Iterator[tuple[str, DocumentLocation, str]]:
     with refusing(CorpusError), open_regular(path) as stream:
         if path.suffix != ".jsonl":
             data = stream.read(MAX_FILE)
             title, text = _read(path.suffix, data, name)
-            yield name, Document(path, 0, len(data), title or path.stem), text
+            yield name, DocumentLocation(path, 0, len(data), title or path.stem), text
             return
         start = number = 0
         while line := stream.readline(MAX_FILE):
@@ -176,7 +176,7 @@ def _documents(path: Path, name: str) -> Iterator[tuple[str, Document, str]]:
                     title, text = _read(path.suffix, line, identifier)
                 except ToolError as error:
                     raise CorpusError(f"{path}: {error}") from error
-                yield identifier, Document(path, start, len(line), title or identifier), text
+                yield identifier, DocumentLocation(path, start, len(line), title or identifier), text
             start += len(line)
 
 

@@ -20,9 +20,9 @@ from kimi_jax.agents import critical, trace
 from kimi_jax.agents.budget import Budget
 from kimi_jax.agents.config import SwarmConfig
 from kimi_jax.agents.corpus import Corpus
-from kimi_jax.agents.evals import Score
+from kimi_jax.agents.evals import TableScore
 from kimi_jax.agents.events import Event
-from kimi_jax.agents.families import Knobs, Task, facts, make, sections, write_corpus
+from kimi_jax.agents.families import Knobs, SwarmTask, facts, make, sections, write_corpus
 from kimi_jax.agents.journal import read_run
 from kimi_jax.agents.model import Prices
 from kimi_jax.agents.researcher import Researcher
@@ -37,7 +37,7 @@ class Played:
     """One run: its name, score, result and record, and the slots that it had."""
 
     name: str
-    score: Score
+    score: TableScore
     result: SwarmResult
     events: tuple[Event, ...]
     slots: int
@@ -64,7 +64,7 @@ def new_tokens(events: Iterable[Event]) -> int:
     return total
 
 
-def question(items: int, distractors: int, countries: int, seed: int = 0) -> Task:
+def question(items: int, distractors: int, countries: int, seed: int = 0) -> SwarmTask:
     """A wide task of so many rows. distractors: Wikipedia leads, countries: entries of others, beside what it needs."""
     task = make("wide", seed, Knobs(items=items, distractors=distractors))
     documents = {document.name: document for document in task.documents}
@@ -73,7 +73,7 @@ def question(items: int, distractors: int, countries: int, seed: int = 0) -> Tas
     return replace(task, documents=tuple(documents[name] for name in sorted(documents)))
 
 
-def play(name: str, task: Task, corpus: Corpus, config: SwarmConfig, out: Path, latency: float) -> Played:
+def play(name: str, task: SwarmTask, corpus: Corpus, config: SwarmConfig, out: Path, latency: float) -> Played:
     """One run by the real runtime; writes `name`.sqlite and `name`.html, in the place of older ones."""
     file = out / name.replace(" ", "_")
     for old in out.glob(f"{file.name}.sqlite*"):
@@ -89,7 +89,7 @@ def play(name: str, task: Task, corpus: Corpus, config: SwarmConfig, out: Path, 
     return Played(name, task.verify(result.answer), result, tuple(events), config.max_parallel)
 
 
-def compare(task: Task, corpus: Corpus, out: Path, slots: int, latency: float) -> list[Played]:
+def compare(task: SwarmTask, corpus: Corpus, out: Path, slots: int, latency: float) -> list[Played]:
     """[alone, alone in the swarm's critical steps, swarm]."""
     alone = SwarmConfig(max_depth=0, max_parallel=1, orchestrator_steps=1000, prices=PRICES)
     together = SwarmConfig(max_parallel=slots, prices=PRICES)

@@ -289,7 +289,7 @@ METRICS: dict[str, Metric] = {
 
 
 @dataclass(frozen=True)
-class Column:
+class ScoredColumn:
     """How one column is scored. metrics: names of METRICS; preprocess: of PREPROCESS, applied to both tables in order.
 
     tolerance: of `number_near`, relative. criterion: what a judge is told about the column.
@@ -309,7 +309,7 @@ class Column:
 
 
 @runtime_checkable
-class Judge(Protocol):
+class TableJudge(Protocol):
     """A model that decides what text cannot. Both answers are checked before they are used."""
 
     def align(self, names: Sequence[str], gold: Sequence[str]) -> dict[str, str]:
@@ -320,7 +320,7 @@ class Judge(Protocol):
 
 
 @dataclass(frozen=True)
-class Score:
+class TableScore:
     """Scores of one answer, each between 0 and 1. success: 1.0 if the whole table is right. reason: why all are 0."""
 
     success: float = 0.0
@@ -333,7 +333,9 @@ class Score:
     reason: str = ""
 
 
-def score(answer: str | Table | None, gold: Table, columns: Sequence[Column], judge: Judge | None = None) -> Score:
+def score(
+    answer: str | Table | None, gold: Table, columns: Sequence[ScoredColumn], judge: TableJudge | None = None
+) -> TableScore:
     """Scores an answer (its text, or a table) against the gold table.
 
     columns: how every column of `gold` is scored, at least one of them a key. Raises ValueError if they do not fit
@@ -347,15 +349,15 @@ def score(answer: str | Table | None, gold: Table, columns: Sequence[Column], ju
     try:
         table = parse_table(answer) if isinstance(answer, str) else answer
     except TableError as error:
-        return Score(reason=str(error))
+        return TableScore(reason=str(error))
     if table is None:
-        return Score(reason="there is no answer")
+        return TableScore(reason="there is no answer")
     found = [normalize_column(name) for name in table.columns]
     if judge and set(found) != set(names):
         mapping = _aligned(judge, found, names)
         found = [mapping.get(name, name) for name in found]
     if sorted(found) != sorted(names):
-        return Score(reason=f"the columns are {', '.join(found)[:300]}, not {', '.join(names)[:300]}")
+        return TableScore(reason=f"the columns are {', '.join(found)[:300]}, not {', '.join(names)[:300]}")
     predicted = [dict(zip(found, row, strict=True)) for row in table.rows]
     wanted = [dict(zip(names, row, strict=True)) for row in gold.rows]
     for name in keys:
@@ -368,7 +370,7 @@ def score(answer: str | Table | None, gold: Table, columns: Sequence[Column], ju
 Rows = dict[tuple[str, ...], dict[str, str]]
 
 
-def _by_key(rows: Sequence[dict[str, str]], columns: dict[str, Column], keys: Sequence[str]) -> Rows:
+def _by_key(rows: Sequence[dict[str, str]], columns: dict[str, ScoredColumn], keys: Sequence[str]) -> Rows:
     """Preprocessed rows by their key cells; of rows with one key the first."""
     found: Rows = {}
     for row in rows:
@@ -380,7 +382,7 @@ def _by_key(rows: Sequence[dict[str, str]], columns: dict[str, Column], keys: Se
     return found
 
 
-def _compare(predicted: Rows, gold: Rows, columns: dict[str, Column], judge: Judge | None) -> Score:
+def _compare(predicted: Rows, gold: Rows, columns: dict[str, ScoredColumn], judge: TableJudge | None) -> TableScore:
     joined = [(predicted[key], gold[key]) for key in gold if key in predicted]
     right_items = 0
     right_rows = [True] * len(joined)
@@ -397,7 +399,7 @@ def _compare(predicted: Rows, gold: Rows, columns: dict[str, Column], judge: Jud
         right_rows = [a and b for a, b in zip(right_rows, cells, strict=True)]
     row = _precision_recall_f1(sum(right_rows), len(predicted), len(gold))
     item = _precision_recall_f1(right_items, len(predicted) * len(columns), len(gold) * len(columns))
-    return Score(float(predicted == gold or {*row, *item} == {1.0}), *row, *item)
+    return TableScore(float(predicted == gold or {*row, *item} == {1.0}), *row, *item)
 
 
 def _precision_recall_f1(right: int, predicted: int, gold: int) -> tuple[float, float, float]:
@@ -406,7 +408,7 @@ def _precision_recall_f1(right: int, predicted: int, gold: int) -> tuple[float, 
     return precision, recall, 2 * precision * recall / total if total > EPSILON else 0.0
 
 
-def _aligned(judge: Judge, names: Sequence[str], gold: Sequence[str]) -> dict[str, str]:
+def _aligned(judge: TableJudge, names: Sequence[str], gold: Sequence[str]) -> dict[str, str]:
     """The judge's mapping, as far as it maps a new name of the answer to one of the gold table, and no two to one."""
     free = set(gold) - set(names)  # a name that the answer spells as the gold table does needs no mapping
     mapping: dict[str, str] = {}
@@ -419,7 +421,7 @@ def _aligned(judge: Judge, names: Sequence[str], gold: Sequence[str]) -> dict[st
     return mapping
 
 
-def _verdicts(judge: Judge, criterion: str, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+def _verdicts(judge: TableJudge, criterion: str, pairs: Sequence[tuple[str, str]]) -> list[bool]:
     """The judge's verdicts; all wrong if there is not exactly one for each pair."""
     given = list(judge.same(criterion, pairs)) if pairs else []
     return [v is True for v in given] if len(given) == len(pairs) else [False] * len(pairs)
@@ -488,7 +490,7 @@ class Trials:
     success_any: float
 
 
-def trials(scores: Sequence[Score]) -> Trials:
+def trials(scores: Sequence[TableScore]) -> Trials:
     """Summary of the scores of N >= 1 answers to one question."""
     if not scores:
         raise ValueError("there are no scores to summarise")

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from kimi_jax.agents import critical, evals
-from kimi_jax.agents.evals import Column, Score, Table
+from kimi_jax.agents.evals import ScoredColumn, Table, TableScore
 from kimi_jax.data.sources.demo_base import generator
 from kimi_jax.data.sources.demo_text import Country, countries, country_sections, plain, wiki_documents
 
@@ -107,14 +107,14 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Task:
+class SwarmTask:
     """A question over a corpus, with its gold table and its hidden graph."""
 
     name: str
     family: str
     question: str
     gold: Table
-    columns: tuple[Column, ...]
+    columns: tuple[ScoredColumn, ...]
     items: tuple[Item, ...]
     documents: tuple[Document, ...]
     reliability: float = 1.0
@@ -143,12 +143,12 @@ class Task:
         """Oracle Tp in steps with p slots, by list scheduling: at most (2 - 1/p) times the best."""
         return critical.makespan(self.graph, slots)
 
-    def verify(self, answer: str | Table | None) -> Score:
+    def verify(self, answer: str | Table | None) -> TableScore:
         """Scores an answer."""
         return evals.score(answer, self.gold, self.columns)
 
 
-def make(family: str, seed: int, knobs: Knobs = Knobs()) -> Task:
+def make(family: str, seed: int, knobs: Knobs = Knobs()) -> SwarmTask:
     """The task number `seed` of a family. Raises ValueError for an unknown family."""
     if family not in FAMILIES:
         raise ValueError(f"there is no family {family!r}; there are: {', '.join(FAMILIES)}")
@@ -161,7 +161,7 @@ def make(family: str, seed: int, knobs: Knobs = Knobs()) -> Task:
     return _countries(f"{family}/{seed}", family, phi, knobs, rng)
 
 
-def write_corpus(task: Task, folder: Path) -> None:
+def write_corpus(task: SwarmTask, folder: Path) -> None:
     """Writes the documents as text files, for any tool that searches a folder."""
     for document in task.documents:
         path = folder / document.name
@@ -264,7 +264,7 @@ def related(borders: tuple[tuple[str, float], ...], relation: int) -> str | None
 # ----------------------------------------------------------------------------------- wide, deep, trap and mixed tasks
 
 
-def _countries(name: str, family: str, phi: float, knobs: Knobs, rng: np.random.Generator) -> Task:
+def _countries(name: str, family: str, phi: float, knobs: Knobs, rng: np.random.Generator) -> SwarmTask:
     asked = ALL_COLUMNS if family == "wide" else GEOGRAPHY
     plan = _plan(knobs.items, phi, knobs.fan_in, rng)
     items = []
@@ -288,7 +288,9 @@ def _countries(name: str, family: str, phi: float, knobs: Knobs, rng: np.random.
     question = "\n".join([what, *lines, form])
     needed = [sections(item.row[0])[title] for item in items for title in sections(item.row[0])]
     columns = tuple(_rule(column) for column in gold.columns)
-    return Task(name, family, question, gold, columns, tuple(items), _corpus(needed, knobs, rng), knobs.reliability)
+    return SwarmTask(
+        name, family, question, gold, columns, tuple(items), _corpus(needed, knobs, rng), knobs.reliability
+    )
 
 
 Planned = tuple[str, tuple[int, ...], int]  # country, rows that it needs, relation to the one of them that is largest
@@ -364,10 +366,10 @@ def _entity(country: str, after: tuple[int, ...], relation: int) -> str:
     return RELATIONS[relation].format(source)
 
 
-def _rule(column: str) -> Column:
+def _rule(column: str) -> ScoredColumn:
     if column in NUMBERS:
-        return Column(column, metrics=("number_near",), preprocess=("extract_number",), tolerance=0.01)
-    return Column(column, key=column in ("Country", "Document"))
+        return ScoredColumn(column, metrics=("number_near",), preprocess=("extract_number",), tolerance=0.01)
+    return ScoredColumn(column, key=column in ("Country", "Document"))
 
 
 def _effort(knobs: Knobs, rng: np.random.Generator) -> int:
@@ -386,7 +388,7 @@ def _corpus(needed: list[Document], knobs: Knobs, rng: np.random.Generator) -> t
 # --------------------------------------------------------------------------------------- long documents and downloads
 
 
-def _longdoc(name: str, knobs: Knobs, rng: np.random.Generator) -> Task:
+def _longdoc(name: str, knobs: Knobs, rng: np.random.Generator) -> SwarmTask:
     leads = wiki_documents("train")
     names = sorted(facts())
     items, documents = [], []
@@ -411,7 +413,7 @@ def _longdoc(name: str, knobs: Knobs, rng: np.random.Generator) -> Task:
         ]
     )
     columns = tuple(_rule(column) for column in gold.columns)
-    return Task(
+    return SwarmTask(
         name, "longdoc", question, gold, columns, tuple(items), _corpus(documents, knobs, rng), knobs.reliability
     )
 
@@ -424,7 +426,7 @@ def _page(leads: tuple[str, ...], rng: np.random.Generator) -> str:
     return text[:PAGE]
 
 
-def _download(name: str, knobs: Knobs, rng: np.random.Generator) -> Task:
+def _download(name: str, knobs: Knobs, rng: np.random.Generator) -> SwarmTask:
     leads = wiki_documents("train")
     items, documents = [], []
     for k in sorted(int(k) for k in rng.choice(len(leads), knobs.items, replace=False)):
@@ -443,6 +445,6 @@ def _download(name: str, knobs: Knobs, rng: np.random.Generator) -> Task:
         ]
     )
     columns = tuple(_rule(column) for column in gold.columns)
-    return Task(
+    return SwarmTask(
         name, "download", question, gold, columns, tuple(items), _corpus(documents, knobs, rng), knobs.reliability
     )

@@ -23,18 +23,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kimi_jax.agents.evals import Column, Score, Table, score
+from kimi_jax.agents.evals import ScoredColumn, Table, TableScore, score
 from kimi_jax.agents.events import ROOT, Event, Usage
 from kimi_jax.agents.families import RELATIONS, Document, Knobs, facts, make, read_borders, related, sections
-from kimi_jax.agents.model import Call, ModelError, Request, Response
+from kimi_jax.agents.model import Call, ModelError, ModelRequest, Response
 from kimi_jax.agents.researcher import BYTES_A_TOKEN, find_sections, look_up, past_calls
 
 FAMILIES = ("wide", "chain", "mixed")
 FINDER = "finder"
 AREA = "Area (sq km)"
 COLUMNS = (
-    Column("Country", key=True),
-    Column(AREA, metrics=("number_near",), preprocess=("extract_number",), tolerance=0.01),
+    ScoredColumn("Country", key=True),
+    ScoredColumn(AREA, metrics=("number_near",), preprocess=("extract_number",), tolerance=0.01),
 )
 RELATION_NAMES = ("longest", "shortest", "first", "last")  # as RELATIONS of the families, in one word
 MAX_CITED = 64  # numbers, of four digits and a space, that an answer may have
@@ -43,7 +43,7 @@ _PARALLEL_FAMILY = {"wide": "wide", "chain": "trap", "mixed": "mixed"}
 
 
 @dataclass(frozen=True)
-class Line:
+class AskedRow:
     """One row that is asked for. after: the earlier line that it depends on, None for a country that is named."""
 
     country: str
@@ -56,12 +56,12 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Question:
+class FinderQuestion:
     """A question with its gold table. key: family and number."""
 
     key: str
     family: str
-    lines: tuple[Line, ...]
+    lines: tuple[AskedRow, ...]
 
     @property
     def text(self) -> str:
@@ -83,7 +83,7 @@ class Question:
         return len(self.lines) / max(depths)
 
 
-def question(family: str, seed: int, items: int = 4) -> Question:
+def question(family: str, seed: int, items: int = 4) -> FinderQuestion:
     """Question number `seed` of a family. Raises ValueError for an unknown family, or more lines than countries."""
     if family not in FAMILIES:
         raise ValueError(f"there is no family {family!r}; there are: {', '.join(FAMILIES)}")
@@ -91,8 +91,8 @@ def question(family: str, seed: int, items: int = 4) -> Question:
     lines = []
     for item in task.items:
         relation = next((r for r, form in enumerate(RELATIONS) if item.brief.startswith(form.partition("{}")[0])), -1)
-        lines.append(Line(item.row[0], item.after[0], relation) if item.after else Line(item.row[0]))
-    return Question(f"{family}/{seed}", family, tuple(lines))
+        lines.append(AskedRow(item.row[0], item.after[0], relation) if item.after else AskedRow(item.row[0]))
+    return FinderQuestion(f"{family}/{seed}", family, tuple(lines))
 
 
 def documents() -> list[Document]:
@@ -140,7 +140,7 @@ def used(events: Sequence[Event]) -> list[str]:
     return [child for child in children if child in found and rows[child]]
 
 
-def verify(asked: Question, events: Sequence[Event]) -> Score:
+def verify(asked: FinderQuestion, events: Sequence[Event]) -> TableScore:
     """Scores the table of the rows that the answer cites."""
     end = next(event for event in events if event.kind == "end" and event.agent == ROOT)
     found = results(events)
@@ -167,14 +167,14 @@ class Finder:
     def __init__(self, reliability: float = 1.0, seed: int = 0):
         self._reliability, self._seed = reliability, seed
 
-    async def complete(self, request: Request) -> Response:
+    async def complete(self, request: ModelRequest) -> Response:
         """One turn. Raises ModelError, which ends the subagent without a result, where nothing can be found."""
         text, call = self._turn(request)
         calls = () if call is None else (Call("call_0", call[0], json.dumps(call[1])),)
         size = sum(len(str(message["content"])) for message in request.messages) // BYTES_A_TOKEN
         return Response(text, calls, Usage(size, 1 + (len(text) + len(str(call))) // BYTES_A_TOKEN))
 
-    def _turn(self, request: Request) -> tuple[str, tuple[str, dict[str, Any]] | None]:
+    def _turn(self, request: ModelRequest) -> tuple[str, tuple[str, dict[str, Any]] | None]:
         brief = str(request.messages[1]["content"]).strip()
         asked = _BRIEF.fullmatch(brief)
         past = past_calls(request.messages)
@@ -219,10 +219,10 @@ class Orchestrator:
 
     name = "scripted orchestrator"
 
-    def __init__(self, asked: Question, parallel: bool):
+    def __init__(self, asked: FinderQuestion, parallel: bool):
         self._lines, self._parallel = asked.lines, parallel
 
-    async def complete(self, request: Request) -> Response:
+    async def complete(self, request: ModelRequest) -> Response:
         """One turn: the next tasks, or the numbers of the calls in the order of the lines."""
         made = [call for call in past_calls(request.messages) if call.name == "assign_task"]
         rows = [_summary(call.result) for call in made]

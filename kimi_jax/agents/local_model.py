@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from kimi_jax.agents.events import Usage
-from kimi_jax.agents.model import Call, Declaration, Message, ModelError, RateLimited, Request, Response
+from kimi_jax.agents.model import Call, Declaration, Message, ModelError, ModelRequest, RateLimited, Response
 from kimi_jax.data.reply import ReplyParser
 from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.infer.generate import Chat, ReplyStream, chat_request
@@ -52,7 +52,7 @@ class LocalModel:
     async def __aexit__(self, *error: object) -> None:
         await self._worker.stop()
 
-    async def complete(self, request: Request) -> Response:
+    async def complete(self, request: ModelRequest) -> Response:
         """One answer. Raises RateLimited if too many requests wait, ModelError for a prompt that is too long."""
         chat = to_chat(request.messages, request.tools, self._thinking)
         sampling = Sampling(self._temperature, self._top_p, max_new_tokens=request.max_tokens, logprobs=True)

@@ -20,7 +20,7 @@ from typing import Any, Self, TextIO
 import anyio
 
 from kimi_jax.agents.mcp_stdio import stdio_server
-from kimi_jax.agents.tools import MAX_ERROR, Result, Tool, ToolError
+from kimi_jax.agents.tools import MAX_ERROR, Tool, ToolError, ToolResult
 
 CONNECT_SECONDS = 60.0
 MAX_TOOLS = 256
@@ -76,12 +76,12 @@ class McpServer:
         if not _NAME.fullmatch(name) or len(json.dumps(schema)) > MAX_SCHEMA:
             raise ToolError(f"the tool {name[:100]!r} of {self.prefix} has a name or a schema that models cannot take")
 
-        async def run(arguments: dict[str, Any]) -> Result:
+        async def run(arguments: dict[str, Any]) -> ToolResult:
             return await self._call(tool.name, arguments)
 
         return Tool(name, (tool.description or "")[:MAX_DESCRIPTION], schema, run, self._timeout, self._max_chars)
 
-    async def _call(self, name: str, arguments: dict[str, Any]) -> Result:
+    async def _call(self, name: str, arguments: dict[str, Any]) -> ToolResult:
         from mcp import MCPError
         from mcp_types import CONNECTION_CLOSED
 
@@ -98,7 +98,7 @@ class McpServer:
         except Exception as error:  # a broken pipe, an answer of another form
             self._drop(client)
             raise ToolError(f"the server {self.prefix} failed: {type(error).__name__}: {error}"[:MAX_ERROR]) from error
-        return Result(_text(result), (), "error" if result.is_error else "ok")
+        return ToolResult(_text(result), (), "error" if result.is_error else "ok")
 
     # -------------------------------------------------------------------------------------------------- the connection
 

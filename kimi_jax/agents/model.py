@@ -1,7 +1,7 @@
 """Models that an agent can ask: an OpenAI-compatible endpoint or a script; the local engine is in `local_model.py`.
 
-A model gets a `Request` and gives a `Response`, or raises one of the errors below. It never retries: the runtime does,
-because only it knows what else is running.
+A model gets a `ModelRequest` and gives a `Response`, or raises one of the errors below. It never retries: the runtime
+does, because only it knows what else is running.
 """
 
 import json
@@ -47,7 +47,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Request:
+class ModelRequest:
     """What an agent asks. max_tokens: of the answer; it is no part of the request's identity (see `journal.py`)."""
 
     agent: str
@@ -83,12 +83,12 @@ class Response:
 
 
 @runtime_checkable
-class Model(Protocol):
+class AgentModel(Protocol):
     """Anything that answers. name: goes into the journal; a replay refuses another one."""
 
     name: str
 
-    async def complete(self, request: Request) -> Response: ...
+    async def complete(self, request: ModelRequest) -> Response: ...
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,11 @@ class Prices:
 class ScriptedModel:
     """A model that is a function of the request; what the tests, the demo and robustness experiments run on."""
 
-    def __init__(self, answer: Callable[[Request], Awaitable[Response]], name: str = "scripted"):
+    def __init__(self, answer: Callable[[ModelRequest], Awaitable[Response]], name: str = "scripted"):
         self.name, self._answer = name, answer
         self.asked = 0
 
-    async def complete(self, request: Request) -> Response:
+    async def complete(self, request: ModelRequest) -> Response:
         self.asked += 1
         return await self._answer(request)
 
@@ -135,7 +135,7 @@ class EndpointModel:
         self._errors = openai
         self._client = openai.AsyncOpenAI(base_url=base_url, api_key=api_key, max_retries=0, timeout=timeout)
 
-    async def complete(self, request: Request) -> Response:
+    async def complete(self, request: ModelRequest) -> Response:
         tools = [{"type": "function", "function": dict(tool)} for tool in request.tools]
         body: dict[str, Any] = {
             "model": self.name,

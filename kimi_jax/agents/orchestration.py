@@ -22,8 +22,8 @@ from kimi_jax.agents.budget import Budget
 from kimi_jax.agents.config import SwarmConfig
 from kimi_jax.agents.corpus import Corpus
 from kimi_jax.agents.events import ROOT, Event
-from kimi_jax.agents.finder import FAMILIES, FINDER, Finder, Orchestrator, Question, question
-from kimi_jax.agents.model import Message, Model, Request, Response
+from kimi_jax.agents.finder import FAMILIES, FINDER, Finder, FinderQuestion, Orchestrator, question
+from kimi_jax.agents.model import AgentModel, Message, ModelRequest, Response
 from kimi_jax.agents.swarm import Swarm, SwarmResult
 from kimi_jax.agents.virtual_time import VirtualTimeLoop
 
@@ -36,16 +36,16 @@ RELIABILITY = 0.9  # of the subagents in the conversations that are learned from
 class PlannedRun:
     """A run to make: a question, the model of the orchestrator, and that of its subagents."""
 
-    asked: Question
-    orchestrator: Model
-    subagent: Model
+    asked: FinderQuestion
+    orchestrator: AgentModel
+    subagent: AgentModel
 
 
 @dataclass(frozen=True)
 class FinishedRun:
     """What became of a run. messages: the orchestrator's last request, with its answer."""
 
-    asked: Question
+    asked: FinderQuestion
     result: SwarmResult
     events: tuple[Event, ...]
     messages: tuple[Message, ...]
@@ -115,7 +115,7 @@ class _ByRole:
         self.name = f"{run.orchestrator.name}, {run.subagent.name}"
         self.messages: list[Message] = []
 
-    async def complete(self, request: Request) -> Response:
+    async def complete(self, request: ModelRequest) -> Response:
         if request.agent != ROOT:
             await anyio.sleep(1.0)  # a step: subagents of one turn are at work at the same time
             return await self._run.subagent.complete(request)

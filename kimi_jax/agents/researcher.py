@@ -22,7 +22,7 @@ from kimi_jax.agents.context import SUMMARISE, SUMMARISED
 from kimi_jax.agents.evals import TableError, parse_table
 from kimi_jax.agents.events import Usage
 from kimi_jax.agents.families import NUMBERS, SECTIONS, read_number
-from kimi_jax.agents.model import Call, Message, Prices, Request, Response
+from kimi_jax.agents.model import Call, Message, ModelRequest, Prices, Response
 
 BYTES_A_TOKEN = 4  # by which prompts and answers are counted; a tokenizer of English text needs about as many
 SUBAGENT = "researcher"
@@ -61,7 +61,7 @@ class Researcher:
     def __init__(self, latency: float = 0.0, prices: Prices = Prices()):  # noqa: B008 (frozen)
         self._latency, self._prices = latency, prices
 
-    async def complete(self, request: Request) -> Response:
+    async def complete(self, request: ModelRequest) -> Response:
         """One turn: calls, or the answer once all cells are known, no tool is left, or nothing more can be found."""
         await anyio.sleep(self._latency)
         text, calls = self._turn(request)
@@ -71,7 +71,7 @@ class Researcher:
         answer = len(json.dumps(response.message())) // BYTES_A_TOKEN
         return Response(text, made, Usage(size, answer, self._prices.cost(size, answer)))
 
-    def _turn(self, request: Request) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
+    def _turn(self, request: ModelRequest) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
         question = str(request.messages[1]["content"])
         countries = re.findall(r"^\d+\. (.+)$", question, re.MULTILINE)
         columns = re.findall(r"the columns (.+?);", question)[0].split(", ")

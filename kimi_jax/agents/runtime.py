@@ -16,7 +16,16 @@ from kimi_jax.agents.budget import BudgetExceeded
 from kimi_jax.agents.config import ASSIGN_TASK, CREATE_SUBAGENT, READ_OUTPUT, SwarmConfig
 from kimi_jax.agents.events import Event, Status, Usage
 from kimi_jax.agents.journal import Journal, Outcome, ReplayMiss
-from kimi_jax.agents.model import Call, Declaration, Message, Model, RateLimited, Request, Response, Unavailable
+from kimi_jax.agents.model import (
+    AgentModel,
+    Call,
+    Declaration,
+    Message,
+    ModelRequest,
+    RateLimited,
+    Response,
+    Unavailable,
+)
 from kimi_jax.agents.scheduler import Scheduler
 from kimi_jax.agents.tools import Tool, Toolset
 
@@ -61,7 +70,7 @@ class Runtime:
 
     def __init__(
         self,
-        model: Model,
+        model: AgentModel,
         tools: Sequence[Tool],
         config: SwarmConfig,
         journal: Journal,
@@ -186,7 +195,7 @@ async def _complete(agent: Agent, messages: Messages, tools: Declared, delay: fl
     ledger.reserve(bound + max_tokens, cost)
     began = runtime.clock()
     try:
-        response = await runtime.model.complete(Request(agent.name, messages, tools.tools, max_tokens))
+        response = await runtime.model.complete(ModelRequest(agent.name, messages, tools.tools, max_tokens))
     except BaseException as error:
         ledger.release(bound + max_tokens, cost)
         if isinstance(error, RateLimited):

@@ -17,9 +17,9 @@ from kimi_jax.agents.agent import make_root
 from kimi_jax.agents.config import ASSIGN_TASK, CREATE_SUBAGENT, READ_OUTPUT, SwarmConfig, from_json, to_json
 from kimi_jax.agents.events import Event, Status, Usage
 from kimi_jax.agents.journal import Journal, JournalError, Mode, read_run
-from kimi_jax.agents.model import Model, Request, Response, ScriptedModel
+from kimi_jax.agents.model import AgentModel, ModelRequest, Response, ScriptedModel
 from kimi_jax.agents.runtime import Runtime
-from kimi_jax.agents.tools import Result, Tool
+from kimi_jax.agents.tools import Tool, ToolResult
 
 RESERVED = (CREATE_SUBAGENT["name"], ASSIGN_TASK["name"], READ_OUTPUT["name"])
 
@@ -48,7 +48,7 @@ class Swarm:
 
     def __init__(
         self,
-        model: Model,
+        model: AgentModel,
         tools: Sequence[Tool] = (),
         config: SwarmConfig = SwarmConfig(),  # noqa: B008 (frozen)
         journal: str | os.PathLike[str] | None = None,
@@ -120,9 +120,9 @@ def replay(path: str | os.PathLike[str], observers: Sequence[Callable[[Event], N
     return Swarm(model, tools, config, path, "replay", observers), question
 
 
-async def _no_model(request: Request) -> Response:
+async def _no_model(request: ModelRequest) -> Response:
     raise AssertionError("a replay asks no model")
 
 
-async def _no_tool(arguments: dict[str, Any]) -> Result:
+async def _no_tool(arguments: dict[str, Any]) -> ToolResult:
     raise AssertionError("a replay calls no tool")

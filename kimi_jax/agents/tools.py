@@ -30,7 +30,7 @@ class ToolError(ValueError):
 
 
 @dataclass(frozen=True)
-class Result:
+class ToolResult:
     """What a tool gives. sources: identifiers of the documents in it, which an answer may cite."""
 
     text: str
@@ -48,7 +48,7 @@ class Tool:
     name: str
     description: str
     parameters: dict[str, Any]
-    run: Callable[[dict[str, Any]], Awaitable[Result]]
+    run: Callable[[dict[str, Any]], Awaitable[ToolResult]]
     timeout: float = 60.0
     max_chars: int = 20_000
 
@@ -74,23 +74,25 @@ class Toolset:
     def declarations(self) -> list[Declaration]:
         return [tool.declaration for tool in self.tools.values()]
 
-    async def call(self, name: str, arguments: str) -> Result:
+    async def call(self, name: str, arguments: str) -> ToolResult:
         """The result of a call as the model wrote it; never raises but for cancellation."""
         tool = self.tools.get(name)
         if tool is None:
-            return Result(f"error: there is no tool {name[:100]!r}; there are {', '.join(self.tools)}", (), "refused")
+            return ToolResult(
+                f"error: there is no tool {name[:100]!r}; there are {', '.join(self.tools)}", (), "refused"
+            )
         try:
             checked = check_arguments(arguments, tool.parameters)
         except ToolError as error:
-            return Result(f"error: {error}"[:MAX_ERROR], (), "refused")
+            return ToolResult(f"error: {error}"[:MAX_ERROR], (), "refused")
         try:
             with anyio.move_on_after(tool.timeout):
                 return await tool.run(checked)
         except ToolError as error:
-            return Result(f"error: {error}"[:MAX_ERROR], (), "error")
+            return ToolResult(f"error: {error}"[:MAX_ERROR], (), "error")
         except Exception as error:
-            return Result(f"error: {name} failed with {type(error).__name__}: {error}"[:MAX_ERROR], (), "error")
-        return Result(f"error: {name} gave no result within {tool.timeout:g} s", (), "timeout")
+            return ToolResult(f"error: {name} failed with {type(error).__name__}: {error}"[:MAX_ERROR], (), "error")
+        return ToolResult(f"error: {name} gave no result within {tool.timeout:g} s", (), "timeout")
 
 
 # ------------------------------------------------------------------------------------------------ arguments and schemas
@@ -145,12 +147,12 @@ def from_function(function: Callable[..., Any], *, timeout: float = 60.0, max_ch
 
     waits = inspect.iscoroutinefunction(function)
 
-    async def run(arguments: dict[str, Any]) -> Result:
+    async def run(arguments: dict[str, Any]) -> ToolResult:
         if waits:
             value = await function(**arguments)
         else:
             value = await anyio.to_thread.run_sync(lambda: function(**arguments), abandon_on_cancel=True)
-        return value if isinstance(value, Result) else Result(str(value))
+        return value if isinstance(value, ToolResult) else ToolResult(str(value))
 
     schema = {"type": "object", "properties": properties, "required": required}
     description = inspect.getdoc(function) or ""

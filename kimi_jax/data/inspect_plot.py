@@ -29,7 +29,7 @@ ROW, BIN, GAP = 0.8, 1.2, 0.3  # inches: a row, a line of bins, between packs
 FONT = 5.8  # points
 
 
-class Item(NamedTuple):
+class DrawnItem(NamedTuple):
     """One image or video chunk in a bin."""
 
     start: int  # first patch
@@ -37,14 +37,14 @@ class Item(NamedTuple):
     frames: np.ndarray  # uint8 [t, h*p, w*p, 3]
 
 
-def items_of(bins: VisionBins, index: int) -> list[Item]:
+def items_of(bins: VisionBins, index: int) -> list[DrawnItem]:
     """The items of bin `index`, in order, their pixels put together again from the patches (uint8 or [-1, 1])."""
     segments, grids, patches = bins.segment_ids[index], bins.grids[index], bins.patches[index]
     items = []
     for segment in range(1, int(segments.max(initial=0)) + 1):
         where = np.flatnonzero(segments == segment)
         t, h, w = grids[where[0]].tolist()
-        items.append(Item(int(where[0]), (t, h, w), _frames(patches[where], (t, h, w))))
+        items.append(DrawnItem(int(where[0]), (t, h, w), _frames(patches[where], (t, h, w))))
     return items
 
 
@@ -236,7 +236,7 @@ def _draw_bin(
         axes.text(item.start + 0.06 * length / width, 0.94, name, bbox=style, **corner)
 
 
-def _inline(axes: Any, item: Item, start: int, count: int, per_inch: float) -> None:
+def _inline(axes: Any, item: DrawnItem, start: int, count: int, per_inch: float) -> None:
     """The frames of an item beside each other, true to shape and as large as its span allows."""
     t, height, width = item.frames.shape[:3]
     bottom, tall = 0.14, 0.82  # of the bar's height

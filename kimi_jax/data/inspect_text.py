@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kimi_jax.data.packing import Document, unpack
+from kimi_jax.data.packing import PackedDocument, unpack
 from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.packed_batch import PackedBatch
 
@@ -32,7 +32,7 @@ class StyledSpan(NamedTuple):
     special: bool
 
 
-def pieces_of(document: Document, tokenizer: Tokenizer) -> Iterator[StyledSpan]:
+def pieces_of(document: PackedDocument, tokenizer: Tokenizer) -> Iterator[StyledSpan]:
     """The text of a document, special tokens by name, runs of pads as their number. Line ends show as ⏎ and remain."""
     # loss_weights[i] is that of predicting token i + 1; nothing predicts the first one
     weights = np.concatenate([[0.0], document.loss_weights[:-1]])
@@ -110,7 +110,9 @@ def _head(axes: Any, largest: float) -> None:
     axes.text(x, 0.62, f"largest weight here: {largest:g}", fontsize=FONT, va="center", color=GIVEN)
 
 
-def _draw_document(axes: Any, document: Document, lines: list[list[StyledSpan]], top: float, width: float) -> float:
+def _draw_document(
+    axes: Any, document: PackedDocument, lines: list[list[StyledSpan]], top: float, width: float
+) -> float:
     """Draws a document below `top` (inches) and returns where the next one begins."""
     learned = int((document.loss_weights > 0).sum())
     title = f"row {document.row}, token {document.start}: {len(document.tokens)} tokens, {learned} of them learned"

@@ -275,7 +275,7 @@ def empty_batch(shape: PackShape, num_packs: int = 1, columns: Sequence[str] = (
 
 
 @dataclass(frozen=True)
-class Document:
+class PackedDocument:
     """One document read back from a batch: where it lies, and what the model sees of it.
 
     tokens, targets int32 [n], loss_weights float32 [n] (of predicting each *target*), positions int32 [n];
@@ -293,14 +293,14 @@ class Document:
     places: tuple[tuple[int, int], ...]
 
 
-def unpack(batch: PackedBatch) -> Iterator[Document]:
+def unpack(batch: PackedBatch) -> Iterator[PackedDocument]:
     """The documents of a batch, row by row: the inverse of packing, for tests and for looking at a batch."""
     for row, segments in enumerate(batch.segment_ids):
         for segment in range(1, int(segments.max()) + 1):
             where = np.flatnonzero(segments == segment)
             index = batch.feature_index[row][where]
             media, places = _media_of(batch, row // batch.rows_per_pack, index[index >= 0])
-            yield Document(
+            yield PackedDocument(
                 row,
                 int(where[0]),
                 batch.tokens[row][where],

@@ -25,6 +25,7 @@ from typing import Any
 
 from kimi_jax.data.conversation import ARGUMENTS, CALL, CALL_END, CALLS, CALLS_END, END, THINK, THINK_END, Mark
 from kimi_jax.data.tokenizer import Tokenizer
+from kimi_jax.untrusted import refuse_constant
 
 _ID = re.compile(r"functions\.(?P<name>.+):(?P<index>\d+)", re.DOTALL)
 # state -> what may end it or change it; everything else is text of that state
@@ -255,13 +256,9 @@ def _parse_arguments(text: str) -> tuple[dict[str, Any] | None, str]:
     if not text.strip():
         return {}, ""
     try:
-        value = json.loads(text, parse_constant=_no_constant)
+        value = json.loads(text, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:  # RecursionError: a thousand brackets
         return None, f"the arguments are not JSON: {error}"
     if not isinstance(value, dict):
         return None, f"the arguments are a JSON {type(value).__name__}, not an object"
     return value, ""
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")

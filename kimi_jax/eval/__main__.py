@@ -17,7 +17,7 @@ from PIL import Image as PILImage
 from rich.console import Console
 from rich.table import Table
 
-from kimi_jax.eval.runner import Row, Sample, evaluate
+from kimi_jax.eval.runner import EvalSample, Row, evaluate
 from kimi_jax.eval.tasks import resolve
 
 
@@ -48,7 +48,7 @@ def write_rows(rows: Sequence[Row], path: epath.PathLike) -> None:
     _write_text(path, json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
 
 
-def write_samples(samples: Sequence[Sample], folder: epath.PathLike) -> None:
+def write_samples(samples: Sequence[EvalSample], folder: epath.PathLike) -> None:
     """`samples.json` and its PNG files, as the report reads them (kimi_jax.report)."""
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> None:
         config, params, frozen = adapters.load_run(f.workdir, f.step)
     except (FileNotFoundError, ConfigError) as error:
         raise SystemExit(f"error: {error}") from error
-    samples: list[Sample] = []
+    samples: list[EvalSample] = []
     rows = evaluate(params, config, [task.name for task in tasks], f.limit, samples=samples, frozen=frozen)
     if not hosts.is_first():
         return

@@ -69,7 +69,7 @@ class EpisodeLimits:
 
 
 @dataclass(frozen=True)
-class Call:
+class CallOutcome:
     """A tool call and what became of it."""
 
     call: ToolCall
@@ -77,13 +77,13 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Episode:
+class AgentEpisode:
     """What happened. messages: the whole conversation, as the encoder takes it; answer: the last reply's content."""
 
     outcome: Outcome
     messages: tuple[Message, ...]
     answer: str
-    calls: tuple[Call, ...]
+    calls: tuple[CallOutcome, ...]
     turns: int
 
 
@@ -93,7 +93,7 @@ def run(
     tools: Mapping[str, Tool],
     declarations: Declarations = (),
     limits: EpisodeLimits | None = None,
-) -> Episode:
+) -> AgentEpisode:
     """Runs an episode until the model answers or a limit ends it.
 
     replies: the model. tools: what a call's name runs, with the call's arguments by keyword; a tool returns a text, a
@@ -102,21 +102,21 @@ def run(
     """
     limits = limits or EpisodeLimits()
     conversation: list[Message] = list(messages)
-    calls: list[Call] = []
+    calls: list[CallOutcome] = []
     for turn in range(1, limits.turns + 1):
         try:
             reply = replies(conversation, declarations)
         except ContextFull:
-            return Episode(Outcome.CONTEXT_FULL, tuple(conversation), "", tuple(calls), turn - 1)
+            return AgentEpisode(Outcome.CONTEXT_FULL, tuple(conversation), "", tuple(calls), turn - 1)
         conversation.append(reply.message())
         if not reply.tool_calls or not reply.finished:
             outcome = Outcome.ANSWERED if reply.finished else Outcome.CUT_OFF
-            return Episode(outcome, tuple(conversation), reply.content, tuple(calls), turn)
+            return AgentEpisode(outcome, tuple(conversation), reply.content, tuple(calls), turn)
         for number, call in enumerate(reply.tool_calls):
             result, content = _run_call(call, tools, limits) if number < limits.calls else _refused(limits)
-            calls.append(Call(call, result))
+            calls.append(CallOutcome(call, result))
             conversation.append({"role": "tool", "tool_call_id": call.id, "content": content})
-    return Episode(Outcome.OUT_OF_TURNS, tuple(conversation), "", tuple(calls), limits.turns)
+    return AgentEpisode(Outcome.OUT_OF_TURNS, tuple(conversation), "", tuple(calls), limits.turns)
 
 
 def _run_call(call: ToolCall, tools: Mapping[str, Tool], limits: EpisodeLimits) -> tuple[CallResult, Any]:

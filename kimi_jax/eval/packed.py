@@ -43,7 +43,7 @@ Apply = Callable[[Any, PackedBatch, Any, Any], tuple[Any, Any, Any]]
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredDocument:
     """What the model says about one document.
 
     nll: sum of loss weight * -log p over its targets, nats. greedy: whether every target with weight was likeliest.
@@ -143,12 +143,14 @@ class Scorer:
             like, tokens=np.asarray(tokens[first:], np.int32), loss_weights=np.asarray(weights[first:], np.float32)
         )
 
-    def score(self, documents: Sequence[Encoded], candidates: Sequence[Sequence[int]] | None = None) -> list[Scored]:
+    def score(
+        self, documents: Sequence[Encoded], candidates: Sequence[Sequence[int]] | None = None
+    ) -> list[ScoredDocument]:
         """Scores documents in as few batches as first fit finds; `candidates`: tokens to compare at each one's end.
 
         Raises ValueError for a document that does not fit a pack, or for more than MAX_CANDIDATES candidates.
         """
-        results: list[Scored | None] = [None] * len(documents)
+        results: list[ScoredDocument | None] = [None] * len(documents)
         waiting = list(range(len(documents)))
         while waiting:
             packs = [Pack(self._shape) for _ in range(self._num_packs)]
@@ -171,7 +173,7 @@ class Scorer:
 
     def _run(
         self, packs: list[Pack], documents: Sequence[Encoded], placed: list, asked: list[Sequence[int]]
-    ) -> list[Scored]:
+    ) -> list[ScoredDocument]:
         batch = concatenate([pack.batch for pack in packs])
         ends = np.zeros(self._ends, np.int32)
         wanted = np.zeros((self._ends, MAX_CANDIDATES), np.int32)
@@ -185,7 +187,7 @@ class Scorer:
             weights = batch.loss_weights[here]
             right = likeliest[here] == batch.targets[here]
             total = float(np.sum(weights * nll[here], dtype=np.float64))
-            scored.append(Scored(total, bool(np.all(right | (weights == 0))), logp[k, : len(asked[k])]))
+            scored.append(ScoredDocument(total, bool(np.all(right | (weights == 0))), logp[k, : len(asked[k])]))
         return scored
 
     # ------------------------------------------------------------------------------------------------ kinds of request

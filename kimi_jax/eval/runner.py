@@ -16,7 +16,7 @@ from kimi_jax.data.example import Image, Video
 from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.eval import scorers
 from kimi_jax.eval.packed import Apply, Scorer
-from kimi_jax.eval.tasks import Question, Task, resolve
+from kimi_jax.eval.tasks import EvalTask, Question, resolve
 
 SAMPLES = 8  # of each task, for the report
 
@@ -40,7 +40,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Sample:
+class EvalSample:
     """One question with what was answered, for people to look at. `media`: uint8 [h, w, 3] images or frames."""
 
     task: str
@@ -71,7 +71,7 @@ def evaluate(
     *,
     tokenizer: Tokenizer | None = None,
     apply: Apply | None = None,
-    samples: list[Sample] | None = None,
+    samples: list[EvalSample] | None = None,
     frozen: Any = None,
 ) -> list[Row]:
     """Rows of the named tasks ("all": every one), at most `limit` questions each, in the shapes of `config.data`.
@@ -85,7 +85,7 @@ def evaluate(
     return [row for task in chosen for row in run_task(scorer, task, limit, samples)]
 
 
-def run_task(scorer: Scorer, task: Task, limit: int, samples: list[Sample] | None = None) -> list[Row]:
+def run_task(scorer: Scorer, task: EvalTask, limit: int, samples: list[EvalSample] | None = None) -> list[Row]:
     """Rows of one task, one a metric."""
     questions = task.build(limit)
     answered = answer(scorer, task, questions)
@@ -121,7 +121,7 @@ def run_task(scorer: Scorer, task: Task, limit: int, samples: list[Sample] | Non
     return rows
 
 
-def answer(scorer: Scorer, task: Task, questions: Sequence[Question]) -> list[Answered]:
+def answer(scorer: Scorer, task: EvalTask, questions: Sequence[Question]) -> list[Answered]:
     """What the model answers to each question, with the values that the task's metrics sum up."""
     if task.kind == "choice":
         picked = scorer.choose(questions, task.by_length)
@@ -155,8 +155,8 @@ def _estimate(answered: Sequence[Answered], questions: Sequence[Question], metri
 
 
 def _samples(
-    task: Task, questions: Sequence[Question], answered: Sequence[Answered], controls: Sequence[Answered] | None
-) -> list[Sample]:
+    task: EvalTask, questions: Sequence[Question], answered: Sequence[Answered], controls: Sequence[Answered] | None
+) -> list[EvalSample]:
     if task.kind == "text":
         return []
     found = []
@@ -170,5 +170,5 @@ def _samples(
         control = controls[i].text if controls else None
         correct = given.values[task.metrics[0]][0] == 1.0
         gold = question.gold.strip()
-        found.append(Sample(task.name, question.shown, gold, given.text, control, correct, tuple(media)))
+        found.append(EvalSample(task.name, question.shown, gold, given.text, control, correct, tuple(media)))
     return found

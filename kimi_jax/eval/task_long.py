@@ -12,7 +12,7 @@ from collections.abc import Callable
 from kimi_jax.data.example import Text
 from kimi_jax.data.sources import demo_long
 from kimi_jax.eval.task_vision import ask
-from kimi_jax.eval.tasks import Control, Question, Task, register
+from kimi_jax.eval.tasks import Control, EvalTask, Question, register
 
 
 def _from_text(tokens: int, i: int, fact: bool = True) -> Question:
@@ -36,7 +36,7 @@ def _register(
     name: str, modality: str, build: Callable[..., Question], tokens: int, choices: int, what: str, control: str
 ) -> None:
     register(
-        Task(
+        EvalTask(
             name=f"{name}_{tokens}",
             column="long_context",
             modality=modality,

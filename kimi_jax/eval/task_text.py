@@ -11,7 +11,7 @@ from kimi_jax.data.example import Text
 from kimi_jax.data.sources import demo_text as texts
 from kimi_jax.data.sources.demo_base import generator, prompt
 from kimi_jax.eval import scorers
-from kimi_jax.eval.tasks import Control, Question, Task, register, shuffled
+from kimi_jax.eval.tasks import Control, EvalTask, Question, register, shuffled
 
 # ------------------------------------------------------------------------------------------------------------ knowledge
 
@@ -38,7 +38,7 @@ def _without_country(question: Question, index: int) -> Question:
 
 
 register(
-    Task(
+    EvalTask(
         name="factbook_capital",
         column="text_knowledge",
         modality="text",
@@ -66,7 +66,7 @@ def _sums(limit: int) -> list[Question]:
 
 
 register(
-    Task(
+    EvalTask(
         name="arithmetic",
         column="text_reasoning",
         modality="text",
@@ -113,7 +113,7 @@ def _without_context(question: Question, index: int) -> Question:
 
 
 register(
-    Task(
+    EvalTask(
         name="python_next_line",
         column="code",
         modality="text",
@@ -152,7 +152,7 @@ for _name, _source, _what in (
     ("python", texts.python_documents, "Held-out files of the Python standard library"),
 ):
     register(
-        Task(
+        EvalTask(
             name=f"{_name}_bpb",
             column="language_modelling",
             modality="text",

@@ -11,7 +11,16 @@ from kimi_jax.data.sources import demo_image as images
 from kimi_jax.data.sources import demo_video as videos
 from kimi_jax.data.sources.demo_base import generator, prompt, reply
 from kimi_jax.eval import scorers
-from kimi_jax.eval.tasks import Control, Question, Task, blank_image, register, shuffled, shuffled_frames, single_frame
+from kimi_jax.eval.tasks import (
+    Control,
+    EvalTask,
+    Question,
+    blank_image,
+    register,
+    shuffled,
+    shuffled_frames,
+    single_frame,
+)
 
 BLANK = Control("blank image", change=blank_image)
 
@@ -39,7 +48,7 @@ def _vqa(limit: int, answers: tuple[str, ...]) -> list[Question]:
 
 
 register(
-    Task(
+    EvalTask(
         name="easyvqa_open",
         column="vision_knowledge",
         modality="image",
@@ -54,7 +63,7 @@ register(
     )
 )
 register(
-    Task(
+    EvalTask(
         name="easyvqa_yesno",
         column="vision_reasoning",
         modality="image",
@@ -108,7 +117,7 @@ def _digit_strings(limit: int) -> list[Question]:
 
 
 register(
-    Task(
+    EvalTask(
         name="digit_name",
         column="vision_knowledge",
         modality="image",
@@ -123,7 +132,7 @@ register(
     )
 )
 register(
-    Task(
+    EvalTask(
         name="digit_compare",
         column="vision_reasoning",
         modality="image",
@@ -148,7 +157,7 @@ def _string_chance(questions: Sequence[Question], metric: str) -> float:
 
 
 register(
-    Task(
+    EvalTask(
         name="digit_string",
         column="ocr",
         modality="image",
@@ -180,7 +189,7 @@ def _directions(limit: int) -> list[Question]:
 
 
 register(
-    Task(
+    EvalTask(
         name="video_direction",
         column="video",
         modality="video",

@@ -63,7 +63,7 @@ class Control:
 
 
 @dataclass(frozen=True)
-class Task:
+class EvalTask:
     """One row of the results. `doc` gives source and protocol; `controls[0]` is the one printed beside the score.
 
     kind: "choice" (likelihood), "generate" (greedy), "text" (bits per byte). `modality`: text, image or video.
@@ -87,10 +87,10 @@ class Task:
     only_by_name: bool = False
 
 
-TASKS: dict[str, Task] = {}
+TASKS: dict[str, EvalTask] = {}
 
 
-def register(task: Task) -> Task:
+def register(task: EvalTask) -> EvalTask:
     """Adds a task to TASKS. Raises ValueError for a name that is taken, an unknown column or metric, or no control."""
     if task.name in TASKS:
         raise ValueError(f"there is a task {task.name!r} already")
@@ -104,7 +104,7 @@ def register(task: Task) -> Task:
     return task
 
 
-def resolve(names: str | Sequence[str]) -> list[Task]:
+def resolve(names: str | Sequence[str]) -> list[EvalTask]:
     """Tasks by name; "all" is every task but those `only_by_name`. Names may be joined by commas.
 
     Raises KeyError with the known names.

@@ -56,7 +56,7 @@ class ConvertError(RuntimeError):
     """A conversion cannot start or go on; the message says why and what to do."""
 
 
-class Journal:
+class ConversionJournal:
     """Which pieces of which work are on disk: a line of JSON that says what the work is, then a number a line.
 
     Raises ConvertError if `path` belongs to other work or another process is at it (which a bucket cannot tell).
@@ -98,7 +98,7 @@ class Journal:
 
 
 def _run(
-    journal: Journal,
+    journal: ConversionJournal,
     work: Callable[[TensorSlice], None],
     every: Iterable[TensorSlice],
     progress: Progress,
@@ -151,7 +151,7 @@ def _begin(source: epath.Path, given: str | os.PathLike[str], needed: int) -> ep
     return work
 
 
-def _end(journal: Journal, work: epath.Path, given: str | os.PathLike[str]) -> None:
+def _end(journal: ConversionJournal, work: epath.Path, given: str | os.PathLike[str]) -> None:
     """Everything to disk, then the target appears at once; in a bucket it has."""
     journal.remove()
     if is_remote(work):
@@ -187,7 +187,7 @@ def from_hf(
         work = _begin(checkpoint.path, target, plan.nbytes)
         axes = dataclasses.asdict(mesh) if mesh else None
         identity = {"from": _identity(checkpoint.path), "piece": stream.PIECE, "mesh": axes}
-        journal = Journal(work / JOURNAL, identity)
+        journal = ConversionJournal(work / JOURNAL, identity)
         params, scales = Leaves(work / STEP / "params"), Leaves(work / "released" / "scales")
         plan.create(params, scales)
         notes: list[str] = []
@@ -288,7 +288,7 @@ def to_hf(
         total = sum(entry.nbytes for entries in made.plan.values() for entry in entries)
         work = _begin(source, target, total)
         identity = {"to": str(made.step), "time": stamp(made.step)[1], "int4": int4_experts, "dtype": dtype}
-        journal = Journal(work / JOURNAL, identity | {"type": made.model_type, "piece": stream.PIECE})
+        journal = ConversionJournal(work / JOURNAL, identity | {"type": made.model_type, "piece": stream.PIECE})
         if is_remote(work):
             _upload_files(made, work, journal, progress)
         else:
@@ -305,7 +305,7 @@ def to_hf(
         made.close()
 
 
-def _upload_files(made: Export, work: epath.Path, journal: Journal, progress: Progress) -> None:
+def _upload_files(made: Export, work: epath.Path, journal: ConversionJournal, progress: Progress) -> None:
     """The safetensors files one after the other by way of a temporary folder; a file is what the journal counts."""
     sizes = [sum(entry.nbytes for entry in entries) for entries in made.plan.values()]
     for number, (file, entries) in enumerate(made.plan.items()):

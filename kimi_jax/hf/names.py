@@ -23,7 +23,7 @@ import numpy as np
 
 from kimi_jax.config import ConfigError, ModelConfig, nearest
 from kimi_jax.nn.kimi import abstract_params
-from kimi_jax.nn.param import unbox
+from kimi_jax.nn.param import leaf_name, unbox
 
 # How a released tensor becomes ours.
 SAME = "same"  # as it is
@@ -189,7 +189,7 @@ def leaf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 @functools.lru_cache(maxsize=16)  # tracing the model takes a second
 def _leaf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree_util.tree_leaves_with_path(unbox(abstract_params(config)))
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in leaves}
+    return {leaf_name(path): leaf.shape for path, leaf in leaves}
 
 
 def tensors(config: ModelConfig, model_type: str) -> list[Tensor]:

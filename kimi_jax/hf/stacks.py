@@ -19,7 +19,7 @@ from kimi_jax.hf.leaves import Leaves
 from kimi_jax.hf.names import Tensor
 from kimi_jax.hf.stream import Released, pieces
 from kimi_jax.nn.kimi import abstract_params
-from kimi_jax.nn.param import metadata, unbox
+from kimi_jax.nn.param import leaf_name, metadata, unbox
 
 MIN_CHUNK = 1 << 20  # bytes: smaller shards share a chunk, or a large mesh would make millions of files
 
@@ -74,7 +74,7 @@ def _parts(config: ModelConfig, mesh: MeshConfig) -> dict[str, tuple[int, ...]]:
     boxed = abstract_params(config)
     specs = jax.tree.map(lambda info, a: sharding.spec(info, a.shape, axes), metadata(boxed), unbox(boxed))
     return {
-        jax.tree_util.keystr(path, simple=True, separator="."): tuple(
+        leaf_name(path): tuple(
             math.prod(sizes[axis] for axis in ((part,) if isinstance(part, str) else part or ())) for part in spec
         )
         for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))

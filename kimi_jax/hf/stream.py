@@ -30,7 +30,7 @@ from kimi_jax.hf import config as hf_config
 from kimi_jax.hf.files import DTYPES, NAMES, CheckpointError, Directory, Entry, Writer, file_plan, write_index
 from kimi_jax.hf.names import BUFFERS, Tensor, tensors, transpose
 from kimi_jax.nn.kimi import abstract_params
-from kimi_jax.nn.param import metadata, unbox
+from kimi_jax.nn.param import leaf_name, metadata, unbox
 from kimi_jax.untrusted import MAX_CONFIG, check_inside, read_json
 
 PIECE = 1 << 23  # elements: 16 MB in bfloat16, 32 MB while it is float32
@@ -250,7 +250,7 @@ def _placements(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
     boxed = abstract_params(config)
     placements = sharding.param_shardings(metadata(boxed), unbox(boxed), mesh)
     leaves = jax.tree_util.tree_leaves_with_path(placements)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): placement for path, placement in leaves}
+    return {leaf_name(path): placement for path, placement in leaves}
 
 
 class Parts:

@@ -42,9 +42,8 @@ from kimi_jax.infer.line import NOBODY, Caller, Line
 from kimi_jax.infer.media import VisionEncoder, encode_media
 from kimi_jax.infer.pages import Pages, Place
 from kimi_jax.infer.programs import PrefillChunk, Programs, Sizes, common_entropy, shapes
-from kimi_jax.infer.request import Completion, Event, Grammar, GrammarError, Matcher, Request, Sampling, completion
-from kimi_jax.infer.sequence import Sequence as Answer
-from kimi_jax.infer.sequence import SequenceGroup
+from kimi_jax.infer.request import Completion, Grammar, GrammarError, Matcher, Request, Sampling, TokenEvent, completion
+from kimi_jax.infer.sequence import Answer, AnswerGroup
 from kimi_jax.infer.unfinished import Unfinished, restore
 
 CHUNKS = (32, 128, 512)  # lengths of a prompt's pieces; the last one also bounds how long a decoding step may wait
@@ -137,7 +136,7 @@ class Engine:
         with_seed = [dataclasses.replace(request.sampling, seed=seed) for seed in seeds]
         first = self._enter(dataclasses.replace(request, sampling=with_seed[0]))
         if first.owners[-1] < 0:  # who begins at the last token embeds it as a token, which a media pad is not
-            first.group = SequenceGroup(len(seeds))
+            first.group = AnswerGroup(len(seeds))
         members = [first]
         for sampling in with_seed[1:]:
             member = dataclasses.replace(
@@ -207,7 +206,7 @@ class Engine:
             if answer is not None and answer.number == request_id:
                 answer.cancelled = True
 
-    def step(self, tokens: int | None = None) -> list[Event]:
+    def step(self, tokens: int | None = None) -> list[TokenEvent]:
         """Let in who can start, then read pieces of prompts or decode up to `tokens` tokens for every slot (at most,
         and unless given, `tokens_per_call`). What happened."""
         events = self._drop_cancelled()
@@ -217,7 +216,7 @@ class Engine:
         self._install()  # now, should nobody call again
         return events
 
-    def _turn(self, tokens: int) -> list[Event]:
+    def _turn(self, tokens: int) -> list[TokenEvent]:
         running = [s for s in self._slots if s is not None and not s.prefilling]
         if self._prefilling and (self._decoded_last or not running):
             self._decoded_last = False
@@ -321,7 +320,7 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------- joining, leaving
 
-    def _drop_cancelled(self) -> list[Event]:
+    def _drop_cancelled(self) -> list[TokenEvent]:
         gone = [s for s in (*self._waiting, *self._slots) if s is not None and s.cancelled]
         for answer in gone:
             if answer.slot < 0:
@@ -329,7 +328,7 @@ class Engine:
                 self._pages.begun(answer)
         return [self._end(answer, "cancelled") for answer in gone]
 
-    def _admit(self) -> list[Event]:
+    def _admit(self) -> list[TokenEvent]:
         """Slots and pages for those who wait, as far as there are both; their images are encoded together."""
         if self._coming is not None or not self._waiting or None not in self._slots:
             return []
@@ -365,7 +364,7 @@ class Engine:
                 answer.group.prefiller = answer
         self._pages.begun(answer)
 
-    def _encode_media(self, joined: Sequence[Answer]) -> list[Event]:
+    def _encode_media(self, joined: Sequence[Answer]) -> list[TokenEvent]:
         """The features of what they still have to read. Those whose images fail end."""
         seeing = [s for s in joined if (s.owners[s.num_cached :] >= 0).any()]
         if not seeing:
@@ -381,7 +380,7 @@ class Engine:
                 answer.features = np.concatenate([each for each in own if not isinstance(each, Exception)])
         return failed
 
-    def _end(self, answer: Answer, reason: str, error: str | None = None) -> Event:
+    def _end(self, answer: Answer, reason: str, error: str | None = None) -> TokenEvent:
         self._leave(answer)
         return answer.report(None, None, (), reason, error, self.version)
 
@@ -400,7 +399,7 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------- the two programs
 
-    def _read(self) -> list[Event]:
+    def _read(self) -> list[TokenEvent]:
         """The next pieces of prompts, all of one length; after the last one of a prompt its first new token."""
         size = self._piece(self._prefilling[0].goal - self._prefilling[0].num_cached)
         pieces: list[PrefillChunk] = []
@@ -442,7 +441,7 @@ class Engine:
         """The length of the next piece of a prompt that has so many tokens left."""
         return next((n for n in self._chunks if n >= left), self._chunks[-1])
 
-    def _decode(self, running: list[Answer], steps: int) -> list[Event]:
+    def _decode(self, running: list[Answer], steps: int) -> list[TokenEvent]:
         """The next tokens of every running sequence."""
         allowed, events = self._masks(running)
         running = [s for s in running if s.slot >= 0]
@@ -465,7 +464,7 @@ class Engine:
                     events.append(self._advance(answer, tokens[i][slot], logprobs[i][slot], *listed))
         return events
 
-    def _masks(self, running: Sequence[Answer]) -> tuple[dict[int, np.ndarray], list[Event]]:
+    def _masks(self, running: Sequence[Answer]) -> tuple[dict[int, np.ndarray], list[TokenEvent]]:
         """By slot, what those who have a grammar may say next. Those who cannot follow it end."""
         allowed, failed = {}, []
         for answer in running:
@@ -479,7 +478,9 @@ class Engine:
                     failed.append(self._end(answer, "error", f"grammar: {error}"))
         return allowed, failed
 
-    def _advance(self, answer: Answer, token: int, logprob: float, listed: np.ndarray, values: np.ndarray) -> Event:
+    def _advance(
+        self, answer: Answer, token: int, logprob: float, listed: np.ndarray, values: np.ndarray
+    ) -> TokenEvent:
         """A new token, and the end if it is one. listed, values: the alternatives, [A] each."""
         wanted = answer.sampling
         answer.tokens.append(token)

@@ -20,7 +20,7 @@ from kimi_jax.data.conversation import END, Message, opens_reasoning, with_relea
 from kimi_jax.data.processor import PromptLimits, prepare
 from kimi_jax.data.reply import Delta, Pieces, Reply, ReplyParser
 from kimi_jax.data.tokenizer import Tokenizer
-from kimi_jax.infer.request import Event, Request, Sampling
+from kimi_jax.infer.request import Request, Sampling, TokenEvent
 
 if TYPE_CHECKING:
     from kimi_jax.infer.engine import Engine
@@ -155,7 +155,7 @@ class ReplyStream:
         whole = self._parser.reply if self._parser else Reply()
         return dataclasses.replace(whole, content=self._content)
 
-    def feed(self, event: Event) -> list[Delta]:
+    def feed(self, event: TokenEvent) -> list[Delta]:
         """What an event makes certain."""
         if self.finish_reason:
             return []
@@ -163,11 +163,11 @@ class ReplyStream:
         self.finish_reason = "stop" if self._stop.stopped else event.finish_reason or ""
         return shown + self._answer(self._stop.close()) if self.finish_reason else shown
 
-    def is_stop(self, event: Event) -> bool:
+    def is_stop(self, event: TokenEvent) -> bool:
         """Whether the event is the token that ends the text."""
         return event.finish_reason == "stop" and event.token_id in self._stop_ids
 
-    def _parse(self, event: Event) -> list[Delta]:
+    def _parse(self, event: TokenEvent) -> list[Delta]:
         ends = self.is_stop(event)
         pieces = [] if event.token_id is None or ends else self._pieces.feed(event.token_id)
         pieces += self._pieces.close() if event.finish_reason else []

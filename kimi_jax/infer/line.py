@@ -11,7 +11,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from typing import TypeAlias
 
-from kimi_jax.infer.sequence import Sequence
+from kimi_jax.infer.sequence import Answer
 
 Caller: TypeAlias = tuple[str, str]
 NOBODY: Caller = ("", "")
@@ -22,20 +22,20 @@ class Line:
 
     def __init__(self) -> None:
         # those whose turn is next come first, of the places and of each place's users
-        self._places: OrderedDict[str, OrderedDict[str, deque[Sequence]]] = OrderedDict()
+        self._places: OrderedDict[str, OrderedDict[str, deque[Answer]]] = OrderedDict()
 
     def __len__(self) -> int:
         return sum(len(queue) for users in self._places.values() for queue in users.values())
 
-    def __iter__(self) -> Iterator[Sequence]:
+    def __iter__(self) -> Iterator[Answer]:
         return _in_turns([_in_turns(users.values()) for users in self._places.values()])
 
-    def append(self, answer: Sequence) -> None:
+    def append(self, answer: Answer) -> None:
         """It waits behind those of its caller; a caller of whom nobody waits has its turn after all others."""
         place, user = answer.caller
         self._places.setdefault(place, OrderedDict()).setdefault(user, deque()).append(answer)
 
-    def put_back(self, answer: Sequence) -> None:
+    def put_back(self, answer: Answer) -> None:
         """It had a slot and has to give it up: it is next."""
         place, user = answer.caller
         users = self._places.setdefault(place, OrderedDict())
@@ -43,14 +43,14 @@ class Line:
         users.move_to_end(user, last=False)
         self._places.move_to_end(place, last=False)
 
-    def take(self, answer: Sequence) -> None:
+    def take(self, answer: Answer) -> None:
         """It gets a slot: its caller's turn is over."""
         place, user = answer.caller
         self._places[place].move_to_end(user)
         self._places.move_to_end(place)
         self.remove(answer)
 
-    def remove(self, answer: Sequence) -> None:
+    def remove(self, answer: Answer) -> None:
         """It waits no longer. Raises ValueError or KeyError if it does not stand in the line."""
         place, user = answer.caller
         users = self._places[place]
@@ -65,7 +65,7 @@ class Line:
         self._places.clear()
 
 
-def _in_turns(queues: Iterable[Iterable[Sequence]]) -> Iterator[Sequence]:
+def _in_turns(queues: Iterable[Iterable[Answer]]) -> Iterator[Answer]:
     """The first of each, then the second of each, and so on."""
     left = [iter(queue) for queue in queues]
     while left:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from kimi_jax.infer.engine import Engine, Running
-from kimi_jax.infer.request import Completion, Event, Request, completion
+from kimi_jax.infer.request import Completion, Request, TokenEvent, completion
 from kimi_jax.infer.unfinished import Unfinished
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class SamplerFailed(Exception):
 class _Wanted:
     """One completion that somebody waits for."""
 
-    def __init__(self, prompt_tokens: int, past: Sequence[Event] = ()):
+    def __init__(self, prompt_tokens: int, past: Sequence[TokenEvent] = ()):
         self.prompt_tokens, self.events = prompt_tokens, list(past)
         self.future: concurrent.futures.Future[Completion] = concurrent.futures.Future()
         self.number = -1
@@ -103,7 +103,7 @@ class LocalSampler:
     async def resume(self, unfinished: Unfinished) -> Completion:
         """The whole answer of one that was taken out. Raises as `sample`."""
         rows = zip(unfinished.token_ids, unfinished.logprobs, unfinished.top, unfinished.versions, strict=True)
-        past = [Event(-1, token, logprob, top, None, version=version) for token, logprob, top, version in rows]
+        past = [TokenEvent(-1, token, logprob, top, None, version=version) for token, logprob, top, version in rows]
         wanted = _Wanted(len(unfinished.request.token_ids), past)
         (found,) = await self._complete([wanted], lambda: [self._engine.resume(unfinished)])
         return found
@@ -186,7 +186,7 @@ class LocalSampler:
             if self._wanted.pop(each.number, None) is not None:
                 self._engine.cancel(each.number)
 
-    def _deliver(self, events: Sequence[Event]) -> None:
+    def _deliver(self, events: Sequence[TokenEvent]) -> None:
         for event in events:
             wanted = self._wanted.get(event.request_id)
             if wanted is None:

@@ -39,7 +39,7 @@ from kimi_jax import hosts
 from kimi_jax.config import ModelConfig
 from kimi_jax.infer.engine import Engine, Running
 from kimi_jax.infer.line import NOBODY, Caller
-from kimi_jax.infer.request import Event, Grammar, GrammarError, Matcher, Request
+from kimi_jax.infer.request import Grammar, GrammarError, Matcher, Request, TokenEvent
 from kimi_jax.infer.unfinished import Unfinished
 
 MEET_SECONDS = 120.0  # for all hosts to connect, once each of them has compiled
@@ -216,7 +216,7 @@ class Leader:
         self._engine.cancel(request_id)
         self._asked.append({"cancel": request_id})
 
-    def step(self, tokens: int | None = None) -> list[Event]:
+    def step(self, tokens: int | None = None) -> list[TokenEvent]:
         """See `Engine`. Raises HostLost, naming the host, if one is gone."""
         asked, self._asked = self._asked, []
         try:
@@ -382,6 +382,6 @@ class _Told:
         return np.frombuffer(base64.b64decode(order["mask"]), np.uint32)
 
 
-def _checksum(events: Sequence[Event]) -> int:
+def _checksum(events: Sequence[TokenEvent]) -> int:
     """Of what a step has given."""
     return zlib.crc32(repr([(e.request_id, e.token_id, e.finish_reason) for e in events]).encode())

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kimi_jax.infer.cache import PagePool
-from kimi_jax.infer.sequence import Sequence, SequenceGroup
+from kimi_jax.infer.sequence import Answer, AnswerGroup
 
 
 class Place(NamedTuple):
@@ -35,7 +35,7 @@ class Pages:
 
     def __init__(self, pool: PagePool, page_size: int):
         self.pool, self.page_size = pool, page_size
-        self._groups: set[SequenceGroup] = set()  # whose prompt's pages are held
+        self._groups: set[AnswerGroup] = set()  # whose prompt's pages are held
         self._experts: dict[int, np.ndarray] = {}  # int32 [s, L, k] of known pages, where they were asked for
 
     def count(self, tokens: int) -> int:
@@ -44,15 +44,15 @@ class Pages:
 
     # --------------------------------------------------------------------------------------------------------- giving
 
-    def being_prefilled(self, prefilling: Iterable[Sequence]) -> dict[bytes, bool]:
+    def being_prefilled(self, prefilling: Iterable[Answer]) -> dict[bytes, bool]:
         """Keys of the pages that these will fill, and whether they record the experts."""
         return dict(pair for s in prefilling if not s.stale for pair in self.to_prefill(s, s.num_cached))
 
-    def to_prefill(self, sequence: Sequence, num_cached: int) -> list[tuple[bytes, bool]]:
+    def to_prefill(self, sequence: Answer, num_cached: int) -> list[tuple[bytes, bool]]:
         """The same of one that has read so many tokens."""
         return [(key, sequence.sampling.routed_experts) for key in sequence.keys[num_cached // self.page_size :]]
 
-    def worth_waiting(self, sequence: Sequence, coming: dict[bytes, bool]) -> bool:
+    def worth_waiting(self, sequence: Answer, coming: dict[bytes, bool]) -> bool:
         """Whether somebody is reading what it would have to read next."""
         group = sequence.group
         if group is not None and (group.pages is not None or group.prefiller is not None):
@@ -62,7 +62,7 @@ class Pages:
             return False
         return coming[keys[len(known)]] or not sequence.sampling.routed_experts
 
-    def give(self, sequence: Sequence) -> Place | None:
+    def give(self, sequence: Answer) -> Place | None:
         """Pages for all that it can ever get; None if there are not enough."""
         group, need = sequence.group, self.count(sequence.limit)
         if group is not None and group.pages is not None:
@@ -90,10 +90,10 @@ class Pages:
             sequence.num_prefilled = min(sequence.num_prefilled, first * self.page_size)
         return Place(pages, len(shared), count, copied)
 
-    def _keys(self, sequence: Sequence) -> list[bytes]:
+    def _keys(self, sequence: Answer) -> list[bytes]:
         return sequence.keys[: sequence.shareable // self.page_size]
 
-    def _known(self, sequence: Sequence) -> list[int]:
+    def _known(self, sequence: Answer) -> list[int]:
         """The pages that hold the beginning of what it has to read."""
         record, recorded = sequence.sampling.routed_experts, len(sequence.experts)
 
@@ -104,7 +104,7 @@ class Pages:
 
     # -------------------------------------------------------------------------------------------------------- keeping
 
-    def insert(self, sequence: Sequence, keys: list[bytes]) -> None:
+    def insert(self, sequence: Answer, keys: list[bytes]) -> None:
         """Its full pages, which have these keys, are known from now on; unless part of them is of earlier weights."""
         if sequence.stale:
             return
@@ -123,7 +123,7 @@ class Pages:
 
     # --------------------------------------------------------------------------------------------------------- groups
 
-    def begun(self, sequence: Sequence) -> None:
+    def begun(self, sequence: Answer) -> None:
         """It has begun, or never will: one member less that needs its group's pages."""
         group = sequence.group
         if group is not None:
@@ -131,7 +131,7 @@ class Pages:
             if not group.left:
                 self._drop(group)
 
-    def hold(self, sequence: Sequence) -> None:
+    def hold(self, sequence: Answer) -> None:
         """Its prompt has been read: the pages are held for the members of its group that still have to begin."""
         group = sequence.group
         if group is None or group.prefiller is not sequence:
@@ -149,7 +149,7 @@ class Pages:
         for group in tuple(self._groups):
             self._drop(group)
 
-    def _drop(self, group: SequenceGroup) -> None:
+    def _drop(self, group: AnswerGroup) -> None:
         if group.pages is not None:
             self.pool.release(group.pages)
             group.pages = None

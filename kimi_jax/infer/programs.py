@@ -47,7 +47,7 @@ class Sizes:
 class PrefillChunk(NamedTuple):
     """The next tokens of a prompt: `length` of them from number `start` on."""
 
-    sequence: state.Sequence
+    sequence: state.Answer
     start: int
     length: int
 
@@ -151,7 +151,7 @@ class Programs:
         return jax.device_get(drawn)
 
     def decode(
-        self, running: Sequence[state.Sequence], steps: int, ended: int, record: bool,
+        self, running: Sequence[state.Answer], steps: int, ended: int, record: bool,
         allowed: Mapping[int, np.ndarray] | None = None,
     ) -> Decoded:  # fmt: skip
         """Up to `steps` tokens of every running sequence; fewer once `ended` of them have come to their end.
@@ -194,9 +194,7 @@ class Programs:
             source[i], target[i] = old, new
         self.cache = self._copy(self.cache, source, target)
 
-    def _rows(
-        self, placed: Mapping[int, state.Sequence], rows: int, position: np.ndarray
-    ) -> tuple[np.ndarray, Settings]:
+    def _rows(self, placed: Mapping[int, state.Answer], rows: int, position: np.ndarray) -> tuple[np.ndarray, Settings]:
         """Tables and settings of the sequences at these rows; the others are idle. position: of the new token."""
         table = np.full((rows, self.sizes.width), NULL_PAGE, np.int32)
         settings = Settings(

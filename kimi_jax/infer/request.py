@@ -113,7 +113,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Event:
+class TokenEvent:
     """One sampled token, or the end without one (cancelled, error, a prompt that was only scored).
 
     logprob: log softmax(logits / temperature) of the token, before top_p; if greedy of softmax(logits). top: the
@@ -170,11 +170,11 @@ class RequestEngine(Protocol):
     def cancel(self, request_id: int) -> None:
         """End a request at the next step. Unknown and finished ones are ignored."""
 
-    def step(self) -> list[Event]:
+    def step(self) -> list[TokenEvent]:
         """Go on with all requests; what happened."""
 
 
-def completion(events: Sequence[Event], prompt_tokens: int) -> Completion:
+def completion(events: Sequence[TokenEvent], prompt_tokens: int) -> Completion:
     """The events of one request, from its first to its last, as one. Raises RuntimeError if the request failed."""
     if events[-1].finish_reason == "error":
         raise RuntimeError(f"request {events[-1].request_id}: {events[-1].error}")

@@ -11,24 +11,24 @@ import numpy as np
 
 from kimi_jax.data.example import MediaItem
 from kimi_jax.infer.cache import page_keys
-from kimi_jax.infer.request import Event, Grammar, Matcher, Sampling
+from kimi_jax.infer.request import Grammar, Matcher, Sampling, TokenEvent
 
 
 @dataclass(eq=False)
-class SequenceGroup:
+class AnswerGroup:
     """Answers that differ in their seeds only: one of them reads the prompt, the others begin at its last token.
 
     When the prompt has been read, `pages` holds those of the prompt, for as long as somebody still has to begin.
     """
 
     left: int  # members that have not begun
-    prefiller: Sequence | None = None
+    prefiller: Answer | None = None
     pages: list[int] | None = None
     num_prefilled: int = 0  # tokens whose cache entries are the work of reading alone
     experts: list[np.ndarray] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
 
-    def lend(self, member: Sequence) -> None:
+    def lend(self, member: Answer) -> None:
         """What was found out about the prompt. The member begins as if it had decoded up to the prompt's last token."""
         member.goal = member.prompt - 1
         member.num_prefilled = min(self.num_prefilled, member.goal)
@@ -37,7 +37,7 @@ class SequenceGroup:
 
 
 @dataclass(eq=False)
-class Sequence:
+class Answer:
     """A request on its way. `tokens` holds the prompt, then what was sampled; the first `num_cached` are in the cache.
 
     It is read until `goal` tokens are in the cache (those it had when it began: the prompt, and after an interruption
@@ -57,7 +57,7 @@ class Sequence:
     grammar: Grammar | None = None
     matcher: Matcher | None = None  # where the answer stands in it
     matched: int = 0  # tokens of the answer that it has seen
-    group: SequenceGroup | None = None
+    group: AnswerGroup | None = None
     keys: list[bytes] = field(default_factory=list)  # of the full pages of what is read
     features: np.ndarray | None = None  # [F, D], until the prompt is read
     pages: list[int] = field(default_factory=list)
@@ -68,7 +68,7 @@ class Sequence:
     stale: bool = False  # part of its cache is of earlier weights: its pages must not become known
     slot: int = -1
     cancelled: bool = False
-    events: list[Event] = field(default_factory=list)
+    events: list[TokenEvent] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)  # of the prompt's tokens from `sampling.score_from` on
     unreported: tuple[float, ...] = ()  # the same, from when they are complete until an event has taken them along
     experts: list[np.ndarray] = field(default_factory=list)  # int32 [L, k] each, of the first tokens
@@ -126,10 +126,10 @@ class Sequence:
     def report(
         self, token: int | None, logprob: float | None, top: tuple, reason: str | None, error: str | None = None,
         version: int = 0,
-    ) -> Event:  # fmt: skip
+    ) -> TokenEvent:  # fmt: skip
         """The next event, remembered for `Engine.run`."""
         experts = np.array(self.experts) if reason is not None and self.sampling.routed_experts else None
         scores, self.unreported = self.unreported, ()
-        event = Event(self.number, token, logprob, top, reason, error, self.num_hits, version, scores, experts)
+        event = TokenEvent(self.number, token, logprob, top, reason, error, self.num_hits, version, scores, experts)
         self.events.append(event)
         return event

@@ -17,10 +17,10 @@ import numpy as np
 
 from kimi_jax.config import ModelConfig
 from kimi_jax.data.example import MediaItem
-from kimi_jax.infer.request import Event, Request, Sampling
+from kimi_jax.infer.request import Request, Sampling, TokenEvent
 
 if TYPE_CHECKING:
-    from kimi_jax.infer.sequence import Sequence
+    from kimi_jax.infer.sequence import Answer
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Unfinished:
     experts: np.ndarray | None = field(default=None, compare=False)
 
     @classmethod
-    def of(cls, answer: Sequence) -> Unfinished:
+    def of(cls, answer: Answer) -> Unfinished:
         """What the engine has of a request."""
         sampling = dataclasses.replace(answer.sampling, seed=answer.seed)
         request = Request(np.array(answer.tokens[: answer.prompt], np.int32), answer.media, sampling, answer.grammar)
@@ -88,7 +88,7 @@ class Unfinished:
             raise ValueError(f"not an unfinished answer: {type(error).__name__}: {error}") from error
 
 
-def restore(answer: Sequence, unfinished: Unfinished, config: ModelConfig) -> None:
+def restore(answer: Answer, unfinished: Unfinished, config: ModelConfig) -> None:
     """Give a request that has just entered an engine what it had so far. Raises ValueError if that cannot be."""
     tokens, count = unfinished.token_ids, len(unfinished.token_ids)
     if not len(unfinished.logprobs) == len(unfinished.top) == len(unfinished.versions) == count:
@@ -106,7 +106,7 @@ def restore(answer: Sequence, unfinished: Unfinished, config: ModelConfig) -> No
     answer.scores = list(unfinished.prompt_logprobs)
     answer.experts = [] if unfinished.experts is None else list(unfinished.experts[: answer.prompt + count - 1])
     rows = zip(tokens, unfinished.logprobs, unfinished.top, unfinished.versions, strict=True)
-    answer.events = [Event(answer.number, token, p, top, None, version=version) for token, p, top, version in rows]
+    answer.events = [TokenEvent(answer.number, token, p, top, None, version=version) for token, p, top, version in rows]
     answer.unreported = unfinished.prompt_logprobs
 
 

@@ -159,3 +159,8 @@ def join(one: Any, other: Any) -> Any:
 def learns(infos: Any, part: str) -> bool:
     """Whether any parameter of this part learns."""
     return any(part in info.parts for info in jax.tree.leaves(learned(infos, infos)))
+
+
+def leaf_name(path: tuple) -> str:
+    """The name of a leaf by its path in the tree, such as "moe_layers.mlp.router.kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -13,7 +13,7 @@ import jax
 from jaxtyping import PyTree
 
 from kimi_jax.config import nearest
-from kimi_jax.nn.param import AdamW, Group, Muon, ParamInfo
+from kimi_jax.nn.param import AdamW, Group, Muon, ParamInfo, leaf_name
 
 
 def param_groups(params: PyTree, rules: Mapping[str, Group] | None = None) -> PyTree[ParamInfo]:
@@ -26,13 +26,13 @@ def param_groups(params: PyTree, rules: Mapping[str, Group] | None = None) -> Py
     are inputs cannot be seen.
     """
     rules = dict(rules or {})
-    names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    names = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for pattern in rules:
         if not fnmatch.filter(names, pattern):
             raise ValueError(f"the rule {pattern!r} matches no parameter{nearest(pattern, names)}")
 
     def info(path: tuple, leaf: jax.Array) -> ParamInfo:
-        name = _name(path)
+        name = leaf_name(path)
         group = next((each for pattern, each in rules.items() if fnmatch.fnmatchcase(name, pattern)), None)
         if group is None and leaf.ndim > 2:
             raise TypeError(
@@ -42,7 +42,3 @@ def param_groups(params: PyTree, rules: Mapping[str, Group] | None = None) -> Py
         return ParamInfo(("",) * leaf.ndim, group or (Muon() if leaf.ndim == 2 else AdamW()))
 
     return jax.tree_util.tree_map_with_path(info, params)
-
-
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, PyTree
 
 from kimi_jax.config import OptimizerConfig
 from kimi_jax.nn.layout import Layout
-from kimi_jax.nn.param import AdamW, Frozen, Muon, ParamInfo, RouterBias, frozen, join, learned
+from kimi_jax.nn.param import AdamW, Frozen, Muon, ParamInfo, RouterBias, frozen, join, leaf_name, learned
 from kimi_jax.optim import newton_schulz, schedules
 
 LABELS = {Muon: "muon", AdamW: "adamw", RouterBias: "router_bias"}
@@ -210,15 +210,15 @@ def _check_groups(infos: PyTree) -> None:
         if not isinstance(info, ParamInfo) or type(info.group) not in (*LABELS, Frozen):
             what = info.group if isinstance(info, ParamInfo) else info
             raise TypeError(
-                f"parameter {_name(path)} has no optimizer group that muonclip knows ({what!r}); declare it with "
+                f"parameter {leaf_name(path)} has no optimizer group that muonclip knows ({what!r}); declare it with "
                 f"kimi_jax.nn.param.declare(..., group=Muon(...) | AdamW() | RouterBias() | Frozen())"
             )
 
 
 def _check_match(infos: PyTree[ParamInfo], tree: PyTree) -> None:
-    known = {_name(path): info for path, info in jax.tree_util.tree_leaves_with_path(infos)}
+    known = {leaf_name(path): info for path, info in jax.tree_util.tree_leaves_with_path(infos)}
     declared = {name: info for name, info in known.items() if not isinstance(info.group, Frozen)}
-    arrays = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    arrays = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     undeclared, missing = sorted(arrays.keys() - known.keys()), sorted(declared.keys() - arrays.keys())
     if undeclared or missing:
         raise ValueError(
@@ -232,7 +232,3 @@ def _check_match(infos: PyTree[ParamInfo], tree: PyTree) -> None:
                 f"parameter {name} of shape {arrays[name].shape} cannot be split as {group}: batch, row and column "
                 f"axes must all come from its {ndim} axes"
             )
-
-
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from kimi_jax.plan import network as net
 from kimi_jax.plan.chips import Chip
-from kimi_jax.plan.hlo import Computation, Instruction, Program, arrays, nbytes, trip_count
+from kimi_jax.plan.hlo import Computation, HloProgram, Instruction, arrays, nbytes, trip_count
 
 # instructions that move bytes but carry no estimate; all others without one are free (views, constants, control)
 MOVERS = ("copy", "sort", "gather", "scatter", "dynamic-update-slice", "dynamic-slice", "concatenate", "transpose",
@@ -103,7 +103,7 @@ def label(op_name: str) -> str:
     return f"{when} {'/'.join(kept[-4:])}".strip()
 
 
-def price(program: Program, chip: Chip, network: net.Network, rounds: int = 1) -> Cost:
+def price(program: HloProgram, chip: Chip, network: net.Network, rounds: int = 1) -> Cost:
     """The cost of one run of `program` on one device; loops of unknown length run `rounds` times."""
     walk = _Walk(program, chip, network, rounds)
     walk.run(program[program.entry], 1.0)
@@ -113,7 +113,7 @@ def price(program: Program, chip: Chip, network: net.Network, rounds: int = 1) -
 class _Walk:
     """Visits every instruction with the number of times it runs."""
 
-    def __init__(self, program: Program, chip: Chip, network: net.Network, rounds: int):
+    def __init__(self, program: HloProgram, chip: Chip, network: net.Network, rounds: int):
         self.program, self.chip, self.network, self.rounds = program, chip, network, rounds
         self.cost = Cost()
 

@@ -99,7 +99,7 @@ class Computation:
 
 
 @dataclass(frozen=True)
-class Program:
+class HloProgram:
     """All computations of a compiled module, and the name of the one where it begins."""
 
     computations: dict[str, Computation]
@@ -111,7 +111,7 @@ class Program:
         return self.computations[name]
 
 
-def parse(text: str) -> Program:
+def parse(text: str) -> HloProgram:
     """The program of `Compiled.as_text()`. Raises HloError if the text holds no entry computation."""
     computations: dict[str, Computation] = {}
     entry, name, lines = "", "", list[str]()
@@ -129,7 +129,7 @@ def parse(text: str) -> Program:
             lines[-1] += "\n" + line
     if not entry:
         raise HloError("this is not the text of a compiled program: it has no ENTRY computation")
-    return Program(computations, entry)
+    return HloProgram(computations, entry)
 
 
 def _instruction(line: str) -> Instruction:
@@ -165,7 +165,7 @@ def _close(text: str) -> tuple[str, str]:
 # ---------------------------------------------------------------------------------------------------------- trip counts
 
 
-def trip_count(program: Program, computation: Computation, loop: Instruction) -> int | None:
+def trip_count(program: HloProgram, computation: Computation, loop: Instruction) -> int | None:
     """How often the body of a `while` runs; None if that is decided at run time.
 
     The compiler's `known_trip_count` if it is there. Otherwise the condition must be `counter < limit` with a limit and
@@ -183,7 +183,7 @@ def trip_count(program: Program, computation: Computation, loop: Instruction) ->
     return None if start is None or stop is None else max(0, stop - start + extra)
 
 
-def _compare(program: Program, condition: Computation) -> tuple[int | str, int | str, int] | None:
+def _compare(program: HloProgram, condition: Computation) -> tuple[int | str, int | str, int] | None:
     """(counter, limit, 1 if the limit is included) of a condition.
 
     Each of the two is a number written as text, or the place (int) in the carried tuple that holds it.
@@ -223,7 +223,7 @@ def _index(element: Instruction) -> int:
     return int(found.group(1)) if found else 0
 
 
-def _carried(program: Program, computation: Computation, loop: Instruction, value: int | str) -> int | None:
+def _carried(program: HloProgram, computation: Computation, loop: Instruction, value: int | str) -> int | None:
     """The number that `value` is before the loop begins."""
     if isinstance(value, str):
         return int(value)

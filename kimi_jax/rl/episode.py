@@ -34,7 +34,7 @@ from kimi_jax.rl.tasks import Problem
 from kimi_jax.sandbox import walls
 from kimi_jax.sandbox.limits import SandboxError, SandboxLimits
 from kimi_jax.sandbox.pool import Pool, PooledSession
-from kimi_jax.sandbox.session import Result
+from kimi_jax.sandbox.session import CellResult
 from kimi_jax.sandbox.tool import IPYTHON, BadArguments, conversation_images, read_code
 
 TOOLS: dict[str, Mapping[str, Any]] = {"ipython": IPYTHON}
@@ -42,11 +42,11 @@ KILLED = "killed"  # status of a call that took the interpreter with it
 
 
 @dataclass(frozen=True)
-class Call:
+class ExecutedCall:
     """A call and what the model was told of it.
 
-    code: what was run; "" if nothing was. status: as `sandbox.session.Result` has it, or "bad_call" (a tool that there
-    is not, arguments that are none), "refused" (one too many in a reply), "failed" (no interpreter started).
+    code: what was run; "" if nothing was. status: as `sandbox.session.CellResult` has it, or "bad_call" (a tool that
+    there is not, arguments that are none), "refused" (one too many in a reply), "failed" (no interpreter started).
     """
 
     id: str
@@ -89,7 +89,7 @@ def find_calls(turn: Sequence[int], tokenizer: Tokenizer, thinking: bool) -> tup
     return reply.tool_calls if reply.finished else ()
 
 
-def encode_results(calls: Sequence[Call], tokenizer: Tokenizer, thinking: bool) -> list[int]:
+def encode_results(calls: Sequence[ExecutedCall], tokenizer: Tokenizer, thinking: bool) -> list[int]:
     """What follows a reply with these calls: their results, and the header of the next reply."""
     messages = [{"role": "tool", "tool_call_id": call.id, "content": call.text} for call in calls]
     parts = conversation.encode(messages, thinking=thinking, add_generation_prompt=True).parts
@@ -101,7 +101,7 @@ def answer_text(turn: Sequence[int], tokenizer: Tokenizer, thinking: bool) -> st
     return parse_reply(turn, tokenizer, thinking).content
 
 
-def transcript(calls: Sequence[Call], text: str) -> str:
+def transcript(calls: Sequence[ExecutedCall], text: str) -> str:
     """An episode for people: each call with its result, and the answer."""
     return "\n".join([*(f"[{call.status}] {call.code or call.id}\n=> {call.text.rstrip()}" for call in calls), text])
 
@@ -115,7 +115,7 @@ class Finished:
     another result than the one in the history."""
 
     key: int
-    calls: tuple[Call, ...]
+    calls: tuple[ExecutedCall, ...]
     replayed: int = 0
     differed: int = 0
 
@@ -149,7 +149,7 @@ class Interpreters:
         return self._running > 0
 
     def run(
-        self, key: int, calls: Sequence[ToolCall], before: Sequence[Call], images: Mapping[str, np.ndarray]
+        self, key: int, calls: Sequence[ToolCall], before: Sequence[ExecutedCall], images: Mapping[str, np.ndarray]
     ) -> None:
         """Runs the calls of the next reply of episode `key`.
 
@@ -215,7 +215,7 @@ class Interpreters:
         await self._pool.__aexit__()
 
     async def _episode(
-        self, key: int, inbox: asyncio.Queue[Sequence[ToolCall] | None], before: Sequence[Call],
+        self, key: int, inbox: asyncio.Queue[Sequence[ToolCall] | None], before: Sequence[ExecutedCall],
         images: Mapping[str, np.ndarray],
     ) -> None:  # fmt: skip
         """An interpreter from an episode's first call to its release. Without one every call fails, and says why."""
@@ -231,10 +231,10 @@ class Interpreters:
             text = shorten(f"error: the interpreter failed: {error}", self._config.characters)
             while calls is not None:
                 if calls:
-                    self._results.put(Finished(key, tuple(Call(call.id, "", text, "failed") for call in calls)))
+                    self._results.put(Finished(key, tuple(ExecutedCall(call.id, "", text, "failed") for call in calls)))
                 calls = await inbox.get()
 
-    async def _replay(self, session: PooledSession, before: Sequence[Call]) -> tuple[int, int]:
+    async def _replay(self, session: PooledSession, before: Sequence[ExecutedCall]) -> tuple[int, int]:
         """Brings a fresh interpreter to where the episode was: (calls run again, those that gave something else).
 
         What lies before a call that killed the interpreter left nothing behind.
@@ -244,20 +244,22 @@ class Interpreters:
         results = [self._shown(await session.run(call.code)) for call in again]
         return len(again), sum(text != call.text for text, call in zip(results, again, strict=True))
 
-    async def _run_call(self, session: PooledSession, number: int, call: ToolCall) -> Call:
+    async def _run_call(self, session: PooledSession, number: int, call: ToolCall) -> ExecutedCall:
         most = self._config.characters
         if number >= self._config.calls:
-            return Call(call.id, "", f"error: not run: at most {self._config.calls} calls in one message", "refused")
+            return ExecutedCall(
+                call.id, "", f"error: not run: at most {self._config.calls} calls in one message", "refused"
+            )
         if call.name not in TOOLS:
-            return Call(call.id, "", shorten(f"error: there is no tool {call.name!r:.100}", most), "bad_call")
+            return ExecutedCall(call.id, "", shorten(f"error: there is no tool {call.name!r:.100}", most), "bad_call")
         try:
             code = read_code(call.arguments if call.arguments.strip() else "{}", self._limits)
         except BadArguments as error:
-            return Call(call.id, "", shorten(f"error: {call.error or error}", most), "bad_call")
+            return ExecutedCall(call.id, "", shorten(f"error: {call.error or error}", most), "bad_call")
         result = await session.run(code)
-        return Call(call.id, code, self._shown(result), result.status)
+        return ExecutedCall(call.id, code, self._shown(result), result.status)
 
-    def _shown(self, result: Result) -> str:
+    def _shown(self, result: CellResult) -> str:
         return shorten(result.text or "(no output)", self._config.characters)
 
 

@@ -14,8 +14,7 @@ import numpy as np
 
 from kimi_jax.config import TrainConfig
 from kimi_jax.data.example import Image, Text
-from kimi_jax.eval.runner import SAMPLES, Row
-from kimi_jax.eval.runner import Sample as Shown
+from kimi_jax.eval.runner import SAMPLES, EvalSample, Row
 from kimi_jax.rl.episode import transcript
 from kimi_jax.rl.pending import PendingGroup
 from kimi_jax.rl.rollout import settings
@@ -30,7 +29,7 @@ def evaluate(
     tasks: Sequence[str],
     limit: int,
     *,
-    samples: list[Shown] | None = None,
+    samples: list[EvalSample] | None = None,
     frozen: Any = None,
 ) -> list[Row]:
     """A row for each named task of `config.rl.tasks` ("all": every one), up to `limit` held-out problems each.
@@ -81,9 +80,9 @@ def _rewards(problems: Sequence[Problem], answers: Sequence[str]) -> np.ndarray:
     return np.array([problem.reward(answer) for problem, answer in zip(problems, answers, strict=True)])
 
 
-def _shown(name: str, problem: Problem, answer: str, control: str, correct: bool) -> Shown:
+def _shown(name: str, problem: Problem, answer: str, control: str, correct: bool) -> EvalSample:
     question, media = question_of(problem), images_of(problem)
-    return Shown(name, question, str(problem.truth), answer.strip(), control.strip(), correct, media)
+    return EvalSample(name, question, str(problem.truth), answer.strip(), control.strip(), correct, media)
 
 
 def question_of(problem: Problem) -> str:

@@ -25,11 +25,11 @@ from kimi_jax.agents import critical, detectors, finder
 from kimi_jax.agents.batched_model import BatchedModel, EpisodeModel
 from kimi_jax.agents.corpus import Corpus, CorpusError
 from kimi_jax.agents.events import ROOT
-from kimi_jax.agents.finder import FAMILIES, Finder, Orchestrator, Question, question
+from kimi_jax.agents.finder import FAMILIES, Finder, FinderQuestion, Orchestrator, question
 from kimi_jax.agents.orchestration import FinishedRun, PlannedRun, play, settings
 from kimi_jax.config import ConfigError, RLConfig, TaskConfig, TrainConfig
 from kimi_jax.data.tokenizer import load_tokenizer
-from kimi_jax.eval.runner import SAMPLES, Row, Sample
+from kimi_jax.eval.runner import SAMPLES, EvalSample, Row
 from kimi_jax.rl import parl
 from kimi_jax.rl.shaping import Anneal
 from kimi_jax.rl.swarm_trajectory import trajectory
@@ -61,7 +61,7 @@ class Questions:
     def __len__(self) -> int:
         return NUM_QUESTIONS
 
-    def __getitem__(self, index: int) -> Question:
+    def __getitem__(self, index: int) -> FinderQuestion:
         return question(self.family, index + (0 if self.split == "train" else HELD_OUT), self.lines)
 
 
@@ -71,7 +71,7 @@ class RunGroup:
 
     task: str
     index: int
-    problem: Question
+    problem: FinderQuestion
     seeds: list[str]
     runs: list[FinishedRun] = field(default_factory=list)
 
@@ -133,7 +133,7 @@ class OrchestratorWorker:
             self._batch = BatchedModel(engine, self._tokenizer, length, self._rl.policy.temperature)
         self._batch.engine.set_params(params, version)
 
-    def begin(self, task: str, index: int, problem: Question, samples: int, seed: int) -> RunGroup:
+    def begin(self, task: str, index: int, problem: FinderQuestion, samples: int, seed: int) -> RunGroup:
         """A group whose runs are not made yet."""
         return RunGroup(task, index, problem, [f"{seed}/{task}/{index}/{k}" for k in range(samples)])
 
@@ -155,7 +155,7 @@ class OrchestratorWorker:
         return play(runs, self._corpus, settings(steps, self._settings.turns, self._rl.rollout.max_new_tokens))
 
     def answer(
-        self, asked: Sequence[Question], reliability: float = 1.0, critical_steps: int | None = None
+        self, asked: Sequence[FinderQuestion], reliability: float = 1.0, critical_steps: int | None = None
     ) -> list[FinishedRun]:
         """A run with the most probable turns for each question, with subagents of that reliability."""
         assert self._batch is not None, "set_params comes first"
@@ -163,7 +163,7 @@ class OrchestratorWorker:
         models = [EpisodeModel(self._batch, i, "", greedy=True) for i in range(len(asked))]
         return self.play([PlannedRun(q, m, subagent) for q, m in zip(asked, models, strict=True)], critical_steps)
 
-    def one_by_one(self, asked: Sequence[Question], critical_steps: int | None = None) -> list[FinishedRun]:
+    def one_by_one(self, asked: Sequence[FinderQuestion], critical_steps: int | None = None) -> list[FinishedRun]:
         """Of each question the run of a script that assigns one task in a turn, with reliable subagents."""
         return self.play([PlannedRun(q, Orchestrator(q, parallel=False), Finder()) for q in asked], critical_steps)
 
@@ -225,7 +225,7 @@ def evaluate(
     tasks: Sequence[str],
     limit: int,
     *,
-    samples: list[Sample] | None = None,
+    samples: list[EvalSample] | None = None,
     frozen: Any = None,
 ) -> list[Row]:
     """Rows of item F1, critical steps and width for each named task of `config.rl.tasks` ("all": every one).
@@ -251,7 +251,9 @@ def evaluate(
         if samples is not None:
             each = zip(runs[:SAMPLES], serial, strict=False)
             samples += [
-                Sample(name, r.asked.text, str(r.asked.gold.rows), r.result.answer, s.result.answer, r.item_f1 >= 1, ())
+                EvalSample(
+                    name, r.asked.text, str(r.asked.gold.rows), r.result.answer, s.result.answer, r.item_f1 >= 1, ()
+                )
                 for r, s in each
             ]
     return rows

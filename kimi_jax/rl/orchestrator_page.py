@@ -19,7 +19,7 @@ from rich.table import Table
 
 from kimi_jax import sharding
 from kimi_jax.agents import trace
-from kimi_jax.agents.finder import Question
+from kimi_jax.agents.finder import FinderQuestion
 from kimi_jax.agents.orchestration import FinishedRun
 from kimi_jax.config import ConfigError, MeshConfig
 from kimi_jax.eval import before_after
@@ -46,7 +46,7 @@ def compare(before: str, after: str, limit: int) -> Runs:
     if rl.orchestrator is None:
         raise ConfigError(f"{after} is no run of an orchestrator: use python -m kimi_jax.rl.page")
     worker = OrchestratorWorker(config, rl, mesh)
-    asked: dict[str, list[Question]] = {}
+    asked: dict[str, list[FinderQuestion]] = {}
     for name, task in rl.tasks.items():
         questions = worker.open_task(task, "validation")
         asked[name] = [questions[i] for i in range(limit)]

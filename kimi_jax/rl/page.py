@@ -24,7 +24,7 @@ from kimi_jax import sharding
 from kimi_jax.config import MeshConfig, TrainConfig
 from kimi_jax.config_rl import PolicyConfig
 from kimi_jax.eval import before_after
-from kimi_jax.eval.runner import Row, Sample
+from kimi_jax.eval.runner import EvalSample, Row
 from kimi_jax.rl import shaping
 from kimi_jax.rl.episode import transcript
 from kimi_jax.rl.evaluate import evaluate, images_of, question_of
@@ -40,7 +40,7 @@ NAMES = ("before", "after")
 
 
 def page(
-    rows: dict[str, list[Row]], shown: dict[str, list[Sample]], groups: Sequence[str], bounds: tuple[float, float]
+    rows: dict[str, list[Row]], shown: dict[str, list[EvalSample]], groups: Sequence[str], bounds: tuple[float, float]
 ) -> str:
     """The page. rows, shown: by NAMES. groups: as `rollouts` makes them. bounds: of the ratio of probabilities."""
     table = before_after.table(
@@ -104,7 +104,7 @@ def _group(worker: RolloutWorker, group: PendingGroup, logp: Sequence[np.ndarray
     return before_after.question(images_of(problem), question_of(problem), str(problem.truth), table)
 
 
-def _problem(before: Sample, after: Sample) -> str:
+def _problem(before: EvalSample, after: EvalSample) -> str:
     shown = [before_after.ShownAnswer(n, s.answer, s.correct) for n, s in zip(NAMES, (before, after), strict=True)]
     return before_after.question(after.media, after.question, after.gold, before_after.answers(shown))
 
@@ -120,7 +120,7 @@ def compare(before: str, after: str, limit: int) -> tuple[dict[str, list[Row]], 
     worker = RolloutWorker(config, rl.rollout, rl.policy.temperature)
     params = {"before": checkpoint.load(before, mesh=mesh)[1], "after": weights}
     rows: dict[str, list[Row]] = {}
-    shown: dict[str, list[Sample]] = {name: [] for name in NAMES}
+    shown: dict[str, list[EvalSample]] = {name: [] for name in NAMES}
     try:
         for name in NAMES:
             rows[name] = evaluate(worker, params[name], config, ("all",), limit, samples=shown[name])

@@ -14,7 +14,7 @@ import numpy as np
 
 from kimi_jax.data.example import Encoded
 from kimi_jax.data.routing import FREE
-from kimi_jax.rl.episode import Call
+from kimi_jax.rl.episode import ExecutedCall
 from kimi_jax.rl.tasks import Problem
 from kimi_jax.rl.types import GIVEN, Group, Segment, Trajectory
 
@@ -22,7 +22,7 @@ FAILED = "error"  # finish of an answer that the sampler could not draw
 
 
 @dataclass
-class Answer:
+class PendingAnswer:
     """One sample as far as it is drawn.
 
     tokens, logp, versions: of all turns, and of what tools gave between them: GIVEN is the version of a token that was
@@ -38,7 +38,7 @@ class Answer:
     versions: list[int] = field(default_factory=list)
     finish: str = ""
     experts: np.ndarray | None = None
-    calls: list[Call] = field(default_factory=list)
+    calls: list[ExecutedCall] = field(default_factory=list)
 
     @property
     def sampled(self) -> int:
@@ -63,9 +63,9 @@ class Answer:
         return {**vars(self), "calls": [vars(call) for call in self.calls]}
 
     @classmethod
-    def of_state(cls, state: Mapping[str, Any]) -> Answer:
+    def of_state(cls, state: Mapping[str, Any]) -> PendingAnswer:
         """What `state` made."""
-        return cls(**{**state, "calls": [Call(**call) for call in state["calls"]]})
+        return cls(**{**state, "calls": [ExecutedCall(**call) for call in state["calls"]]})
 
 
 @dataclass
@@ -76,7 +76,7 @@ class PendingGroup:
     index: int
     problem: Problem
     prompt: Encoded
-    answers: list[Answer]
+    answers: list[PendingAnswer]
 
     @property
     def complete(self) -> bool:
@@ -88,7 +88,7 @@ class PendingGroup:
         """Whether an answer could not be drawn; the group is then drawn anew from another prompt."""
         return any(answer.finish == FAILED for answer in self.answers)
 
-    def tokens(self, answer: Answer) -> np.ndarray:
+    def tokens(self, answer: PendingAnswer) -> np.ndarray:
         """int32 [n]: the prompt and what an answer has so far."""
         return np.concatenate([self.prompt.tokens, np.array(answer.tokens, np.int32)])
 
@@ -97,7 +97,7 @@ class PendingGroup:
         trajectories = [self._trajectory(*each) for each in zip(self.answers, rewards, strict=True)]
         return Group(self.problem.key, tuple(trajectories), self.prompt.media)
 
-    def _trajectory(self, answer: Answer, reward: float) -> Trajectory:
+    def _trajectory(self, answer: PendingAnswer, reward: float) -> Trajectory:
         """A chain: the prompt, then turns and what was given between them."""
         begin = len(self.prompt.tokens)
         segments = [Segment.given(self.prompt.tokens, media=tuple(range(len(self.prompt.media))))]

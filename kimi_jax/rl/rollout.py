@@ -31,8 +31,8 @@ from kimi_jax.data import BadRecord
 from kimi_jax.data.packing import PackShape
 from kimi_jax.packed_batch import PackedBatch
 from kimi_jax.rl import record, shaping
-from kimi_jax.rl.pending import Answer
-from kimi_jax.rl.types import Group, Sample, pack, samples, staleness
+from kimi_jax.rl.pending import PendingAnswer
+from kimi_jax.rl.types import Group, TrainingSample, pack, samples, staleness
 from kimi_jax.train.batches import HostState
 
 Ready = tuple[Group, list[float]]  # a complete group and its advantages
@@ -146,7 +146,7 @@ class RolloutSource:
     def _reopen(self, saved: Mapping[str, Any]) -> Any:
         name, index = saved["task"], saved["index"]
         group = self._worker.begin(name, index, self._problem(name, index), 0, 0)
-        group.answers = [Answer.of_state(answer) for answer in saved["answers"]]
+        group.answers = [PendingAnswer.of_state(answer) for answer in saved["answers"]]
         return group
 
     def report(self) -> dict[str, Any]:
@@ -262,7 +262,7 @@ class RolloutSource:
         if self._rl.toggle is not None:
             toggle = shaping.Toggle(self._rl.toggle.period, self._rl.toggle.threshold, self._rl.toggle.percentile)
             scored = [
-                shaping.Scored(g.key, r.tolist(), [t.num_sampled() for t in g.trajectories])
+                shaping.ScoredGroup(g.key, r.tolist(), [t.num_sampled() for t in g.trajectories])
                 for g, r in zip(groups, rewards, strict=True)
             ]
             rewards, self._shaping = shaping.apply_toggle(toggle, self._shaping, scored)
@@ -277,7 +277,7 @@ class RolloutSource:
         would have another mean."""
         updates, batches = self._rl.rollout.updates, []
         for part in np.array_split(np.arange(len(chosen)), updates):
-            items: list[Sample] = []
+            items: list[TrainingSample] = []
             for i in part:
                 group, advantages = chosen[i]
                 items += samples(group, advantages, self._config.model.media_placeholder_token_id)

@@ -123,7 +123,7 @@ class ShapingState:
         return cls(step, dict(budgets))
 
 
-class Scored(NamedTuple):
+class ScoredGroup(NamedTuple):
     """The samples of one prompt as Toggle sees them: key of the prompt, [K] rewards, [K] lengths in sampled tokens."""
 
     key: str
@@ -132,7 +132,7 @@ class Scored(NamedTuple):
 
 
 def apply_toggle(
-    toggle: Toggle, state: ShapingState, groups: Sequence[Scored]
+    toggle: Toggle, state: ShapingState, groups: Sequence[ScoredGroup]
 ) -> tuple[list[np.ndarray], ShapingState]:
     """(float64 [K] rewards of this iteration for each group, the state with the budgets of all its prompts).
 

@@ -151,7 +151,7 @@ class Group:
             raise TrajectoryError(f"group {self.key}: a segment shows image {max(used)} of {len(self.media)}")
 
 
-class Sample(NamedTuple):
+class TrainingSample(NamedTuple):
     """A context as the packer takes it. columns: COLUMNS, float32 [n] beside the tokens.
 
     experts: int [n, L, k] that the sampler routed each token to, `FREE` where it recorded none; None: no record.
@@ -162,7 +162,7 @@ class Sample(NamedTuple):
     experts: np.ndarray | None = None
 
 
-def samples(group: Group, advantages: Sequence[float], media_pad_id: int) -> list[Sample]:
+def samples(group: Group, advantages: Sequence[float], media_pad_id: int) -> list[TrainingSample]:
     """The contexts of a group that hold a token to train on.
 
     advantages: one for each trajectory. Raises TrajectoryError if media pads and images, or the shapes of recorded
@@ -187,7 +187,7 @@ def samples(group: Group, advantages: Sequence[float], media_pad_id: int) -> lis
             logp = np.where(mask, np.concatenate([p.logp for p in parts]), 0).astype(np.float32)
             encoded = Encoded(tokens, mask.astype(np.float32), media, modality, f"{group.key}#{number}")
             columns = {"logp_sampler": logp, "advantage": np.where(mask, np.float32(advantage), 0)}
-            out.append(Sample(encoded, columns, _experts(parts, encoded.key)))
+            out.append(TrainingSample(encoded, columns, _experts(parts, encoded.key)))
     return out
 
 
@@ -203,7 +203,9 @@ def _experts(parts: Sequence[Segment], key: str) -> np.ndarray | None:
     return np.concatenate(each)
 
 
-def pack(items: Sequence[Sample], shape: packing.PackShape, num_packs: int) -> tuple[PackedBatch, list[Sample]]:
+def pack(
+    items: Sequence[TrainingSample], shape: packing.PackShape, num_packs: int
+) -> tuple[PackedBatch, list[TrainingSample]]:
     """A batch of `num_packs` packs with the columns of COLUMNS, and the samples that found no room, both in order.
 
     With `shape.routing` the batch also holds `routed_experts`, which the training step then forces.

@@ -29,7 +29,7 @@ from kimi_jax.data.example import Encoded, EncodeLimits, Example, encode
 from kimi_jax.data.tokenizer import Tokenizer, load_tokenizer
 from kimi_jax.infer.engine import Engine
 from kimi_jax.infer.generate import STOP_TOKENS
-from kimi_jax.infer.request import Event, Request, RequestEngine, Sampling
+from kimi_jax.infer.request import Request, RequestEngine, Sampling, TokenEvent
 from kimi_jax.rl.episode import (
     Finished,
     Interpreters,
@@ -40,7 +40,7 @@ from kimi_jax.rl.episode import (
     find_calls,
     named_images,
 )
-from kimi_jax.rl.pending import FAILED, Answer, PendingGroup
+from kimi_jax.rl.pending import FAILED, PendingAnswer, PendingGroup
 from kimi_jax.rl.tasks import Problem, Task, open_task
 from kimi_jax.rl.types import GIVEN
 
@@ -61,7 +61,7 @@ class _Part:
     """An answer that is being drawn, until it has so many sampled tokens."""
 
     group: PendingGroup
-    answer: Answer
+    answer: PendingAnswer
     until: int
     greedy: bool
 
@@ -135,7 +135,7 @@ class RolloutWorker:
 
     def begin(self, task: str, index: int, problem: Problem, samples: int, seed: int) -> PendingGroup:
         """A group of which nothing is drawn yet; the seeds of its answers follow from seed, task and index."""
-        answers = [Answer(_seed(seed, task, index, k)) for k in range(samples)]
+        answers = [PendingAnswer(_seed(seed, task, index, k)) for k in range(samples)]
         return PendingGroup(task, index, problem, self.prompt(task, problem), answers)
 
     def draw(self, groups: Sequence[PendingGroup], most: int = 0, greedy: bool = False) -> None:
@@ -163,7 +163,7 @@ class RolloutWorker:
                 for finished in self._interpreters.finished(wait=self._sampler.idle):
                     self._observe(waiting.pop(finished.key), finished, running)
 
-    def _part(self, group: PendingGroup, answer: Answer, most: int, greedy: bool) -> _Part:
+    def _part(self, group: PendingGroup, answer: PendingAnswer, most: int, greedy: bool) -> _Part:
         left = self._rollout.max_new_tokens - answer.sampled
         return _Part(group, answer, answer.sampled + min(left, most or left), greedy)
 
@@ -189,7 +189,7 @@ class RolloutWorker:
         scored = iter(self._sampler.run(requests))
         return [[np.array(next(scored).prompt_logprobs, np.float32) for _ in group.answers] for group in groups]
 
-    def text(self, group: PendingGroup, answer: Answer) -> str:
+    def text(self, group: PendingGroup, answer: PendingAnswer) -> str:
         """What an answer says, without special tokens; of an episode the last reply, without its reasoning."""
         tools, thinking = self._tools(group.task)
         if not tools:
@@ -210,12 +210,12 @@ class RolloutWorker:
         )  # fmt: skip
         return Request(group.tokens(answer), group.prompt.media, sampling)
 
-    def _room(self, group: PendingGroup, answer: Answer) -> int:
+    def _room(self, group: PendingGroup, answer: PendingAnswer) -> int:
         """Most tokens that may still be sampled of an answer."""
         left = self._config.data.sequence_length - len(group.prompt.tokens) - len(answer.tokens)
         return max(min(self._rollout.max_new_tokens - answer.sampled, left), 0)
 
-    def _take(self, event: Event, running: dict[int, _Part], waiting: dict[int, _Part]) -> None:
+    def _take(self, event: TokenEvent, running: dict[int, _Part], waiting: dict[int, _Part]) -> None:
         part = running.get(event.request_id)
         if part is None or part.answer.finish:
             return
@@ -276,11 +276,11 @@ class RolloutWorker:
                 return
         self._release(answer)
 
-    def _release(self, answer: Answer) -> None:
+    def _release(self, answer: PendingAnswer) -> None:
         if self._interpreters is not None:
             self._interpreters.release(id(answer))
 
-    def _repeats(self, answer: Answer) -> bool:
+    def _repeats(self, answer: PendingAnswer) -> bool:
         """Looked for at fixed lengths only, so that an answer ends at the same token whatever is drawn beside it; and
         among sampled tokens only: a tool may say the same twice."""
         if len(answer.tokens) % REPEAT_EVERY or not self._rollout.repeat_period:

@@ -22,7 +22,7 @@ from kimi_jax.config_rl import SANDBOXES
 from kimi_jax.data import BadRecord
 from kimi_jax.data.image import decode, open_image
 from kimi_jax.sandbox.limits import SandboxError, SandboxLimits
-from kimi_jax.sandbox.session import Result, Session
+from kimi_jax.sandbox.session import CellResult, Session
 from kimi_jax.sandbox.walls import choose
 
 # what must fail inside; each tells what would have been reached
@@ -62,7 +62,7 @@ def cells(typed: bool) -> Iterator[str]:
             lines = []
 
 
-def show(result: Result) -> None:
+def show(result: CellResult) -> None:
     """Prints texts as they are, and images by their size."""
     for part in result.parts:
         height_width = "" if isinstance(part, str) else f"[image {part.shape[1]}x{part.shape[0]}]"

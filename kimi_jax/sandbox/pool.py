@@ -21,7 +21,7 @@ import numpy as np
 
 from kimi_jax.sandbox import walls as walling
 from kimi_jax.sandbox.limits import SandboxLimits
-from kimi_jax.sandbox.session import PRELOAD, Result, Session
+from kimi_jax.sandbox.session import PRELOAD, CellResult, Session
 from kimi_jax.sandbox.tool import run_tool
 from kimi_jax.sandbox.walls import Walls
 
@@ -35,7 +35,7 @@ class PooledSession:
         self._session, self._executor = session, executor
         self._call: asyncio.Future[Any] | None = None
 
-    async def run(self, code: str) -> Result:
+    async def run(self, code: str) -> CellResult:
         """As `Session.run`."""
         return await self._in_thread(self._session.run, code)
 

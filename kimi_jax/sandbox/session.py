@@ -44,7 +44,7 @@ Part: TypeAlias = "str | np.ndarray"  # a text, or an image uint8 [h, w, 3]
 
 
 @dataclass(frozen=True)
-class Result:
+class CellResult:
     """parts: texts and images (uint8 [h, w, 3]) in their order. All of it is the word of model-written code.
 
     status: ok, error (an exception), timeout (interrupted, names kept), or killed (the process was replaced).
@@ -113,19 +113,23 @@ class Session:
             if not self._ended:
                 self.restart()
 
-    def run(self, code: str) -> Result:
+    def run(self, code: str) -> CellResult:
         """Runs one cell. Nothing that the code does raises; SandboxError if a new process cannot be started."""
         if len(code) > self.limits.code_chars:
-            return Result("error", (f"the code has {len(code)} characters; at most {self.limits.code_chars} are run",))
+            return CellResult(
+                "error", (f"the code has {len(code)} characters; at most {self.limits.code_chars} are run",)
+            )
         request = {"op": "run", "code": code, "timeout": self.limits.timeout_seconds}
         try:
             return self._ask(request, b"", self.limits.timeout_seconds + self.limits.grace_seconds)
         except _FAILURES as failure:
             reason = self._why(failure)
         if self._ended:
-            return Result("killed", ("The interpreter was ended by its owner.",))
+            return CellResult("killed", ("The interpreter was ended by its owner.",))
         self.restart()
-        return Result("killed", (f"The interpreter was ended: {reason}. A new one has the images, but no other name.",))
+        return CellResult(
+            "killed", (f"The interpreter was ended: {reason}. A new one has the images, but no other name.",)
+        )
 
     def restart(self) -> None:
         """A new process, with the images of the old one. Raises SandboxError."""
@@ -248,7 +252,7 @@ class Session:
         body = b"".join(np.ascontiguousarray(pixels).tobytes() for pixels in images.values())
         self._ask(head, body, self.limits.timeout_seconds + self.limits.grace_seconds)
 
-    def _ask(self, head: Mapping[str, Any], body: bytes, seconds: float) -> Result:
+    def _ask(self, head: Mapping[str, Any], body: bytes, seconds: float) -> CellResult:
         """Sends a request to the process, which runs only until it has replied. Raises one of _FAILURES."""
         limits, deadline = self.limits, time.monotonic() + seconds
         if not self._alive:
@@ -339,7 +343,7 @@ def _read_child_pid(descriptor: int, seconds: float) -> int:
     return 0
 
 
-def read_result(reply: Frame, limits: SandboxLimits) -> Result:
+def read_result(reply: Frame, limits: SandboxLimits) -> CellResult:
     """The result in a frame that an enemy wrote. Raises ProtocolError for anything that an honest one does not hold."""
     status, parts = reply.head.get("status"), reply.head.get("parts")
     if not isinstance(status, str) or status not in STATUSES or not isinstance(parts, list):
@@ -363,7 +367,7 @@ def read_result(reply: Frame, limits: SandboxLimits) -> Result:
         offset += size
     if chars > limits.output_chars + 8192 or len(found) > 2 * limits.output_images + 4 or offset != len(reply.body):
         raise ProtocolError("a reply above its limits")
-    return Result(status, tuple(found))  # type: ignore[arg-type]  # checked above
+    return CellResult(status, tuple(found))  # type: ignore[arg-type]  # checked above
 
 
 def _image_size(value: Any) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from kimi_jax.data.image import decode, open_image
 from kimi_jax.data.media_part import read_data_uri
 from kimi_jax.data.message_fields import IMAGE_TYPES
 from kimi_jax.sandbox.limits import SandboxLimits
-from kimi_jax.sandbox.session import Result, Session
+from kimi_jax.sandbox.session import CellResult, Session
 from kimi_jax.untrusted import parse_object
 
 IPYTHON: dict[str, Any] = {
@@ -74,7 +74,7 @@ def run_tool(session: Session, arguments: str | Mapping[str, Any]) -> list[dict[
     return message_parts(session.run(code))
 
 
-def message_parts(result: Result) -> list[dict[str, Any]]:
+def message_parts(result: CellResult) -> list[dict[str, Any]]:
     """Texts and images of a result as parts of a message (`data.conversation`); images are uint8 [h, w, 3]."""
     parts: list[dict[str, Any]] = []
     for part in result.parts:

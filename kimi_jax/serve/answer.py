@@ -19,8 +19,8 @@ from kimi_jax.data.conversation import call_id, opens_reasoning
 from kimi_jax.data.reply import Delta, ReplyParser
 from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.infer.generate import ReplyStream
-from kimi_jax.infer.request import Event, Request
-from kimi_jax.serve.protocol import Call, ChatCall
+from kimi_jax.infer.request import Request, TokenEvent
+from kimi_jax.serve.protocol import ApiCall, ChatCall
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
 
@@ -32,12 +32,12 @@ class Choice:
     shown: ReplyStream
     prompt: Sequence[int]
     token_ids: list[int] = field(default_factory=list)
-    waiting: list[Event] = field(default_factory=list)  # tokens that no piece of a stream has carried yet
+    waiting: list[TokenEvent] = field(default_factory=list)  # tokens that no piece of a stream has carried yet
     deltas: list[Delta] = field(default_factory=list)  # and text
     prompt_sent: bool = False
     cached_tokens: int = 0  # of the prompt, from the prefix cache
 
-    def feed(self, event: Event) -> None:
+    def feed(self, event: TokenEvent) -> None:
         """Takes the next event."""
         if event.token_id is not None:
             self.token_ids.append(event.token_id)
@@ -46,13 +46,13 @@ class Choice:
         self.deltas += self.shown.feed(event)
 
 
-class Answer:
+class ApiAnswer:
     """The answer to one call: feed its `choices`, and take `pieces` of them as they come, or the `whole` at the end."""
 
     kind = piece_kind = "text_completion"
     id_prefix = "cmpl"
 
-    def __init__(self, call: Call, model: str, tokenizer: Tokenizer, requests: Sequence[Request]):
+    def __init__(self, call: ApiCall, model: str, tokenizer: Tokenizer, requests: Sequence[Request]):
         self._call, self._model, self._tokenizer = call, model, tokenizer
         self._id, self._created = f"{self.id_prefix}-{uuid.uuid4().hex}", int(time.time())
         self.choices = [Choice(self._shown(request), request.token_ids.tolist()) for request in requests]
@@ -104,7 +104,7 @@ class Answer:
     def _finish_reason(self, choice: Choice) -> str:
         return choice.shown.finish_reason
 
-    def _logprobs(self, index: int, events: Sequence[Event]) -> dict[str, Any]:
+    def _logprobs(self, index: int, events: Sequence[TokenEvent]) -> dict[str, Any]:
         result: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for event in events:
             assert event.token_id is not None
@@ -158,7 +158,7 @@ class Answer:
         return self._tokenizer.decode_bytes([token_id]) if token_id < self._tokenizer.vocab_size else b""
 
 
-class ChatAnswer(Answer):
+class ChatAnswer(ApiAnswer):
     """The same for a conversation: reasoning, answer and tool calls apart."""
 
     kind, piece_kind = "chat.completion", "chat.completion.chunk"
@@ -228,7 +228,7 @@ class ChatAnswer(Answer):
         stopped, calls = choice.shown.finish_reason == "stop", choice.shown.reply.tool_calls
         return "tool_calls" if stopped and calls else choice.shown.finish_reason
 
-    def _logprobs(self, index: int, events: Sequence[Event]) -> dict[str, Any]:
+    def _logprobs(self, index: int, events: Sequence[TokenEvent]) -> dict[str, Any]:
         content = []
         for event in events:
             assert event.token_id is not None

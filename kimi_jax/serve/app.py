@@ -38,12 +38,12 @@ from kimi_jax.infer.generate import Chat, chat_request, with_stop_tokens
 from kimi_jax.infer.line import Caller
 from kimi_jax.infer.request import Grammar, Request, Sampling
 from kimi_jax.serve import protocol
-from kimi_jax.serve.answer import Answer, ChatAnswer
+from kimi_jax.serve.answer import ApiAnswer, ChatAnswer
 from kimi_jax.serve.body import VALUE_BYTES, count_values, parse_json, read_body
 from kimi_jax.serve.budget import MemoryBudget, Reservation
 from kimi_jax.serve.grammar import Grammars, grammar_text
 from kimi_jax.serve.guard import Guard, declared_length, refuse
-from kimi_jax.serve.protocol import ApiError, Call, ChatCall, CompletionCall
+from kimi_jax.serve.protocol import ApiCall, ApiError, ChatCall, CompletionCall
 from kimi_jax.serve.remote import Fetcher, IPNetwork
 from kimi_jax.serve.urls import is_remote, opener
 from kimi_jax.serve.weights import MAX_BODY, WeightsFolder
@@ -212,7 +212,7 @@ class Endpoint:
     def __init__(self, server: Server):
         self._server = server
 
-    def parse(self, body: Any) -> Call:
+    def parse(self, body: Any) -> ApiCall:
         """The call a body makes. Raises ApiError(400)."""
         raise NotImplementedError
 
@@ -223,7 +223,7 @@ class Endpoint:
         """
         raise NotImplementedError
 
-    def answer(self, call: Any, requests: list[Request]) -> Answer:
+    def answer(self, call: Any, requests: list[Request]) -> ApiAnswer:
         """An answer that has not begun."""
         raise NotImplementedError
 
@@ -264,7 +264,13 @@ class Endpoint:
             server.answers[self.route, status] += 1
 
     async def _serve(
-        self, call: Call, caller: Caller, begun: float, memory: Reservation, send: Send, room: contextlib.AsyncExitStack
+        self,
+        call: ApiCall,
+        caller: Caller,
+        begun: float,
+        memory: Reservation,
+        send: Send,
+        room: contextlib.AsyncExitStack,
     ) -> None:
         """Preparation, answer. Raises only as long as nothing has been sent. room: what is closed before the end."""
         server = self._server
@@ -285,7 +291,7 @@ class Endpoint:
         # only now may the client know that it is over: its next call finds the room free
         await (_send_done(send) if call.stream else _send_whole(send, answer.whole()))
 
-    async def _fetch(self, call: Call, memory: Reservation) -> dict[str, bytes]:
+    async def _fetch(self, call: ApiCall, memory: Reservation) -> dict[str, bytes]:
         """The bytes of the call's remote URLs. Raises BadRecord, ApiError, Overloaded."""
         fetcher = self._server.fetcher
         if not fetcher or not isinstance(call, ChatCall):
@@ -300,7 +306,7 @@ class Endpoint:
             for task in tasks:
                 task.cancel()
 
-    async def _choices(self, run: Submission, answer: Answer, begun: float) -> AsyncIterator[int]:
+    async def _choices(self, run: Submission, answer: ApiAnswer, begun: float) -> AsyncIterator[int]:
         """Feeds the answer and yields which choice has grown; one that a stop string ended is taken from the engine."""
         first = True
         async for index, event in run.events():
@@ -313,7 +319,7 @@ class Endpoint:
                 run.stop(index)
             yield index
 
-    def sampling(self, call: Call) -> Sampling:
+    def sampling(self, call: ApiCall) -> Sampling:
         """Of the first choice; `max_new_tokens` 0 becomes all the room there is."""
         most = call.sampling.max_new_tokens or self._server.max_sequence_length
         return dataclasses.replace(call.sampling, max_new_tokens=most)
@@ -374,9 +380,9 @@ class CompletionEndpoint(Endpoint):
             result += _choices(Request(np.array(ids, np.int32), (), sampling), call.num_choices)
         return result
 
-    def answer(self, call: CompletionCall, requests: list[Request]) -> Answer:
+    def answer(self, call: CompletionCall, requests: list[Request]) -> ApiAnswer:
         """See Endpoint."""
-        return Answer(call, self._server.name, self._server.tokenizer, requests)
+        return ApiAnswer(call, self._server.name, self._server.tokenizer, requests)
 
 
 def _choices(request: Request, count: int) -> list[Request]:
@@ -440,7 +446,7 @@ async def _while_client_stays(receive: Receive, work: Coroutine[Any, Any, None])
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _send_stream(send: Send, choices: AsyncIterator[int], answer: Answer, usage: bool) -> None:
+async def _send_stream(send: Send, choices: AsyncIterator[int], answer: ApiAnswer, usage: bool) -> None:
     """Server-sent events. What goes wrong after the first byte is said in the stream."""
     headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
     await send({"type": "http.response.start", "status": 200, "headers": headers})

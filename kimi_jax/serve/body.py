@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from kimi_jax.serve.protocol import ApiError
+from kimi_jax.untrusted import refuse_constant
 
 MAX_LEVELS = 64
 MAX_VALUES = 1 << 20  # a prompt of token ids has as many
@@ -75,10 +76,6 @@ def count_values(data: bytes) -> int:
 def parse_json(data: bytes) -> Any:
     """The value of a JSON text. Raises ApiError(400)."""
     try:
-        return json.loads(data, parse_constant=_no_constant)
+        return json.loads(data, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON: {error}") from error
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")

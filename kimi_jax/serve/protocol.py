@@ -67,7 +67,7 @@ def public_text(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Call:
+class ApiCall:
     """What both endpoints share.
 
     sampling: of the first choice; max_new_tokens 0 means as many as there is room for. num_choices: `n`. user: for whom
@@ -91,7 +91,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class ChatCall(Call):
+class ChatCall(ApiCall):
     """A call of /v1/chat/completions; tools is None where none may be called.
 
     sampled: by number, the messages whose `token_ids` were given; see `infer.generate.Chat`. schema: that the content
@@ -110,7 +110,7 @@ class ChatCall(Call):
 
 
 @dataclass(frozen=True)
-class CompletionCall(Call):
+class CompletionCall(ApiCall):
     """A call of /v1/completions; a prompt is a text or its token ids, and each gets `num_choices` answers."""
 
     prompts: tuple[str | tuple[int, ...], ...]

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kimi_jax.infer.line import NOBODY, Caller
-from kimi_jax.infer.request import Event, Request
+from kimi_jax.infer.request import Request, TokenEvent
 
 if TYPE_CHECKING:
     from kimi_jax.infer.engine import Engine, Running
@@ -48,12 +48,12 @@ class Submission:
     def __init__(self, worker: EngineWorker, requests: Sequence[Request], caller: Caller):
         self.requests, self.caller = requests, caller
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.arrived: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self.arrived: asyncio.Queue[tuple[int, TokenEvent]] = asyncio.Queue()
         self.numbers: list[int] = []  # of the engine; the thread's
         self.running = set(range(len(requests)))
         self._worker = worker
 
-    async def events(self) -> AsyncIterator[tuple[int, Event]]:
+    async def events(self) -> AsyncIterator[tuple[int, TokenEvent]]:
         """(number of the choice, event) until every choice has ended or was stopped.
 
         Raises RequestFailed if one of them cannot be answered, EngineFailed if the engine has ended.
@@ -185,7 +185,7 @@ class EngineWorker:
         for run in tuple(self._runs):
             _set_exception(run.accepted, EngineFailed(why))
             for index in tuple(run.running):
-                run.arrived.put_nowait((index, Event(-1, None, None, (), "cancelled", why)))
+                run.arrived.put_nowait((index, TokenEvent(-1, None, None, (), "cancelled", why)))
 
     # ----------------------------------------------------------------------------------------------------- the thread's
 
@@ -237,7 +237,7 @@ class EngineWorker:
     def _leave(self) -> None:
         self._stopping = True
 
-    def _deliver(self, events: Sequence[Event]) -> None:
+    def _deliver(self, events: Sequence[TokenEvent]) -> None:
         arrived = []
         for event in events:
             if event.request_id in self._places:
@@ -253,7 +253,7 @@ class EngineWorker:
             self._loop.call_soon_threadsafe(function, *arguments)
 
 
-def _hand_out(arrived: list[tuple[Submission, int, Event]]) -> None:
+def _hand_out(arrived: list[tuple[Submission, int, TokenEvent]]) -> None:
     for run, index, event in arrived:
         run.arrived.put_nowait((index, event))
 

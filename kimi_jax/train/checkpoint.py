@@ -33,6 +33,7 @@ from jax.sharding import Mesh
 from kimi_jax import checksums, hosts, sharding
 from kimi_jax.config import CheckpointConfig, ConfigError, MeshConfig, TrainConfig, diff, freeze
 from kimi_jax.hf.files import CheckpointError
+from kimi_jax.nn.param import leaf_name
 from kimi_jax.train import inputs
 from kimi_jax.train.batches import described, join_arrays, split_arrays
 from kimi_jax.train.state import TrainState, abstract_params
@@ -385,7 +386,7 @@ def _manager(
 def _paths(tree: Any) -> dict[str, Any]:
     """Leaves by their path, `embed.embedding` or `opt_state.0.mu.embed.embedding`."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    return {leaf_name(path): leaf for path, leaf in leaves}
 
 
 def _flat(state: TrainState) -> dict[str, Any]:

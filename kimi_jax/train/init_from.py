@@ -19,7 +19,7 @@ from kimi_jax.config import ConfigError, InitFromConfig, ModelConfig, TrainConfi
 from kimi_jax.hf import stream
 from kimi_jax.hf.files import CheckpointError
 from kimi_jax.nn.kimi import abstract_params
-from kimi_jax.nn.param import unbox
+from kimi_jax.nn.param import leaf_name, unbox
 from kimi_jax.train import checkpoint
 from kimi_jax.train.weights import load_weights
 
@@ -102,7 +102,7 @@ def _check(chosen: dict[str, str], found: dict[str, ModelConfig], params: Any) -
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}
+    return {leaf_name(path): tuple(leaf.shape) for path, leaf in leaves}
 
 
 def _read(path: str, dtype: str, mesh: Mesh, names: list[str], verify: bool) -> Any:

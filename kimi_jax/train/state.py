@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from kimi_jax import sharding
 from kimi_jax.config import LoRAConfig, ModelConfig
 from kimi_jax.nn import kimi, lora
-from kimi_jax.nn.param import freeze, metadata, unbox
+from kimi_jax.nn.param import freeze, leaf_name, metadata, unbox
 
 
 @struct.dataclass
@@ -115,7 +115,7 @@ def _moment_shardings(opt_state: Any, params: Any, whole: NamedSharding) -> Any:
             param = known.get(path[start:])
             if param is not None and param.shape == leaf.shape:
                 return param.sharding
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        name = leaf_name(path)
         raise sharding.ShardingError(f"optimizer array {name} {leaf.shape} belongs to no parameter")
 
     return jax.tree_util.tree_map_with_path(find, opt_state)

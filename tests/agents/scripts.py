@@ -7,7 +7,7 @@ import anyio
 
 from kimi_jax.agents.config import SwarmConfig
 from kimi_jax.agents.events import Event, Usage
-from kimi_jax.agents.model import Call, Request, Response, ScriptedModel
+from kimi_jax.agents.model import Call, ModelRequest, Response, ScriptedModel
 from kimi_jax.agents.swarm import Swarm, SwarmResult
 from kimi_jax.agents.virtual_time import VirtualTimeLoop
 
@@ -28,24 +28,24 @@ def assign(*briefs: str, agent: str = "worker") -> list[tuple[str, dict]]:
     return [("assign_task", {"agent": agent, "prompt": brief}) for brief in briefs]
 
 
-def turn(request: Request) -> int:
+def turn(request: ModelRequest) -> int:
     """How many answers the agent has given already."""
     return sum(message["role"] == "assistant" for message in request.messages)
 
 
-def brief(request: Request) -> str:
+def brief(request: ModelRequest) -> str:
     return request.messages[1]["content"]
 
 
-def results(request: Request) -> list[str]:
+def results(request: ModelRequest) -> list[str]:
     """Contents of all tool messages."""
     return [message["content"] for message in request.messages if message["role"] == "tool"]
 
 
-def orchestrator(briefs: Sequence[str], child: Callable[[Request], Awaitable[Response]], **usage) -> ScriptedModel:
+def orchestrator(briefs: Sequence[str], child: Callable[[ModelRequest], Awaitable[Response]], **usage) -> ScriptedModel:
     """Creates `worker`, assigns all briefs in one turn, answers with all results; children answer by `child`."""
 
-    async def answer(request: Request) -> Response:
+    async def answer(request: ModelRequest) -> Response:
         if "/" in request.agent:
             return await child(request)
         if turn(request) == 0:

@@ -10,7 +10,7 @@ from kimi_jax.agents.code_tool import code_tool
 from kimi_jax.agents.tools import Toolset
 from kimi_jax.sandbox.limits import SandboxError
 from kimi_jax.sandbox.pool import Pool
-from kimi_jax.sandbox.session import Result
+from kimi_jax.sandbox.session import CellResult
 
 
 class Fake:
@@ -40,11 +40,11 @@ def call(tool, code):
 @pytest.mark.parametrize(
     "result, text, status",
     [
-        (Result("ok", ("4\n",)), "4\n", "ok"),
-        (Result("ok", ()), "(no output)", "ok"),
-        (Result("error", ("ZeroDivisionError",)), "ZeroDivisionError", "error"),
-        (Result("timeout", ("interrupted",)), "interrupted", "timeout"),
-        (Result("killed", ("memory",)), "memory", "error"),
+        (CellResult("ok", ("4\n",)), "4\n", "ok"),
+        (CellResult("ok", ()), "(no output)", "ok"),
+        (CellResult("error", ("ZeroDivisionError",)), "ZeroDivisionError", "error"),
+        (CellResult("timeout", ("interrupted",)), "interrupted", "timeout"),
+        (CellResult("killed", ("memory",)), "memory", "error"),
     ],
 )
 def test_code_tool_gives_what_the_interpreter_says(result, text, status):

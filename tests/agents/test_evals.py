@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_jax.agents import evals
-from kimi_jax.agents.evals import Column, PromptJudge, Score, Table, TableError, parse_table, score
+from kimi_jax.agents.evals import PromptJudge, ScoredColumn, Table, TableError, TableScore, parse_table, score
 from tests.environment import FIXTURES
 
 COLUMNS = (
-    Column("Country", key=True),
-    Column("Capital"),
-    Column("Area", metrics=("number_near",), preprocess=("extract_number",), tolerance=0.01),
-    Column("Founded", metrics=("date_near",), preprocess=("norm_date",)),
+    ScoredColumn("Country", key=True),
+    ScoredColumn("Capital"),
+    ScoredColumn("Area", metrics=("number_near",), preprocess=("extract_number",), tolerance=0.01),
+    ScoredColumn("Founded", metrics=("date_near",), preprocess=("norm_date",)),
 )
 NAMES = ("Country", "Capital", "Area", "Founded")
 GOLD = Table(
@@ -28,7 +28,7 @@ GOLD = Table(
         ("Fiji", "Suva", "18274", "1970-10-10"),
     ),
 )
-PERFECT = Score(*[1.0] * 7)
+PERFECT = TableScore(*[1.0] * 7)
 
 
 def markdown(table: Table) -> str:
@@ -105,16 +105,16 @@ def test_duplicated_rows_change_nothing():
 )
 def test_no_table_or_other_columns_is_zero_with_a_reason(answer):
     found = score(answer, GOLD, COLUMNS)
-    assert found == Score(reason=found.reason) and found.reason
+    assert found == TableScore(reason=found.reason) and found.reason
 
 
 def test_table_without_rows_is_zero():
-    assert score(markdown(with_rows([])), GOLD, COLUMNS) == Score()
+    assert score(markdown(with_rows([])), GOLD, COLUMNS) == TableScore()
 
 
 def test_precision_and_recall_equal_an_independent_count():
     """Random damage to a gold table of exact cells, counted by sets of rows and of (key, column, value) items."""
-    columns = (Column("k", key=True), Column("a"), Column("b"))
+    columns = (ScoredColumn("k", key=True), ScoredColumn("a"), ScoredColumn("b"))
     rng = random.Random(0)
     for _ in range(300):
         gold = [(f"k{i}", f"a{rng.randint(0, 2)}", f"b{rng.randint(0, 2)}") for i in range(rng.randint(1, 8))]
@@ -143,7 +143,7 @@ def test_scores_are_those_of_the_published_scorer():
     """
     head, *cases = map(json.loads, (FIXTURES / "widesearch_golden.jsonl").read_text(encoding="utf-8").splitlines())
     columns = [
-        Column(name, name == "Country", tuple(rule["metrics"]), tuple(rule["preprocess"]), rule["tolerance"])
+        ScoredColumn(name, name == "Country", tuple(rule["metrics"]), tuple(rule["preprocess"]), rule["tolerance"])
         for name, rule in head["rules"].items()
     ]
     alike = 0
@@ -194,7 +194,7 @@ def test_metric(metric, predicted, gold, tolerance, right):
 
 
 def test_several_metrics_of_a_column_are_one_cell():
-    columns = (Column("k", key=True), Column("v", metrics=("exact_match", "in_match")))
+    columns = (ScoredColumn("k", key=True), ScoredColumn("v", metrics=("exact_match", "in_match")))
     gold = Table(("k", "v"), (("a", "red and blue"), ("b", "green")))
     assert score(gold, gold, columns) == PERFECT, "the published sum would give 6 right of 4 items"
     found = score(Table(("k", "v"), (("a", "red"), ("b", "green"))), gold, columns)
@@ -206,11 +206,13 @@ def test_columns_that_do_not_fit_the_gold_table_are_the_callers_mistake():
         with pytest.raises(ValueError, match="gold table"):
             score(GOLD, gold, columns)
     with pytest.raises(ValueError, match="unknown"):
-        Column("a", metrics=("nonsense",))
+        ScoredColumn("a", metrics=("nonsense",))
 
 
 def test_trials_are_average_best_and_any():
-    found = evals.trials([Score(item_f1=0.5, row_f1=0.2), Score(success=1.0, item_f1=1.0, row_f1=1.0), Score()])
+    found = evals.trials(
+        [TableScore(item_f1=0.5, row_f1=0.2), TableScore(success=1.0, item_f1=1.0, row_f1=1.0), TableScore()]
+    )
     assert (found.item_avg, found.item_max, found.row_max) == (0.5, 1.0, 1.0)
     assert found.success_any == 1.0 and found.success_avg == pytest.approx(1 / 3)
 
@@ -231,7 +233,7 @@ class Scripted:
         return self.verdict(pairs)
 
 
-JUDGED = (Column("Country", key=True), Column("Capital", metrics=("llm_judge",), criterion="the same city"))
+JUDGED = (ScoredColumn("Country", key=True), ScoredColumn("Capital", metrics=("llm_judge",), criterion="the same city"))
 SHORT = Table(("Country", "Capital"), (("Norway", "Oslo"), ("Chile", "Santiago")))
 
 
@@ -357,7 +359,7 @@ def test_any_text_is_a_table_or_a_table_error(text):
 def test_any_cells_are_scored_between_zero_and_one(rows):
     judged = (
         *COLUMNS[:3],
-        Column("Founded", metrics=("llm_judge", "url_match", "set_match"), preprocess=("norm_date",)),
+        ScoredColumn("Founded", metrics=("llm_judge", "url_match", "set_match"), preprocess=("norm_date",)),
     )
     found = score(with_rows(rows), GOLD, judged)
     values = (found.success, found.row_precision, found.row_recall, found.row_f1, found.item_precision, found.item_f1)

@@ -9,7 +9,7 @@ import pytest
 from kimi_jax.agents.config import SwarmConfig
 from kimi_jax.agents.journal import read_run
 from kimi_jax.agents.local_model import LocalModel
-from kimi_jax.agents.model import Call, EndpointModel, ModelError, RateLimited, Request
+from kimi_jax.agents.model import Call, EndpointModel, ModelError, ModelRequest, RateLimited
 from kimi_jax.agents.swarm import Swarm
 from kimi_jax.agents.tools import from_function
 from kimi_jax.config import preset
@@ -89,7 +89,7 @@ def drawn(record):
 def test_local_model_refuses_what_the_engine_refuses():
     async def main(engine, waiting=256):
         async with LocalModel(engine, TOKENIZER, "tiny", waiting=waiting) as model:
-            return await model.complete(Request("root", [{"role": "user", "content": "x" * 5000}], [], 100))
+            return await model.complete(ModelRequest("root", [{"role": "user", "content": "x" * 5000}], [], 100))
 
     engine = ScriptedEngine(TOKENIZER, lambda prompt: [])
     engine.config = SwarmEngine(0).config

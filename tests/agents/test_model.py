@@ -12,15 +12,15 @@ from kimi_jax.agents.model import (
     Call,
     EndpointModel,
     ModelError,
+    ModelRequest,
     Prices,
     RateLimited,
-    Request,
     Unavailable,
     read_answer,
 )  # fmt: skip
 from tests.agents.endpoint import endpoint, message
 
-REQUEST = Request(
+REQUEST = ModelRequest(
     "root",
     [{"role": "user", "content": "Q?"}],
     [{"name": "look", "description": "Looks.", "parameters": {"type": "object", "properties": {}}}],

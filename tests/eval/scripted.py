@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kimi_jax.infer.request import Event, Request
+from kimi_jax.infer.request import Request, TokenEvent
 
 
 class ScriptedEngine:
@@ -27,14 +27,14 @@ class ScriptedEngine:
     def cancel(self, number: int) -> None:
         self.running.pop(number, None)
 
-    def step(self) -> list[Event]:
+    def step(self) -> list[TokenEvent]:
         events = []
         for number, (request, made) in list(self.running.items()):
             made.append(self.rule(request, made))
             wanted = request.sampling
             stopped = made[-1] in wanted.stop_ids
             reason = "stop" if stopped else "length" if len(made) >= wanted.max_new_tokens else None
-            events.append(Event(number, made[-1], 0.0, (), reason))
+            events.append(TokenEvent(number, made[-1], 0.0, (), reason))
             if reason:
                 del self.running[number]
         return events

@@ -13,7 +13,7 @@ from kimi_jax.data.example import Image, Text
 from kimi_jax.data.tokenizer import train_tokenizer
 from kimi_jax.eval import packed, runner, scorers, tasks
 from kimi_jax.eval.__main__ import table, write_rows, write_samples
-from kimi_jax.eval.tasks import Control, Question, Task
+from kimi_jax.eval.tasks import Control, EvalTask, Question
 from kimi_jax.nn.kimi import init_params
 from kimi_jax.nn.param import unbox
 from tests.eval.scripted import ScriptedEngine
@@ -102,7 +102,7 @@ def colour_task(kind="choice", **changes):
             for i in range(limit)
         ]
 
-    task = Task(
+    task = EvalTask(
         "colour", "vision_knowledge", "image", kind, tasks.METRICS[kind], "d", build, lambda q, m: 0.25,
         (Control("blank image", change=tasks.blank_image),), max_new_tokens=6, report_majority=True,
     )  # fmt: skip

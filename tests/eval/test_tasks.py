@@ -5,7 +5,7 @@ import pytest
 
 from kimi_jax.data.example import Image, Text, Video
 from kimi_jax.eval import tasks
-from kimi_jax.eval.tasks import COLUMNS, Control, Question, Task
+from kimi_jax.eval.tasks import COLUMNS, Control, EvalTask, Question
 
 EVERY = [*tasks.resolve("all"), *(task for task in tasks.TASKS.values() if task.only_by_name)]
 
@@ -108,6 +108,6 @@ def test_unknown_tasks_and_bad_registrations_are_refused():
         tasks.register(tasks.TASKS["wiki_bpb"])
     plain = {"modality": "text", "doc": "", "build": lambda n: [Question((), "x")], "chance": lambda q, m: 0.0}
     with pytest.raises(ValueError, match="no control"):
-        tasks.register(Task("t", "code", kind="choice", metrics=("accuracy",), controls=(), **plain))
+        tasks.register(EvalTask("t", "code", kind="choice", metrics=("accuracy",), controls=(), **plain))
     with pytest.raises(ValueError, match="metrics"):
-        tasks.register(Task("t", "code", kind="choice", metrics=("bits",), controls=(Control("c"),), **plain))
+        tasks.register(EvalTask("t", "code", kind="choice", metrics=("bits",), controls=(Control("c"),), **plain))

@@ -51,7 +51,7 @@ def table(policy, serial):
          "score": float(limit >= (step if name == "serial" else step + 0.01 * seed))}
         for seed in EXPERIMENT.seeds for limit in LIMITS for name, step in (("policy", policy), ("serial", serial))
     ]  # fmt: skip
-    return harness.Table(EXPERIMENT, "cpu", records)
+    return harness.ResultsTable(EXPERIMENT, "cpu", records)
 
 
 def test_steps_to_a_target_lie_between_two_limits_and_are_infinite_where_it_is_not_reached():

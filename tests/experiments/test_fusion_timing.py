@@ -47,7 +47,7 @@ def test_plot_needs_a_seed_that_its_rows_share(early_seed, drawn, tmp_path):
     seeds = {"early": early_seed, "mid": 0, "late": 0}
     records = [{"row": row, "seed": seed, "task": "x", "step": 0, "score": 0.0} for row, seed in seeds.items()]
     curves = [{**r, "task": figures.CURVE, "step": s, "score": v} for r in records for s, v in CURVE]
-    figures.draw(harness.Table(EXPERIMENT, "cpu", records, curves), tmp_path)
+    figures.draw(harness.ResultsTable(EXPERIMENT, "cpu", records, curves), tmp_path)
     assert (tmp_path / "text.png").exists() == drawn
 
 
@@ -69,14 +69,14 @@ def test_dip_that_does_not_recover_lasts_to_the_end():
 
 
 def test_budgets_that_differ_are_refused():
-    def table(late: float) -> harness.Table:
+    def table(late: float) -> harness.ResultsTable:
         tokens = {"early": 1000.0, "mid": 1000.0, "late": late}
         records = [
             {"row": row, "seed": 0, "task": name, "score": n}
             for row, n in tokens.items()
             for name in ("vision_tokens", "text_tokens")
         ]
-        return harness.Table(EXPERIMENT, "cpu", records)
+        return harness.ResultsTable(EXPERIMENT, "cpu", records)
 
     assert len(check(table(999.0))) == 2
     with pytest.raises(ValueError, match=r"vision_tokens of early, mid, late differ by 0\.50%"):

@@ -52,7 +52,7 @@ def records(of: Experiment, effect: float, seed: int = 0, hashed: bool = False) 
 
 
 def verdicts(of: Experiment, effect: float, seed: int = 0) -> list[str]:
-    table = harness.Table(of, "cpu", records(of, effect, seed))
+    table = harness.ResultsTable(of, "cpu", records(of, effect, seed))
     return [claim.judge(table).outcome for claim in of.claims]
 
 
@@ -70,7 +70,7 @@ def test_claims_on_nulls_are_confirmed_at_most_as_often_as_chance_allows():
 
 def test_claims_of_equivalence_need_an_interval_inside_the_margin():
     of = experiment()
-    table = harness.Table(of, "cpu", records(of, 0.05))
+    table = harness.ResultsTable(of, "cpu", records(of, 0.05))
     assert harness.equivalent("task/accuracy", "null", "plain", 0.05)(table).outcome == CONFIRMED
     assert harness.equivalent("task/accuracy", "planted", "plain", 0.01)(table).outcome == CONTRADICTED
     assert harness.equivalent("task/accuracy", "null", "plain", 1e-4)(table).outcome == UNDECIDED
@@ -80,7 +80,7 @@ def test_claim_above_a_control_compares_two_scores_of_one_row():
     of = experiment()
     found = records(of, 0.0)
     control = [{**r, "task": "task/control", "score": r["score"] - 0.05} for r in found]
-    table = harness.Table(of, "cpu", [*found, *control])
+    table = harness.ResultsTable(of, "cpu", [*found, *control])
     assert harness.above_control("task/accuracy", "plain", "task/control")(table).outcome == CONFIRMED
     assert harness.above_control("task/control", "plain", "task/accuracy")(table).outcome == CONTRADICTED
 
@@ -95,7 +95,7 @@ def test_second_process_waits_for_the_lock_of_the_first(tmp_path):
 
 def test_claims_are_not_judged_by_one_seed():
     of = experiment()
-    table = harness.Table(of, "cpu", [r for r in records(of, 1.0) if r["seed"] == 0])
+    table = harness.ResultsTable(of, "cpu", [r for r in records(of, 1.0) if r["seed"] == 0])
     assert of.claims[0].judge(table) == harness.Verdict(UNDECIDED, None)
 
 
@@ -134,11 +134,11 @@ def test_config_hash_ignores_the_workdir_and_sees_every_other_setting():
 def test_readme_says_what_was_not_run_and_what_the_claims_came_to():
     of = experiment()
     found = [r for r in records(of, 0.05) if (r["row"], r["seed"]) != ("null", 4)]
-    text = report.render(of, harness.Table(of, "cpu", found))
+    text = report.render(of, harness.ResultsTable(of, "cpu", found))
     assert "| planted is better | **confirmed at this scale** |" in text
     assert "| null is better | **not distinguishable** |" in text
     assert "| null | 0, 1, 2, 3 (not run: 4) |" in text
-    assert "**not run**" in report.render(of, harness.Table(of, "cpu", []))
+    assert "**not run**" in report.render(of, harness.ResultsTable(of, "cpu", []))
 
 
 def test_readme_says_when_rows_are_not_comparable():
@@ -147,7 +147,7 @@ def test_readme_says_when_rows_are_not_comparable():
 
     of = experiment(check=check)
     assert "**Rows are not comparable**: tokens differ by 5 %" in report.render(
-        of, harness.Table(of, "cpu", records(of, 0.0))
+        of, harness.ResultsTable(of, "cpu", records(of, 0.0))
     )
 
 

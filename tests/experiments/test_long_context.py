@@ -62,7 +62,7 @@ def table(effect):
         for row in EXPERIMENT.rows for seed in EXPERIMENT.seeds for task in EXPERIMENT.tasks
         for control in ("", f"/{CONTROLS[TEXT]}", "/without the frame")
     ]  # fmt: skip
-    return harness.Table(EXPERIMENT, "cpu", records)
+    return harness.ResultsTable(EXPERIMENT, "cpu", records)
 
 
 def test_planted_effect_is_confirmed_and_none_is_not():

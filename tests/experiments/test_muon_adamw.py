@@ -12,7 +12,7 @@ def test_steps_to_a_target_lie_between_the_points_of_the_curve():
     assert steps_to(curve, 2.5) == 25 and steps_to(curve, 3.0) == 20 and steps_to(curve, 1.0) is None
 
 
-def planted_table(speed: float) -> harness.Table:
+def planted_table(speed: float) -> harness.ResultsTable:
     """AdamW falls from 4 by 0.01 a step over 160 steps, Muon `speed` times as fast, by 2 % more or less from seed to
     seed; other rates are worse."""
     results, curves = [], []
@@ -24,7 +24,7 @@ def planted_table(speed: float) -> harness.Table:
             points = [(step, 4.0 - slope * noise * step) for step in range(5, 161, 5)]
             curves += [{"row": row, "seed": seed, "task": CURVE, "step": s, "score": v} for s, v in points]
             results.append({"row": row, "seed": seed, "task": CURVE, "step": 160, "score": points[-1][1]})
-    return harness.Table(EXPERIMENT, "cpu", results, curves)
+    return harness.ResultsTable(EXPERIMENT, "cpu", results, curves)
 
 
 def test_tokens_ratio_is_the_planted_one_at_the_best_rates():

@@ -22,7 +22,7 @@ def table(effect):
          "score": 0.6 + 0.05 * seed + (effect + 0.004 * (-1) ** seed if row == "k2_5" else 0.0)}
         for row in EXPERIMENT.rows for seed in EXPERIMENT.seeds for task in ("reward", SCORE)
     ]  # fmt: skip
-    return harness.Table(EXPERIMENT, "cpu", records)
+    return harness.ResultsTable(EXPERIMENT, "cpu", records)
 
 
 def test_planted_effect_is_confirmed_and_none_is_not():

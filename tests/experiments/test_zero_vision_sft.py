@@ -125,7 +125,7 @@ def table(changes):
          "score": changes.get((row, task), changes.get(task, 0.5)) + 0.01 * seed + 0.002 * np.sin(seed + len(row))}
         for row in EXPERIMENT.rows for seed in EXPERIMENT.seeds for task in names
     ]  # fmt: skip
-    return harness.Table(EXPERIMENT, "cpu", records)
+    return harness.ResultsTable(EXPERIMENT, "cpu", records)
 
 
 def test_planted_effects_are_confirmed_and_none_is_not():

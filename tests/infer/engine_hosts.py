@@ -25,7 +25,7 @@ import numpy as np  # noqa: E402
 from kimi_jax import hosts, sharding  # noqa: E402
 from kimi_jax.infer import lockstep  # noqa: E402
 from kimi_jax.infer.engine import Engine  # noqa: E402
-from kimi_jax.infer.request import Event, Request, Sampling  # noqa: E402
+from kimi_jax.infer.request import Request, Sampling, TokenEvent  # noqa: E402
 from tests.infer.test_engine import make_image, text, with_image  # noqa: E402
 from tests.nn import tiny  # noqa: E402
 
@@ -65,7 +65,7 @@ def run(engine: Engine | lockstep.Leader) -> list[list]:
     """Of each request its tokens and how it ended; the last one is cancelled after three steps."""
     numbers = [engine.submit(request) for request in requests()]
     cancelled = engine.submit(Request(text(9, 30), sampling=Sampling(0.0, max_new_tokens=20)), ("here", "me"))
-    found: dict[int, list[Event]] = {number: [] for number in (*numbers, cancelled)}
+    found: dict[int, list[TokenEvent]] = {number: [] for number in (*numbers, cancelled)}
     for step in range(1000):
         if step == 3:
             engine.cancel(cancelled)
@@ -87,7 +87,7 @@ def lead_or_follow(engine: Engine, links: list[lockstep.Link], dies: bool) -> li
         if dies and jax.process_index() == jax.process_count() - 1:
             step, left = engine.step, [2]
 
-            def fatal(tokens: int | None) -> list[Event]:
+            def fatal(tokens: int | None) -> list[TokenEvent]:
                 left[0] -= 1
                 if not left[0]:
                     os.kill(os.getpid(), signal.SIGKILL)

@@ -18,7 +18,7 @@ from kimi_jax.data.image import normalise
 from kimi_jax.data.reply import Delta, Reply, ReplyParser, parse_reply
 from kimi_jax.data.tokenizer import train_tokenizer
 from kimi_jax.infer.generate import Chat, ReplyStream, StopStrings, chat_request, stream
-from kimi_jax.infer.request import Event, Sampling
+from kimi_jax.infer.request import Sampling, TokenEvent
 from tests.serve.server import ScriptedEngine, byte_tokenizer, load_checkpoint
 
 TOKENIZER = byte_tokenizer()
@@ -28,7 +28,7 @@ STOP_IDS = (END,)
 
 def events(tokens, reason="stop"):
     """The tokens one by one, the last one with a reason."""
-    return [Event(0, int(t), -1.0, (), reason if i == len(tokens) - 1 else None) for i, t in enumerate(tokens)]
+    return [TokenEvent(0, int(t), -1.0, (), reason if i == len(tokens) - 1 else None) for i, t in enumerate(tokens)]
 
 
 def shown(tokens, parser=None, stop=(), reason="stop", tokenizer=TOKENIZER):
@@ -92,7 +92,7 @@ def test_stop_strings_are_looked_for_in_the_answer_only():
     tokens = TOKENIZER.encode("a.b</think>c.d", allow_special_tokens=True)
     deltas, view = shown([*tokens, END], ReplyParser(True), stop=["."])
     assert (view.reply.reasoning, view.reply.content, view.finish_reason) == ("a.b", "c", "stop")
-    assert view.feed(Event(0, ord("x"), -1.0, (), None)) == []
+    assert view.feed(TokenEvent(0, ord("x"), -1.0, (), None)) == []
 
 
 def test_what_may_begin_a_stop_string_comes_before_the_call_that_follows():

@@ -10,13 +10,13 @@ import pytest
 
 from kimi_jax.infer.line import NOBODY, Line
 from kimi_jax.infer.request import Request, Sampling
-from kimi_jax.infer.sequence import Sequence
+from kimi_jax.infer.sequence import Answer
 from tests.infer.engines import fresh, one_by_one
 from tests.infer.test_engine import text
 
 
 def answer(number, caller=NOBODY):
-    return Sequence(number, Sampling(), (), [1], 1, 2, np.full(1, -1, np.int32), [], 0, caller)
+    return Answer(number, Sampling(), (), [1], 1, 2, np.full(1, -1, np.int32), [], 0, caller)
 
 
 def line_of(*callers):

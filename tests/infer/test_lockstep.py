@@ -21,7 +21,7 @@ from kimi_jax import hosts
 from kimi_jax.data.example import MediaItem
 from kimi_jax.infer import lockstep
 from kimi_jax.infer.engine import Engine
-from kimi_jax.infer.request import Event, GrammarError, Request, Sampling
+from kimi_jax.infer.request import GrammarError, Request, Sampling, TokenEvent
 from tests.environment import REPO
 from tests.train.processes import environment, free_port
 
@@ -109,7 +109,7 @@ class Recorder(Engine):
             except GrammarError as error:
                 mask = str(error)
         self.asked.append(("step", tokens, mask))
-        return [Event(0, self.drawn, -0.5, (), None)]
+        return [TokenEvent(0, self.drawn, -0.5, (), None)]
 
 
 class Picky:

@@ -10,7 +10,7 @@ from kimi_jax.data.conversation import ARGUMENTS, CALL, CALL_END, CALLS, CALLS_E
 from kimi_jax.data.tokenizer import train_tokenizer
 from kimi_jax.data.tool_declaration import declare_tools
 from kimi_jax.infer.engine import Engine
-from kimi_jax.infer.request import Event
+from kimi_jax.infer.request import TokenEvent
 from kimi_jax.rl.worker import RolloutWorker
 from kimi_jax.sandbox.tool import IPYTHON
 from tests.rl.tiny_run import TEXT
@@ -92,7 +92,7 @@ class Script:
             token = left.pop(0)
             each[2] = most - 1
             finish = "stop" if token in stops else "length" if most == 1 else None
-            events.append(Event(number, token, -0.5, (), finish, version=self.version))
+            events.append(TokenEvent(number, token, -0.5, (), finish, version=self.version))
             if finish:
                 self._running.remove(each)
         return events

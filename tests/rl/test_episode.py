@@ -16,7 +16,7 @@ from kimi_jax.data.example import encode as encode_example
 from kimi_jax.data.packing import unpack
 from kimi_jax.data.reply import ToolCall
 from kimi_jax.rl import page
-from kimi_jax.rl.episode import Call, Finished, Interpreters, user_message
+from kimi_jax.rl.episode import ExecutedCall, Finished, Interpreters, user_message
 from kimi_jax.rl.evaluate import evaluate
 from kimi_jax.rl.rollout import RolloutSource
 from kimi_jax.rl.tasks import LADDER, Problem
@@ -284,7 +284,7 @@ class Slow:
             return []
         self.steps.append(self._sampler.steps)
         key, calls = self._waiting.pop(0)
-        return [Finished(key, tuple(Call(c.id, "1", "1", "ok") for c in calls))]
+        return [Finished(key, tuple(ExecutedCall(c.id, "1", "1", "ok") for c in calls))]
 
     def release(self, key):
         pass

@@ -9,11 +9,11 @@ import pytest
 
 from kimi_jax.config import ConfigError, LoRAConfig, MeshConfig, RLConfig, TaskConfig
 from kimi_jax.data.packing import PackShape, unpack
-from kimi_jax.eval.runner import Row, Sample
+from kimi_jax.eval.runner import EvalSample, Row
 from kimi_jax.nn.kimi import init_params
 from kimi_jax.nn.param import unbox
 from kimi_jax.rl import page
-from kimi_jax.rl.pending import Answer
+from kimi_jax.rl.pending import PendingAnswer
 from kimi_jax.rl.rollout import RolloutSource
 from kimi_jax.rl.tasks import LADDER, Problem
 from kimi_jax.rl.worker import RolloutWorker
@@ -119,8 +119,8 @@ def test_repetition_ends_an_answer_and_is_worth_nothing(folder):
     # the last ones differ; a longer period; looked for at multiples of 16 only
     goes_on = [[7, 8] * 7 + [7, 9], [7, 8, 9, 10] * 4, [5] * 15]
     for tokens, repeats in [*((t, True) for t in ends), *((t, False) for t in goes_on)]:
-        assert worker._repeats(Answer(0, tokens, [0.0] * len(tokens), [0] * len(tokens))) is repeats, tokens
-    given = Answer(
+        assert worker._repeats(PendingAnswer(0, tokens, [0.0] * len(tokens), [0] * len(tokens))) is repeats, tokens
+    given = PendingAnswer(
         0, [*range(8), *[5] * 8], [0.0] * 16, [0] * 8 + [-1] * 8
     )  # what a tool says is no repetition of the model
     assert not worker._repeats(given)
@@ -321,7 +321,7 @@ def test_page_shows_problems_and_marks_tokens_and_takes_answers_for_text(folder,
     assert any('class="low"' in group or 'class="high"' in group for group in groups)
     hostile = "<script>alert(1)</script>"
     row = Row("toy", "copy", "text", "reward", 0.5, 0.1, 0.1, "next answer", 0.2, 9)
-    shown = Sample("toy", hostile, "a", hostile, "b", False, ())
+    shown = EvalSample("toy", hostile, "a", hostile, "b", False, ())
     text = page.page({n: [row] for n in page.NAMES}, {n: [shown] for n in page.NAMES}, groups, (0.5, 2.0))
     assert "0.500 ± 0.100" in text and hostile not in text and "&lt;script&gt;" in text
 

@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_jax.rl import shaping
-from kimi_jax.rl.shaping import Anneal, Scored, ShapingState, Toggle, advantages
+from kimi_jax.rl.shaping import Anneal, ScoredGroup, ShapingState, Toggle, advantages
 from kimi_jax.rl.types import Group, Segment, Trajectory
 
 
 def apply_toggle(toggle, state, rewards, lengths):
     """Of one prompt, "x"."""
-    (shaped,), state = shaping.apply_toggle(toggle, state, [Scored("x", rewards, lengths)])
+    (shaped,), state = shaping.apply_toggle(toggle, state, [ScoredGroup("x", rewards, lengths)])
     return shaped, state
 
 
@@ -111,7 +111,7 @@ def test_toggle_threshold_is_inclusive():
 
 def test_toggle_measures_all_prompts_of_an_iteration_and_the_first_group_of_a_prompt():
     toggle = Toggle(percentile=100)
-    groups = [Scored("x", [1.0], [3]), Scored("y", [0.0], [9]), Scored("x", [1.0], [5])]
+    groups = [ScoredGroup("x", [1.0], [3]), ScoredGroup("y", [0.0], [9]), ScoredGroup("x", [1.0], [5])]
     shaped, state = shaping.apply_toggle(toggle, ShapingState(), groups)
     assert state.budgets == {"x": 3.0, "y": None}
     assert [r.tolist() for r in shaped] == [[1], [0], [0]]

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from kimi_jax.sandbox import walls
 from kimi_jax.sandbox.limits import SandboxLimits
 from kimi_jax.sandbox.protocol import HEADER, MAGIC, Frame, Pipes, ProtocolError, read_frame
-from kimi_jax.sandbox.session import Result, Session, read_result
+from kimi_jax.sandbox.session import CellResult, Session, read_result
 from tests.environment import REPO
 from tests.sandbox.machines import CONFIGURATIONS, QUICK, SMALL, walls_or_skip
 
@@ -59,13 +59,13 @@ def strongest():
             yield opened
 
 
-def attack(session: Session, code: str) -> Result:
+def attack(session: Session, code: str) -> CellResult:
     """Runs the attack and proves that the session works afterwards, whatever it did."""
     result = session.run(FIND + code)
     second = session.run("6 * 7")
     if second.status == "killed":  # what was forged ahead of the request was found out
         second = session.run("6 * 7")
-    assert second == Result("ok", ("42\n",))
+    assert second == CellResult("ok", ("42\n",))
     return result
 
 
@@ -111,7 +111,7 @@ def test_reply_forged_for_this_request_says_no_more_than_an_honest_one(session: 
 def test_reply_forged_ahead_is_never_taken_for_the_next_one(session: Session):
     session.run(FIND + f"import threading\nforge({OK})\nforge({OK}, id=os.urandom(16))")
     assert session.run("'honest'").status in ("killed", "ok")
-    assert session.run("'honest'") == Result("ok", ("'honest'\n",))
+    assert session.run("'honest'") == CellResult("ok", ("'honest'\n",))
 
 
 def test_text_that_cannot_be_encoded_is_made_harmless(session: Session):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kimi_jax.sandbox import seccomp, syscalls, walls
 from kimi_jax.sandbox.limits import SandboxError, SandboxLimits
-from kimi_jax.sandbox.session import PRELOAD, Result, Session
+from kimi_jax.sandbox.session import PRELOAD, CellResult, Session
 from tests.sandbox.machines import CONFIGURATIONS, SMALL, walls_or_skip
 
 
@@ -25,8 +25,8 @@ def session(request):
 
 
 def test_session_keeps_its_names(session: Session):
-    assert session.run("a = 20\ndef f(x): return x + a") == Result("ok", ())
-    assert session.run("f(1)") == Result("ok", ("21\n",))
+    assert session.run("a = 20\ndef f(x): return x + a") == CellResult("ok", ())
+    assert session.run("f(1)") == CellResult("ok", ("21\n",))
     assert session.run("_ * 2").text == "42\n"
 
 
@@ -134,7 +134,7 @@ def test_what_models_write_works(session: Session):
         "im.filter(ImageFilter.GaussianBlur(2)).resize((5, 5))\n"
         "print(np.linalg.svd(np.random.default_rng(0).random((5, 5)))[1].shape, np.fft.fft(np.ones(4))[0])\n"
     )
-    assert session.run(code) == Result("ok", ("D(x=3)\nthread\n(5,) (4+0j)\n",))
+    assert session.run(code) == CellResult("ok", ("D(x=3)\nthread\n(5,) (4+0j)\n",))
     if session.walls.name != "lock":
         code = (
             "import tempfile, os\nwith tempfile.NamedTemporaryFile('w+') as f:\n"

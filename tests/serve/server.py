@@ -22,7 +22,7 @@ from kimi_jax.config import ModelConfig
 from kimi_jax.data.kimi_tokenizer import KimiTokenizer
 from kimi_jax.data.tokenizer import load_tokenizer
 from kimi_jax.infer.line import NOBODY, Caller
-from kimi_jax.infer.request import Event, Request
+from kimi_jax.infer.request import Request, TokenEvent
 from kimi_jax.model import Model, load
 from kimi_jax.serve.app import Server
 from kimi_jax.serve.guard import uvicorn_settings
@@ -128,7 +128,7 @@ class ScriptedEngine:
                 self.cancelled.append(number)
             self.changed.notify_all()
 
-    def step(self) -> list[Event]:
+    def step(self) -> list[TokenEvent]:
         if self.permits is not None and not self.permits.acquire(timeout=0.01):
             return []
         if self.broken:
@@ -137,14 +137,14 @@ class ScriptedEngine:
         for number in sorted(self.left)[: self.slots]:
             if number in self.doomed:
                 del self.left[number]
-                events.append(Event(number, None, None, (), "error", "vision: MemoryError: too large"))
+                events.append(TokenEvent(number, None, None, (), "error", "vision: MemoryError: too large"))
                 continue
             token, sampling = self.left[number].pop(0), self.requests[number].sampling
             reason = "stop" if token in sampling.stop_ids else None if self.left[number] else "length"
             if reason:
                 del self.left[number]
             top = tuple((i, -1.0 - i) for i in range(sampling.top_logprobs))
-            events.append(Event(number, token, -0.5, top, reason, version=self.version))
+            events.append(TokenEvent(number, token, -0.5, top, reason, version=self.version))
         return events
 
     @property
