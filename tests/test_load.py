@@ -53,7 +53,7 @@ def model():
     return kimi.load(FIXTURES / "tiny_fp32", dtype="float32")
 
 
-def picks(io, prefix):
+def expert_ids(io, prefix):
     return np.stack([io[f"{prefix}.text.layer{layer}.topk_indices"] for layer in (1, 2)])[None]
 
 
@@ -63,11 +63,11 @@ def test_fixture_in_float32(model, io, media):
     assert error(model.logits(io["mm.input_ids"], *media), io["mm.logits"]) <= EXACT
 
 
-def test_pinned_to_the_released_picks_nothing_changes(model, io, media):
-    """The picks are the router's own, so pinning them proves that the pin reaches the right layers and tokens."""
-    pinned = model.logits(io["mm.input_ids"], *media, routed_experts=picks(io, "mm"))
+def test_pinned_to_the_released_experts_nothing_changes(model, io, media):
+    """The experts are the router's own, so pinning them proves that the pin reaches the right layers and tokens."""
+    pinned = model.logits(io["mm.input_ids"], *media, routed_experts=expert_ids(io, "mm"))
     assert error(pinned, io["mm.logits"]) <= EXACT
-    other = model.logits(io["mm.input_ids"], *media, routed_experts=picks(io, "mm")[:, ::-1])
+    other = model.logits(io["mm.input_ids"], *media, routed_experts=expert_ids(io, "mm")[:, ::-1])
     assert error(other, io["mm.logits"]) > 0.01
 
 
@@ -76,7 +76,7 @@ def test_bfloat16_pinned(io, media):
     assert model.params["embed"]["embedding"].dtype == ml_dtypes.bfloat16
     assert model.params["moe_layers"]["mlp"]["router"]["bias"].dtype == np.float32
     assert error(model.vision_features(*media), io["vision.features"]) <= BF16
-    pinned = model.logits(io["mm.input_ids"], *media, routed_experts=picks(io, "mm"))
+    pinned = model.logits(io["mm.input_ids"], *media, routed_experts=expert_ids(io, "mm"))
     assert error(pinned, io["mm.logits"]) <= BF16
 
 

@@ -37,7 +37,7 @@ def test_layout_wherever_it_fits(model):
 
 
 @pytest.mark.parametrize("topology", ["v5p-512", "v5p-1024", "v5p-4096", "ironwood-512"])
-def test_released_model_is_cut_evenly(topology):
+def test_released_model_is_sharded_evenly(topology):
     """Every device holds its share of the weights and at most 5 % more: not all of the vision tower divides."""
     config = freeze(PODS["get_config"](f"kimi_k2_5@{topology}"))
     devices = PODS["TOPOLOGIES"][topology][0]

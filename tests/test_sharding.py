@@ -52,7 +52,7 @@ def test_slices_hold_whole_replicas():
         sharding.make_mesh(MeshConfig(), chips)
 
 
-def test_array_is_cut_once_by_preference_and_only_where_it_divides(mesh):
+def test_array_is_sharded_once_by_preference_and_only_where_it_divides(mesh):
     def spec_of(axes, shape):
         return sharding.spec(ParamInfo(axes, Muon()), shape, mesh)
 
@@ -98,7 +98,7 @@ def test_every_parameter_of_every_preset_has_rules_and_every_rule_a_parameter(me
     assert sharding.unused_rules(*trees) == []
 
 
-def test_released_model_is_cut_evenly(mesh):
+def test_released_model_is_sharded_evenly(mesh):
     """On 8 devices each holds an eighth of K2.5's weights, but for the norms and small tables."""
     abstract = state_lib.abstract_params(preset("kimi_k2_5"), mesh)
     total = sum(x.size for x in jax.tree.leaves(abstract))

@@ -1,4 +1,4 @@
-"""Which pages a request gets: those of a prefix that is known, those of its group's prompt, new ones.
+"""Prefix cache, and which pages a request gets: those of a prefix that is known, those of its group's prompt, new ones.
 
 Source: docs/architecture.md section 9. `cache.PagePool` counts pages and knows their keys; here is what an answer may
 share. Scored tokens must be computed, and so must tokens whose experts are asked for and were not recorded. A prefix

@@ -63,8 +63,8 @@ class Programs:
         self.compilations = 0
         self.weights: decoder.Weights | None = None
         make = functools.partial(empty_cache, config, sizes.pages, sizes.page_size)
-        self._cut = None if mesh is None else rows_sharding(mesh, sizes.pages)  # of the cache
-        self.cache: Cache = make() if mesh is None else jax.jit(make, out_shardings=self._cut)()
+        self._cache_sharding = None if mesh is None else rows_sharding(mesh, sizes.pages)
+        self.cache: Cache = make() if mesh is None else jax.jit(make, out_shardings=self._cache_sharding)()
 
     # ------------------------------------------------------------------------------------------------------- weights
 
@@ -76,7 +76,7 @@ class Programs:
         return jax.device_put(params, sharding.param_shardings(metadata(boxed), unbox(boxed), self.mesh))
 
     def set_weights(self, params: dict[str, Any]) -> None:
-        """Decode with these from now on. The first ones are cut step by step, later ones by a compiled function."""
+        """Decode with these from now on. The first ones are split into layers one by one, later ones by a program."""
         split = None if self.weights is None else self._split
         self.weights = decoder.prepare(self.config, params, split)
 
@@ -119,7 +119,7 @@ class Programs:
             self.compilations += 1
             return copy_pages(cache, source, target)
 
-        return jax.jit(run, donate_argnums=0, out_shardings=self._cut)
+        return jax.jit(run, donate_argnums=0, out_shardings=self._cache_sharding)
 
     # --------------------------------------------------------------------------------------------------------- calls
 

@@ -152,16 +152,16 @@ def _directions(
     if layout is None:
         matrices = [as_matrices(array, group) for array, (group, _) in zip(arrays, leaves, strict=True)]
         return [newton_schulz.orthogonalize(x, steps, dtype) for x in matrices]
-    dealings = [
+    distributions = [
         newton_schulz.Distribution(group.batch, group.rows, layout.mesh, layout.spec(axes, array.shape))
         for array, (group, axes) in zip(arrays, leaves, strict=True)
     ]
     kinds: dict[tuple, list[int]] = {}
-    for i, (array, dealing) in enumerate(zip(arrays, dealings, strict=True)):
-        kinds.setdefault((array.dtype, *dealing.kind(array.shape)), []).append(i)
+    for i, (array, distribution) in enumerate(zip(arrays, distributions, strict=True)):
+        kinds.setdefault((array.dtype, *distribution.kind(array.shape)), []).append(i)
     out: list[Array] = list(arrays)
     for members in kinds.values():
-        together = [arrays[i] for i in members], [dealings[i] for i in members]
+        together = [arrays[i] for i in members], [distributions[i] for i in members]
         for i, direction in zip(members, newton_schulz.orthogonalize_sharded(*together, steps, dtype), strict=True):
             out[i] = direction
     return out

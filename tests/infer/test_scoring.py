@@ -67,8 +67,8 @@ def test_experts_are_those_of_the_packed_model(engine):
     pixels = (requests[0].media[0].patches.astype(np.float32) / 127.5 - 1).reshape(-1, 3, 4, 4)
     tokens = np.array([*requests[0].token_ids, *first.token_ids[:-1]])[None]
     for shift, same in ((0, True), (1, False)):
-        picks = ((first.experts + shift) % 4).swapaxes(0, 1)[None]
-        logits = model().logits(tokens, pixels, [requests[0].media[0].grid], routed_experts=picks)[0, 19:]
+        routed_experts = ((first.experts + shift) % 4).swapaxes(0, 1)[None]
+        logits = model().logits(tokens, pixels, [requests[0].media[0].grid], routed_experts=routed_experts)[0, 19:]
         want = jax.nn.log_softmax(logits)[np.arange(11), np.array(first.token_ids)]
         assert np.allclose(first.logprobs, want, atol=1e-4) == same
 

@@ -104,7 +104,7 @@ def test_distributed_over_devices_equals_one_device(shape, batch, rows, spec, mo
     np.testing.assert_allclose(got, want, atol=TOLERANCE)
 
 
-def test_no_device_gathers_a_bank():
+def test_no_device_gathers_a_stack_of_experts():
     """The compiled program exchanges parts; nothing in it is as large as what all devices hold together."""
     mesh = sharding.make_mesh(MeshConfig(fsdp=4, expert=2))
     where = newton_schulz.Distribution(2, 1, mesh, P(None, "expert", "fsdp", None))

@@ -1,9 +1,9 @@
 """The routed experts when there are fewer rows than experts, on a CPU: decoding.
 
 Source: profile in benchmarks/README.md, "Prefill and decoding". Then nothing counts but the weights that are read. So
-rows are taken in the order of their experts: an expert's matrices are cut out of the expert weights once, which XLA:CPU
-does by a copy into its cache, and multiplied by one row after the other. A product of one row is read off the matrix as
-it lies; for a few rows together XLA:CPU first packs the matrix, which costs more than the product.
+rows are taken in the order of their experts: an expert's matrices are sliced out of the expert weights once, which
+XLA:CPU does by a copy into its cache, and multiplied by one row after the other. A product of one row is read off the
+matrix as it lies; for a few rows together XLA:CPU first packs the matrix, which costs more than the product.
 
 N tokens   k choices a token   M = N*k assignments   E experts   D, F widths
 """
