@@ -12,6 +12,7 @@ from kimi_jax.ranges import Count, Natural, NonNegative, OneOf, Positive, Range
 
 SANDBOXES = ("auto", "bubblewrap", "lock", "none")  # walls that may be asked for; see `sandbox.walls.choose`
 
+SUBAGENTS = ("script", "frozen", "trained")  # what plays the subagents of an orchestrator
 LOSSES = ("k2_5", "k1_5", "ppo", "cispo", "gspo", "none")
 
 
@@ -117,14 +118,20 @@ class OrchestratorConfig:
     lambda_parallel: NonNegative = 0.3
     lambda_finish: NonNegative = 0.2
     anneal: Natural = 30  # iterations in which both weights fall to zero; 0: they stay
-    # (iteration, share of briefs that subagents are up to) from then on: weak ones first, stronger later
+    # "script"; "frozen": the weights that the run began with; "trained": the policy, on its own reward
+    subagents: Annotated[str, OneOf(SUBAGENTS)] = "script"
+    # (iteration, share of briefs that scripted subagents are up to) from then on: weak ones first, stronger later
     reliability: tuple[tuple[int, float], ...] = ((0, 1.0),)
 
     def conflict(self) -> str:
         """What does not go together; empty if all does."""
         starts = [start for start, _ in self.reliability]
         fine = starts[:1] == [0] and sorted(set(starts)) == starts and all(0 <= r <= 1 for _, r in self.reliability)
-        return "" if fine else f"reliability = {self.reliability} begins at iteration 0, rises, and is between 0 and 1"
+        if not fine:
+            return f"reliability = {self.reliability} begins at iteration 0, rises, and is between 0 and 1"
+        if self.subagents != "script" and self.reliability != ((0, 1.0),):
+            return f"reliability is that of scripted subagents; leave it out with subagents = {self.subagents!r}"
+        return ""
 
     def reliability_at(self, iteration: int) -> float:
         """That of the subagents in one iteration."""

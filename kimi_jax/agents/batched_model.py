@@ -13,8 +13,10 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
+from collections import Counter
 from typing import TYPE_CHECKING
 
+from kimi_jax.agents.events import ROOT
 from kimi_jax.agents.local_model import to_chat, to_response
 from kimi_jax.agents.model import ModelError, ModelRequest, Response
 from kimi_jax.data.reply import ReplyParser
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
 LONGER = 1e6  # virtual seconds that the policy waits, longer than any subagent can take
 MIN_ANSWER = 8  # tokens; a prompt that leaves less ends its episode
 
-Waiting = tuple[tuple[int, int], sampler.Request, "asyncio.Future[sampler.Completion]"]
+Order = tuple[int, str, int]  # number of the episode, its agent, and that one's turn
+Waiting = tuple[Order, sampler.Request, "asyncio.Future[sampler.Completion]"]
 
 
 class BatchedModel:
@@ -39,8 +42,8 @@ class BatchedModel:
         self.max_length, self.temperature = max_length, temperature
         self._waiting: list[Waiting] = []
 
-    async def sample(self, order: tuple[int, int], request: sampler.Request) -> sampler.Completion:
-        """The completion of a request. order: number of the episode and of its turn."""
+    async def sample(self, order: Order, request: sampler.Request) -> sampler.Completion:
+        """The completion of a request."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[sampler.Completion] = loop.create_future()
         if not self._waiting:
@@ -63,7 +66,8 @@ class BatchedModel:
 
 
 class EpisodeModel:
-    """The policy in one run. number: of the episode; seed: of its samples; greedy: the most probable token each time.
+    """The policy in one run, as any of its agents. number: of the episode; seed: of its samples; greedy: the most
+    probable token each time.
 
     Tools are not declared: a policy of a few million parameters knows them from its training.
     """
@@ -72,13 +76,15 @@ class EpisodeModel:
 
     def __init__(self, batch: BatchedModel, number: int, seed: str, greedy: bool = False):
         self._batch, self._number, self._seed, self._greedy = batch, number, seed, greedy
-        self._turn = 0
+        self._turns: Counter[str] = Counter()  # of each agent
 
     async def complete(self, request: ModelRequest) -> Response:
-        """One turn of the orchestrator. Raises ModelError where the conversation leaves no room for it."""
-        batch, turn = self._batch, self._turn
-        self._turn += 1
-        digest = hashlib.sha256(f"{self._seed}/{turn}".encode()).digest()
+        """One turn of an agent. Raises ModelError where the conversation leaves no room for it."""
+        batch, agent = self._batch, request.agent
+        turn = self._turns[agent]
+        self._turns[agent] += 1
+        place = f"{turn}" if agent == ROOT else f"{agent}/{turn}"
+        digest = hashlib.sha256(f"{self._seed}/{place}".encode()).digest()
         chat = to_chat(request.messages, (), thinking=False)
         sampling = sampler.Sampling(
             0.0 if self._greedy else batch.temperature, seed=int.from_bytes(digest[:4], "big"), logprobs=True,
@@ -92,7 +98,7 @@ class EpisodeModel:
         if room < MIN_ANSWER:
             raise ModelError(f"the conversation has {len(asked.token_ids)} of {batch.max_length} tokens")
         asked = dataclasses.replace(asked, sampling=dataclasses.replace(asked.sampling, max_new_tokens=room))
-        done = await batch.sample((self._number, turn), asked)
+        done = await batch.sample((self._number, agent, turn), asked)
         if done.token_ids[-1] == batch.tokenizer.media_pad_id:  # of no image; behind it nothing could be trained on
             raise ModelError("the answer holds a media pad")
         shown = ReplyStream(batch.tokenizer, asked.sampling.stop_ids, ReplyParser(chat.reasons))

@@ -25,7 +25,7 @@ from typing import Any
 
 from kimi_jax.agents.evals import ScoredColumn, Table, TableScore, score
 from kimi_jax.agents.events import ROOT, Event, Usage
-from kimi_jax.agents.families import RELATIONS, Document, Knobs, facts, make, read_borders, related, sections
+from kimi_jax.agents.families import RELATIONS, Document, Knobs, facts, make, neighbour, read_borders, related, sections
 from kimi_jax.agents.model import Call, ModelError, ModelRequest, Response
 from kimi_jax.agents.researcher import BYTES_A_TOKEN, find_sections, look_up, past_calls
 
@@ -38,7 +38,7 @@ COLUMNS = (
 )
 RELATION_NAMES = ("longest", "shortest", "first", "last")  # as RELATIONS of the families, in one word
 MAX_CITED = 64  # numbers, of four digits and a space, that an answer may have
-_BRIEF = re.compile(rf"(?:({'|'.join(RELATION_NAMES)}) border of )?(\S.{{0,98}})")
+BRIEF = re.compile(rf"(?:({'|'.join(RELATION_NAMES)}) border of )?(\S.{{0,98}})")
 _PARALLEL_FAMILY = {"wide": "wide", "chain": "trap", "mixed": "mixed"}
 
 
@@ -104,13 +104,34 @@ def documents() -> list[Document]:
 
 
 def results(events: Sequence[Event]) -> list[str]:
-    """What came back of each call of the orchestrator, in their order; an agent that did not finish gave nothing."""
+    """The row that came back of each call of the orchestrator, in their order; "" if none did."""
     ends = {event.agent: event for event in events if event.kind == "end"}
     found = []
     for event in _returned(events):
         end = ends[str(event.detail["child"])] if event.kind == "join" else None
-        found.append(str(end.detail["summary"]) if end and end.status == "ok" else "")
+        found.append(_row(str(end.detail["summary"])) if end and end.status == "ok" else "")
     return found
+
+
+def delivered(events: Sequence[Event]) -> list[tuple[str, str]]:
+    """(brief, row) of each subagent; "" for one that came back without a row."""
+    briefs = {str(e.detail["child"]): str(e.detail["brief"]) for e in events if e.kind == "spawn"}
+    rows = zip(_returned(events), results(events), strict=True)
+    return [(briefs[str(event.detail["child"])], row) for event, row in rows if event.kind == "join"]
+
+
+def _row(summary: str) -> str:
+    """What a subagent that finished says, if it has the form of a row."""
+    return summary if " | " in summary else ""
+
+
+def row_of(brief: str) -> str:
+    """The row that a brief asks for; "" if there is none."""
+    asked = BRIEF.fullmatch(brief)
+    country = asked[2] if asked else ""
+    if asked and asked[1]:
+        country = (neighbour(country, RELATION_NAMES.index(asked[1])) or "") if country in facts() else ""
+    return f"{country} | {facts()[country].cells[AREA]}" if country in facts() else ""
 
 
 def _returned(events: Sequence[Event]) -> list[Event]:
@@ -176,7 +197,7 @@ class Finder:
 
     def _turn(self, request: ModelRequest) -> tuple[str, tuple[str, dict[str, Any]] | None]:
         brief = str(request.messages[1]["content"]).strip()
-        asked = _BRIEF.fullmatch(brief)
+        asked = BRIEF.fullmatch(brief)
         past = past_calls(request.messages)
         if asked is None or (past and self._gives_up(brief)):
             raise ModelError("no such row")
@@ -191,10 +212,10 @@ class Finder:
             if document.offset < document.total:
                 return "", ("read", {"document": name, "offset": document.offset})
             borders = read_borders(document.value("Land boundaries, border countries"))
-            neighbour = related(borders, RELATION_NAMES.index(relation))
-            if neighbour is None:
+            found = related(borders, RELATION_NAMES.index(relation))
+            if found is None:
                 raise ModelError(f"no {relation} border of {country}")
-            country = neighbour
+            country = found
         cells, step, _ = look_up(country, [AREA], past)
         if step and request.tools:
             return "", step
@@ -259,4 +280,4 @@ def _summary(envelope: str) -> str:
         fields = json.loads(envelope)
     except ValueError:
         return ""  # the runtime refused the task
-    return str(fields["summary"]) if fields["status"] == "ok" else ""
+    return _row(str(fields["summary"])) if fields["status"] == "ok" else ""

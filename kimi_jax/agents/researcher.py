@@ -49,8 +49,13 @@ class _Text:
 
     def value(self, label: str) -> str:
         """What stands behind a label at the beginning of a line; "" without such a line."""
-        found = re.search(rf"^{re.escape(label)}: (.*)\n", self.text + "\n", re.MULTILINE)
-        return found[1] if found else ""
+        return value_of(self.text, label)
+
+
+def value_of(text: str, label: str) -> str:
+    """What stands behind a label at the beginning of a line of a text; "" without such a line."""
+    found = re.search(rf"^{re.escape(label)}: (.*)\n", text + "\n", re.MULTILINE)
+    return found[1] if found else ""
 
 
 class Researcher:
@@ -174,7 +179,7 @@ def find_sections(
     found: dict[str, tuple[str, _Text]] = {}
     for queries, count in (
         ([f"{country} {section}" for section in wanted], 5),
-        ([f"{country} {_label(column)}" for column in columns], 20),
+        ([f"{country} {label_of(column)}" for column in columns], 20),
     ):
         call = next((c for c in past if c.name == "search" and c.arguments["queries"] == queries), None)
         if call is None:
@@ -192,7 +197,7 @@ def _section(column: str) -> str:
     return SECTIONS.get(column, "Geography")
 
 
-def _label(column: str) -> str:
+def label_of(column: str) -> str:
     """What stands at the beginning of the Factbook's line for a column."""
     return "Capital, name" if column == "Capital" else ", ".join(part.strip() for part in NUMBERS[column][1:])
 
@@ -208,5 +213,5 @@ def _read(name: str, past: Sequence[PastCall]) -> _Text:
 
 def _cell(column: str, document: _Text) -> str:
     """The value of a column on the Factbook's line for it."""
-    value = document.value(_label(column))
+    value = document.value(label_of(column))
     return re.split(r"[;(]", value)[0].strip() if column == "Capital" else read_number(value)

@@ -1,7 +1,10 @@
 """Rollouts of an orchestrator (PARL): each answer is a run of the swarm runtime, and its record is the trajectory.
 
 Source: Kimi K2.5 report (arXiv 2602.02276), sections 6.1 to 6.3: the orchestrator is trained, subagents are frozen and
-what they say is an observation, runs are limited by critical steps. docs/rl.md section 11.
+what they say is an observation, runs are limited by critical steps. docs/rl.md sections 11 and 12.
+
+Subagents are scripts, or a model: the weights that the run began with, or the policy itself, which then is trained on
+what it wrote in their place too, each context a sequence with the advantage of its run.
 
 K samples of a group
 
@@ -18,16 +21,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from kimi_jax.agents import critical, detectors, finder
+from kimi_jax import sharding
+from kimi_jax.agents import critical, detectors, finder, searcher
 from kimi_jax.agents.batched_model import BatchedModel, EpisodeModel
 from kimi_jax.agents.corpus import Corpus, CorpusError
 from kimi_jax.agents.events import ROOT
 from kimi_jax.agents.finder import FAMILIES, Finder, FinderQuestion, Orchestrator, question
 from kimi_jax.agents.orchestration import FinishedRun, PlannedRun, play, settings
-from kimi_jax.config import ConfigError, RLConfig, TaskConfig, TrainConfig
+from kimi_jax.config import ConfigError, MeshConfig, RLConfig, TaskConfig, TrainConfig
 from kimi_jax.data.tokenizer import load_tokenizer
 from kimi_jax.eval.runner import SAMPLES, EvalSample, Row
 from kimi_jax.rl import parl
@@ -35,6 +40,7 @@ from kimi_jax.rl.shaping import Anneal
 from kimi_jax.rl.swarm_trajectory import trajectory
 from kimi_jax.rl.types import Group
 from kimi_jax.rl.worker import open_engine
+from kimi_jax.train import init_from
 
 HELD_OUT = 1 << 30  # number of the first question that no training asks
 NUM_QUESTIONS = 1 << 24
@@ -67,12 +73,14 @@ class Questions:
 
 @dataclass
 class RunGroup:
-    """K runs with the same question. task, index: which question of which task; runs: [] until they are made."""
+    """K runs with the same question. task, index: which question of which task; trains_subagents: whether the
+    policy is trained on their tokens too; runs: [] until they are made."""
 
     task: str
     index: int
     problem: FinderQuestion
     seeds: list[str]
+    trains_subagents: bool = False
     runs: list[FinishedRun] = field(default_factory=list)
 
     @property
@@ -87,8 +95,9 @@ class RunGroup:
 
     def group(self, rewards: Sequence[float]) -> Group:
         """The records as trajectories with these rewards."""
-        each = zip(self.runs, rewards, strict=True)
-        return Group(self.problem.key, tuple(dataclasses.replace(trajectory(r.events), reward=x) for r, x in each))
+        made = [trajectory(run.events, lambda agent: agent == ROOT or self.trains_subagents) for run in self.runs]
+        each = zip(made, rewards, strict=True)
+        return Group(self.problem.key, tuple(dataclasses.replace(t, reward=reward) for t, reward in each))
 
 
 class OrchestratorWorker:
@@ -105,6 +114,11 @@ class OrchestratorWorker:
             raise ConfigError(
                 "config.rl.orchestrator: runs are not continued, so leave max_staleness and replay_experts off"
             )
+        if rl.orchestrator.subagents == "frozen" and not config.init_from.path:
+            raise ConfigError(
+                "config.rl.orchestrator.subagents = 'frozen': subagents keep the weights that the run began with, so "
+                "name them in config.init_from.path, or use 'script' or 'trained'"
+            )
         try:
             self._corpus = Corpus(rl.orchestrator.corpus)
         except CorpusError as error:
@@ -114,6 +128,9 @@ class OrchestratorWorker:
         self._config, self._rl, self._settings = config, rl, rl.orchestrator
         self._mesh = mesh if mesh is not None and mesh.size > 1 else None
         self._batch: BatchedModel | None = None
+        self._frozen: BatchedModel | None = None  # of subagents, with an engine of its own
+        self._script = Finder if self._settings.subagents == "script" else searcher.Searcher
+        self._tools = Corpus.tools if self._settings.subagents == "script" else searcher.tools
         self._tokenizer = load_tokenizer(config.data.tokenizer)
         self._made: list[tuple[FinishedRun, parl.Rewards]] = []
 
@@ -128,44 +145,62 @@ class OrchestratorWorker:
     def set_params(self, params: Any, version: int) -> None:
         """Sample with these weights from now on; `version`, the iteration, is noted at every token."""
         if self._batch is None:
-            engine = open_engine(self._config, self._rl.rollout, params, self._mesh)
-            length = self._config.data.sequence_length
-            self._batch = BatchedModel(engine, self._tokenizer, length, self._rl.policy.temperature)
+            self._batch = self._open(params)
+            if self._settings.subagents == "frozen":
+                # not `params`: a run that goes on after a kill is handed those of a later iteration
+                copies = jax.tree.map(lambda x: x.copy(), params)
+                mesh = self._mesh or sharding.make_mesh(MeshConfig(1), jax.devices()[:1])
+                self._frozen = self._open(init_from.start(self._config, copies, mesh, lambda *lines: None))
         self._batch.engine.set_params(params, version)
+
+    def _open(self, params: Any) -> BatchedModel:
+        engine = open_engine(self._config, self._rl.rollout, params, self._mesh)
+        length = self._config.data.sequence_length
+        return BatchedModel(engine, self._tokenizer, length, self._rl.policy.temperature)
 
     def begin(self, task: str, index: int, problem: FinderQuestion, samples: int, seed: int) -> RunGroup:
         """A group whose runs are not made yet."""
-        return RunGroup(task, index, problem, [f"{seed}/{task}/{index}/{k}" for k in range(samples)])
+        seeds = [f"{seed}/{task}/{index}/{k}" for k in range(samples)]
+        return RunGroup(task, index, problem, seeds, self._settings.subagents == "trained")
 
     def draw(self, groups: Sequence[RunGroup], most: int = 0) -> None:
         """Makes all runs of groups that have none, to their ends. most: 0, because runs are not continued."""
         assert self._batch is not None, "set_params comes first"
         waiting = [(group, seed) for group in groups if not group.complete for seed in group.seeds]
-        subagent = Finder(self._settings.reliability_at(self._batch.engine.version), self._config.seed)
-        runs = [
-            PlannedRun(group.problem, EpisodeModel(self._batch, i, seed), subagent)
-            for i, (group, seed) in enumerate(waiting)
-        ]
+        reliability = self._settings.reliability_at(self._batch.engine.version)
+        runs = [self._plan(group.problem, i, seed, reliability) for i, (group, seed) in enumerate(waiting)]
         for (group, _), played in zip(waiting, self.play(runs), strict=True):
             group.runs.append(played)
+
+    def _plan(
+        self, asked: FinderQuestion, number: int, seed: str, reliability: float, greedy: bool = False
+    ) -> PlannedRun:
+        """A run of the policy. reliability: of subagents that are scripts."""
+        assert self._batch is not None
+        policy = EpisodeModel(self._batch, number, seed, greedy)
+        if self._settings.subagents == "script":
+            return PlannedRun(asked, policy, Finder(reliability, self._config.seed))
+        frozen = self._frozen and EpisodeModel(self._frozen, number, seed, greedy)
+        return PlannedRun(asked, policy, frozen or policy)
 
     def play(self, runs: Sequence[PlannedRun], critical_steps: int | None = None) -> list[FinishedRun]:
         """Runs within the limits of these settings, or with another limit of critical steps."""
         steps = critical_steps or self._settings.critical_steps
-        return play(runs, self._corpus, settings(steps, self._settings.turns, self._rl.rollout.max_new_tokens))
+        limits = settings(steps, self._settings.turns, self._rl.rollout.max_new_tokens)
+        return play(runs, self._corpus, limits, self._tools)
 
     def answer(
         self, asked: Sequence[FinderQuestion], reliability: float = 1.0, critical_steps: int | None = None
     ) -> list[FinishedRun]:
-        """A run with the most probable turns for each question, with subagents of that reliability."""
+        """A run with the most probable turns for each question; scripted subagents have that reliability."""
         assert self._batch is not None, "set_params comes first"
-        subagent = Finder(reliability, self._config.seed)
-        models = [EpisodeModel(self._batch, i, "", greedy=True) for i in range(len(asked))]
-        return self.play([PlannedRun(q, m, subagent) for q, m in zip(asked, models, strict=True)], critical_steps)
+        runs = [self._plan(each, i, "", reliability, greedy=True) for i, each in enumerate(asked)]
+        return self.play(runs, critical_steps)
 
     def one_by_one(self, asked: Sequence[FinderQuestion], critical_steps: int | None = None) -> list[FinishedRun]:
         """Of each question the run of a script that assigns one task in a turn, with reliable subagents."""
-        return self.play([PlannedRun(q, Orchestrator(q, parallel=False), Finder()) for q in asked], critical_steps)
+        runs = [PlannedRun(q, Orchestrator(q, parallel=False), self._script()) for q in asked]
+        return self.play(runs, critical_steps)
 
     def rewards(self, group: RunGroup, iteration: int) -> list[float]:
         """Of each run: the outcome, and the auxiliary terms by the weights of this iteration."""
@@ -189,6 +224,7 @@ class OrchestratorWorker:
         window = [episode(run, terms) for run, terms in made]
         return {
             **means([run for run, _ in made]),
+            **(entropies([run for run, _ in made]) if self._settings.subagents != "script" else {}),
             "r_parallel": float(np.mean([e.r_parallel for e in window])),
             "r_finish": float(np.mean([e.r_finish for e in window])),
             "collapsed": detectors.collapsed_share(window),
@@ -206,7 +242,8 @@ def episode(run: FinishedRun, terms: parl.Rewards) -> detectors.Episode:
 
 
 def means(runs: Sequence[FinishedRun]) -> dict[str, float]:
-    """item_f1, critical_steps, width (of subagents at work at once) and subagents, over runs; {} for none."""
+    """item_f1, critical_steps, width (of subagents at work at once), subagents, and the shares of these that came back
+    without a row (`no_row`) or with the row of their brief (`right_row`), over runs; {} for none."""
     if not runs:
         return {}
     columns: dict[str, list[float]] = {
@@ -215,7 +252,21 @@ def means(runs: Sequence[FinishedRun]) -> dict[str, float]:
         "width": [critical.mean_width(critical.from_events(run.events)) for run in runs],
         "subagents": [len(run.result.outcomes) - 1 for run in runs],
     }
-    return {name: float(np.mean(values)) for name, values in columns.items()}
+    found = {name: float(np.mean(values)) for name, values in columns.items()}
+    rows = [each for run in runs for each in finder.delivered(run.events)]
+    found["no_row"] = sum(not row for _, row in rows) / max(len(rows), 1)
+    found["right_row"] = sum(bool(row) and row == finder.row_of(brief) for brief, row in rows) / max(len(rows), 1)
+    return found
+
+
+def entropies(runs: Sequence[FinishedRun]) -> dict[str, float]:
+    """Of the tokens that were sampled, the mean surprise in nats, an estimate of the entropy: those of orchestrators
+    (`entropy`) and of subagents (`subagent_entropy`)."""
+    parts: dict[bool, list[float]] = {True: [0.0], False: [0.0]}
+    for event in (e for run in runs for e in run.events if e.kind == "step"):
+        parts[event.agent == ROOT] += (event.detail.get("tokens") or {}).get("logprobs", ())
+    return {name: -float(np.sum(parts[root])) / max(len(parts[root]) - 1, 1)
+            for name, root in (("entropy", True), ("subagent_entropy", False))}  # fmt: skip
 
 
 def evaluate(

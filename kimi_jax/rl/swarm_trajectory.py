@@ -1,9 +1,9 @@
 """The record of a run as what RL trains on: a tree of token segments (`kimi_jax.rl.types`).
 
-The orchestrator is trained, subagents are frozen: their tokens are observations (Kimi K2.5 report, arXiv 2602.02276,
-section 6.1). Ids are those that were sampled and sampled from; no text is encoded again. A step whose prompt begins
-with everything before it continues that context, any other step (after a context policy replaced the history, or
-because text of a reply encodes otherwise than it was sampled) begins one of its own.
+The orchestrator is trained, subagents are frozen unless it is said otherwise: their tokens are observations (Kimi K2.5
+report, arXiv 2602.02276, section 6.1). Ids are those that were sampled and sampled from; no text is encoded again. A
+step whose prompt begins with everything before it continues that context, any other step (after a context policy
+replaced the history, or because text of a reply encodes otherwise than it was sampled) begins one of its own.
 """
 
 from collections.abc import Callable, Iterable
