@@ -26,7 +26,8 @@ from experiments.harness import Experiment, Record
 from kimi_jax.config import ConfigError, TrainConfig, nearest, override
 from kimi_jax.train.log import read_rows, write_atomic
 
-NAMES = ("fusion_timing", "muon_adamw", "token_clip", "long_context", "zero_vision_sft", "agent_swarm")
+NAMES = ("fusion_timing", "muon_adamw", "token_clip", "long_context", "zero_vision_sft", "agent_swarm",
+         "frozen_subagents")  # fmt: skip
 SMOKE_LIMIT = 8  # questions a task at the scale that only says that everything runs
 POLL = 0.5  # seconds between two looks at the running processes
 REPO = harness.HERE.parent
