@@ -34,6 +34,9 @@ HERE = Path(__file__).parent
 CONFIRMED, UNDECIDED, CONTRADICTED = "confirmed at this scale", "not distinguishable", "contradicted"
 
 Record = dict[str, Any]
+# Settings of sections that are off by default, which a hash writes out whole, at the defaults that they had when they
+# were added: left out, so that records from before keep their hashes.
+ADDED = ("subagents='script', ",)
 
 
 @dataclass(frozen=True)
@@ -210,6 +213,8 @@ def config_hash(config: TrainConfig) -> str:
     """Names a configuration by what is off its default, without `workdir`: new settings leave old hashes alone."""
     lines = diff(dataclasses.replace(config, workdir=""), TrainConfig(workdir=""))
     named = [line.split(" (default ")[0] for line in lines]
+    for setting in ADDED:
+        named = [line.replace(setting, "") for line in named]
     return hashlib.sha256("\n".join(named).encode()).hexdigest()[:12]
 
 

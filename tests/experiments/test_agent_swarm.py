@@ -6,6 +6,7 @@ from experiments import harness
 from experiments.agent_swarm import EXPERIMENT, LIMITS, START, context, of_log, reduction, start, steps_to
 from experiments.harness import CONFIRMED
 from kimi_jax.agents.orchestration import write_corpus
+from kimi_jax.config import override
 from kimi_jax.config_check import check_run
 from kimi_jax.train.log import read_rows
 
@@ -21,6 +22,19 @@ def test_rows_are_settings_of_a_run_of_equally_many_steps(row, scale):
     config = EXPERIMENT.config(row, 1, scale)
     check_run(config)
     assert config.steps == (40 if scale == "cpu" else 3) and config.seed == 1
+
+
+def test_records_are_those_of_the_present_configurations():
+    """So that a setting that is added to `config.rl` does not call finished runs missing."""
+    for path in (EXPERIMENT.folder / "results" / "cpu").glob("*.jsonl"):
+        for seed, found in {(r["seed"], r["config"]) for r in read_rows(path)}:
+            assert found == harness.config_hash(EXPERIMENT.config(path.stem, seed, "cpu")), (path.stem, seed)
+
+
+def test_hash_tells_who_plays_the_subagents():
+    config = EXPERIMENT.config("annealed", 0, "cpu")
+    changed = (override(config, {"rl.orchestrator.subagents": who}) for who in ("script", "frozen", "trained"))
+    assert len({harness.config_hash(each) for each in changed}) == 3
 
 
 def log(steps=20, **last):
