@@ -20,8 +20,11 @@ from kimi_jax.data.vocabulary import tokenizer_for
 from kimi_jax.train.log import read_rows
 
 DATA = Path("runs/experiments/agent_swarm/data")
-CORPUS = DATA / "orchestrator"  # documents, and the conversations that the start is trained on
-START = DATA / "start"  # workdir of the supervised model that every run begins with
+CORPUS = DATA / "orchestrator"  # documents, and the conversations that the first start is trained on
+START = DATA / "start"  # workdir of the supervised model that runs begin with
+SERIAL = DATA / "serial_start"  # and of one that has hardly seen tasks assigned at the same time
+SMOKE_START = DATA / "smoke"  # a few steps
+PARALLEL = {START: 0.3, SERIAL: 0.05}  # share of the conversations that assign tasks at the same time
 FAMILIES = ("wide", "chain", "mixed")
 LIMITS = (4, 6, 8, 10, 12, 14, 18)  # critical steps of a run, for the curve of accuracy against latency
 WEAK, STRONG = 0.6, 1.0  # share of the briefs that subagents are up to
@@ -30,12 +33,18 @@ QUESTIONS, SMOKE = 96, 3  # held-out questions a family; steps of the smoke runs
 LAST = 10  # iterations at the end of training over which its measures are averaged
 
 
+def conversations(workdir: str) -> Path:
+    """Folder of the conversations that a start is trained on."""
+    return DATA / "serial" if workdir == str(SERIAL) else CORPUS
+
+
 def start(workdir: str) -> c.TrainConfig:
     """The supervised run before configs/rl/orchestrate.py; a few steps of it for the smoke runs."""
     config = settings_of("rl/orchestrate_sft.py")
-    source = dataclasses.replace(config.data.sources["conversations"], path=str(CORPUS / "conversations.jsonl"))
+    path = conversations(workdir) / "conversations.jsonl"
+    source = dataclasses.replace(config.data.sources["conversations"], path=str(path))
     data = dataclasses.replace(config.data, sources={"conversations": source}, tokenizer=str(DATA / "tokenizer.json"))
-    steps = config.steps if workdir == str(START) else SMOKE
+    steps = SMOKE if workdir == str(SMOKE_START) else config.steps
     return dataclasses.replace(config, workdir=workdir, steps=steps, data=data)
 
 
@@ -58,14 +67,20 @@ def base(iterations: int = 40, start: Path = START) -> c.TrainConfig:
 
 
 PARL = "rl.orchestrator."
+OUTCOME = {PARL + "lambda_parallel": 0.0, PARL + "lambda_finish": 0.0}
 ROWS: dict[str, Mapping[str, Any]] = {
     "start": {},
-    "outcome": {PARL + "lambda_parallel": 0.0, PARL + "lambda_finish": 0.0},
+    "outcome": OUTCOME,
     "annealed": {},
     "constant": {PARL + "anneal": 0},
     "naive": {PARL + "anneal": 0, PARL + "reward_useless": True},
     "naive_annealed": {PARL + "reward_useless": True},
     "weak": {PARL + "reliability": ((0, WEAK),)},
+    "serial_start": {"init_from.path": str(SERIAL)},
+    "serial_outcome": {"init_from.path": str(SERIAL), **OUTCOME},
+    "serial_annealed": {"init_from.path": str(SERIAL)},
+    "serial_constant": {"init_from.path": str(SERIAL), PARL + "anneal": 0},
+    "naive_strong": {PARL + "anneal": 0, PARL + "reward_useless": True, PARL + "lambda_parallel": 2.0},
 }
 
 
@@ -75,10 +90,11 @@ def prepare(config: c.TrainConfig) -> None:
     from kimi_jax.train import loop
 
     with locked(DATA / "lock"):
-        if not (CORPUS / "conversations.jsonl").exists():
-            orchestration.write(CORPUS)
-        supervised = start(config.init_from.path)
-        tokenizer_for(supervised, supervised.data.tokenizer, supervised.model.vocab_size)
+        for folder, parallel in ((CORPUS, PARALLEL[START]), (conversations(config.init_from.path), PARALLEL[SERIAL])):
+            if not (folder / "conversations.jsonl").exists():
+                orchestration.write(folder, parallel=parallel)
+        first, supervised = start(str(START)), start(config.init_from.path)
+        tokenizer_for(first, first.data.tokenizer, first.model.vocab_size)  # one for all starts
         if loop.run(supervised):
             raise RuntimeError(f"the supervised run in {supervised.workdir} did not come to its end")
 
@@ -188,10 +204,10 @@ EXPERIMENT = Experiment(
         "subagents that share counts those that found nothing. Frozen subagents are scripts; trainable ones are not "
         "part of this experiment."
     ),
-    base={"smoke": lambda: base(SMOKE, DATA / "smoke"), "cpu": base},
+    base={"smoke": lambda: base(SMOKE, SMOKE_START), "cpu": base},
     rows=ROWS,
     seeds=(0, 1, 2),
-    untrained=("start",),
+    untrained=("start", "serial_start"),
     scores=(
         *(Score(f"{family}/item_f1", f"item F1, {family}", True) for family in FAMILIES),
         Score("weak/item_f1", f"item F1, subagents {WEAK:.0%}", True),
