@@ -22,9 +22,10 @@ from kimi_jax.train.log import read_rows
 DATA = Path("runs/experiments/agent_swarm/data")
 CORPUS = DATA / "orchestrator"  # documents, and the conversations that the first start is trained on
 START = DATA / "start"  # workdir of the supervised model that runs begin with
-SERIAL = DATA / "serial_start"  # and of one that has hardly seen tasks assigned at the same time
+FEW = DATA / "few_start"  # of one that has seen few tasks assigned at the same time
+SERIAL = DATA / "serial_start"  # of one that has hardly seen any
 SMOKE_START = DATA / "smoke"  # a few steps
-PARALLEL = {START: 0.3, SERIAL: 0.05}  # share of the conversations that assign tasks at the same time
+PARALLEL = {str(START): 0.3, str(FEW): 0.15, str(SERIAL): 0.05}  # share of the conversations that assign tasks at the same time
 FAMILIES = ("wide", "chain", "mixed")
 LIMITS = (4, 6, 8, 10, 12, 14, 18)  # critical steps of a run, for the curve of accuracy against latency
 WEAK, STRONG = 0.6, 1.0  # share of the briefs that subagents are up to
@@ -35,7 +36,7 @@ LAST = 10  # iterations at the end of training over which its measures are avera
 
 def conversations(workdir: str) -> Path:
     """Folder of the conversations that a start is trained on."""
-    return DATA / "serial" if workdir == str(SERIAL) else CORPUS
+    return {str(FEW): DATA / "few", str(SERIAL): DATA / "serial"}.get(workdir, CORPUS)
 
 
 def start(workdir: str) -> c.TrainConfig:
@@ -79,7 +80,9 @@ ROWS: dict[str, Mapping[str, Any]] = {
     "serial_start": {"init_from.path": str(SERIAL)},
     "serial_outcome": {"init_from.path": str(SERIAL), **OUTCOME},
     "serial_annealed": {"init_from.path": str(SERIAL)},
-    "serial_constant": {"init_from.path": str(SERIAL), PARL + "anneal": 0},
+    "few_start": {"init_from.path": str(FEW)},
+    "few_outcome": {"init_from.path": str(FEW), **OUTCOME},
+    "few_annealed": {"init_from.path": str(FEW)},
     "naive_strong": {PARL + "anneal": 0, PARL + "reward_useless": True, PARL + "lambda_parallel": 2.0},
 }
 
@@ -90,9 +93,9 @@ def prepare(config: c.TrainConfig) -> None:
     from kimi_jax.train import loop
 
     with locked(DATA / "lock"):
-        for folder, parallel in ((CORPUS, PARALLEL[START]), (conversations(config.init_from.path), PARALLEL[SERIAL])):
-            if not (folder / "conversations.jsonl").exists():
-                orchestration.write(folder, parallel=parallel)
+        for workdir in (str(START), config.init_from.path):
+            if not (conversations(workdir) / "conversations.jsonl").exists():
+                orchestration.write(conversations(workdir), parallel=PARALLEL[workdir])
         first, supervised = start(str(START)), start(config.init_from.path)
         tokenizer_for(first, first.data.tokenizer, first.model.vocab_size)  # one for all starts
         if loop.run(supervised):
@@ -207,7 +210,7 @@ EXPERIMENT = Experiment(
     base={"smoke": lambda: base(SMOKE, SMOKE_START), "cpu": base},
     rows=ROWS,
     seeds=(0, 1, 2),
-    untrained=("start", "serial_start"),
+    untrained=("start", "serial_start", "few_start"),
     scores=(
         *(Score(f"{family}/item_f1", f"item F1, {family}", True) for family in FAMILIES),
         Score("weak/item_f1", f"item F1, subagents {WEAK:.0%}", True),
