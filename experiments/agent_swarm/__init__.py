@@ -25,7 +25,8 @@ START = DATA / "start"  # workdir of the supervised model that runs begin with
 FEW = DATA / "few_start"  # of one that has seen few tasks assigned at the same time
 SERIAL = DATA / "serial_start"  # of one that has hardly seen any
 SMOKE_START = DATA / "smoke"  # a few steps
-PARALLEL = {str(START): 0.3, str(FEW): 0.15, str(SERIAL): 0.05}  # share of the conversations that assign tasks at the same time
+# share of a start's conversations that assign tasks at the same time
+PARALLEL = {str(START): 0.3, str(FEW): 0.15, str(SERIAL): 0.05}
 FAMILIES = ("wide", "chain", "mixed")
 LIMITS = (4, 6, 8, 10, 12, 14, 18)  # critical steps of a run, for the curve of accuracy against latency
 WEAK, STRONG = 0.6, 1.0  # share of the briefs that subagents are up to

@@ -14,10 +14,11 @@ COLOURS = {
     "serial_start": "#bbbbbb", "serial_outcome": "#27408b", "serial_annealed": "#0b4d3f", "few_start": "#777777",
     "few_outcome": "#6ca6cd", "few_annealed": "#43cd80", "naive_strong": "#8b2500",
 }  # fmt: skip
+OTHER_STARTS = ("few_", "serial_")  # rows that would hide the others' curves
 CAPTIONS = {
     "steps.png": "Left and middle: item F1 on 96 held-out questions under a limit of critical steps, mean over seeds "
-    "(band: lowest to highest); dashed: a script that assigns one task in a turn. Right: of the last iterations of "
-    "training, the share of wide questions that were worked on one after the other (circles), and of subagents whose "
+    "(band: lowest to highest) of the rows from the first start; dashed: a script that assigns one task in a turn. "
+    "Right: of the last iterations of training, the share of wide questions that were worked on one after the other (circles), and of subagents whose "
     "result was not used (crosses); points are seeds."
 }
 
@@ -35,7 +36,7 @@ def draw(table: ResultsTable, folder: Path, limits: tuple[int, ...]) -> None:
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11.5, 3.6), width_ratios=(1, 1, 1.1))
     for axes, family in ((left, "wide"), (middle, "chain")):
-        for row in rows:
+        for row in [row for row in rows if not row.startswith(OTHER_STARTS)]:
             values = np.array([list(table.values(row, f"limit_{limit}/{family}/policy").values()) for limit in limits])
             axes.plot(limits, values.mean(axis=1), color=COLOURS[row], label=row, linewidth=1.4)
             axes.fill_between(
