@@ -18,8 +18,8 @@ OTHER_STARTS = ("few_", "serial_")  # rows that would hide the others' curves
 CAPTIONS = {
     "steps.png": "Left and middle: item F1 on 96 held-out questions under a limit of critical steps, mean over seeds "
     "(band: lowest to highest) of the rows from the first start; dashed: a script that assigns one task in a turn. "
-    "Right: of the last iterations of training, the share of wide questions that were worked on one after the other (circles), and of subagents whose "
-    "result was not used (crosses); points are seeds."
+    "Right: of the last iterations of training, the share of wide questions that were worked on one after the "
+    "other (circles), and of subagents whose result was not used (crosses); points are seeds."
 }
 
 
