@@ -196,7 +196,7 @@ EXPERIMENT = Experiment(
     setting=(
         "A K2.5-shaped model of 1.0 million parameters assigns the lines of a question to scripted subagents that "
         "search and read the World Factbook, by the real runtime of the swarm (docs/rl.md section 11), and cites the "
-        "rows that came back. Every run begins with the same supervised model, of whose 3,000 conversations 30 % "
+        "rows that came back. Runs begin with the same supervised model, of whose 3,000 conversations 30 % "
         "assign tasks at the same time; then 40 iterations of 8 questions with 8 runs each. `outcome` has no auxiliary "
         "reward; `annealed` has r_parallel (0.3) and r_finish (0.2), which fall to zero over 30 iterations; `constant` "
         "keeps them; `naive` keeps them and counts subagents whose results are never used, `naive_annealed` counts "
@@ -234,6 +234,19 @@ EXPERIMENT = Experiment(
             better("train/unused", "naive", "constant"),
         ),
         Claim("Annealing takes those away", better("train/unused", "naive_annealed", "naive", lower=True)),
+        Claim(
+            "From a start with 15 % in parallel, the outcome alone ends in serial collapse more often than with "
+            "annealed rewards",
+            better("train/collapsed", "few_annealed", "few_outcome", lower=True),
+        ),
+        Claim(
+            "From a start with 5 % too",
+            better("train/collapsed", "serial_annealed", "serial_outcome", lower=True),
+        ),
+        Claim(
+            "A naive reward that outweighs the outcome leaves more results unused than one that counts used ones",
+            better("train/unused", "naive_strong", "constant"),
+        ),
         Claim(
             f"For item F1 {TARGET} on wide questions, a script that works one after the other needs more critical "
             "steps than the annealed policy (ratio above 1, by straight lines between the limits; the report finds "
