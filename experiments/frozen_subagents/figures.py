@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.harness import Table
+from experiments.harness import ResultsTable
 
 COLOURS = {"start": "#999999", "frozen": "#1f8a7a", "trained": "#c8741a"}
 CAPTIONS = {
@@ -17,7 +17,7 @@ CAPTIONS = {
 }
 
 
-def draw(table: Table, folder: Path) -> None:
+def draw(table: ResultsTable, folder: Path) -> None:
     """Writes the PNG file, if any row has records."""
     import matplotlib
 
@@ -53,7 +53,7 @@ def draw(table: Table, folder: Path) -> None:
     plt.close(figure)
 
 
-def _curve(table: Table, row: str, seed: int) -> list[float]:
+def _curve(table: ResultsTable, row: str, seed: int) -> list[float]:
     """Item F1 through training."""
     values: list[float] = []
     while found := table.values(row, f"curve/{len(values)}"):
