@@ -162,10 +162,10 @@ EXPERIMENT = Experiment(
         "*swapped* means by those of the other row: the start's for `trained`, the policy's for `frozen`. A fall is "
         f"that of item F1 in training, averaged over {AVERAGED} iterations, below an earlier value. Entropies are "
         "mean surprises of the sampled tokens at the end of training, in nats. The model is small, its task has "
-        "one right row for each brief, and 24 iterations are few: what the report avoids may need longer training. Seen "
-        "after the runs: the share of right rows rises by about as much as the share without a row falls, so most of "
-        "what trained subagents gain may be that they unlearn to give up, which the conversations of the start teach "
-        "them. The rows differ in the number of trained tokens too."
+        "one right row for each brief, and 24 iterations are few: what the report avoids may need longer training. "
+        "Seen after the runs: the share of right rows rises by about as much as the share without a row falls, so most "
+        "of what trained subagents gain may be that they unlearn to give up, which the conversations of the start "
+        "teach them. The rows differ in the number of trained tokens too."
     ),
     base={"smoke": lambda: base(SMOKE, DATA / "smoke"), "cpu": base},
     rows=ROWS,
