@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Annotated
+from urllib.parse import urlsplit
 
 from kimi_jax.ranges import Count, Natural, NonNegative, OneOf, Positive, Range
 
@@ -14,6 +15,17 @@ SANDBOXES = ("auto", "bubblewrap", "lock", "none")  # walls that may be asked fo
 
 SUBAGENTS = ("script", "frozen", "trained")  # what plays the subagents of an orchestrator
 LOSSES = ("k2_5", "k1_5", "ppo", "cispo", "gspo", "none")
+
+
+def is_base_url(url: str) -> bool:
+    """Whether it names a server and nothing on it."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and (
+            url.rstrip("/") == f"{parts.scheme}://{parts.netloc}" and "@" not in parts.netloc
+        )  # fmt: skip
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -96,6 +108,10 @@ class RolloutConfig:
     slots: Count = 64  # answers that are decoded together
     page_size: Annotated[int, Range(1, 1 << 16)] = 16  # tokens of a page of the cache
     tokens_per_call: Count = 16
+    # servers of this project that draw instead of this process (`kimi_jax.rl.remote`): http://10.0.0.2:8000
+    endpoints: tuple[str, ...] = ()
+    endpoint_seconds: Annotated[float, Range(above=0.0, high=86_400.0)] = 600.0  # for one answer, or for new weights
+    endpoint_tries: Count = 8  # that fail in a row at every one of them before the run ends
 
     def conflict(self) -> str:
         """What does not go together; empty if all does."""
@@ -103,6 +119,13 @@ class RolloutConfig:
             return f"page_size = {self.page_size} is no power of two"
         if self.tokens_per_iteration and not self.max_staleness:
             return "tokens_per_iteration interrupts answers, so max_staleness must be at least 1"
+        if self.endpoints and self.replay_experts:
+            return "replay_experts needs an engine in this process; servers (endpoints) do not tell the experts"
+        wrong = [url for url in self.endpoints if not is_base_url(url)]
+        if wrong:
+            return f"endpoints: {wrong[0]!r:.80} is no http://HOST:PORT or https://HOST:PORT without a path"
+        if len(set(self.endpoints)) < len(self.endpoints):
+            return "endpoints names a server twice"
         return ""
 
 

@@ -19,11 +19,12 @@ def main(_: list[str]) -> int:
     from kimi_jax.data import DataError
     from kimi_jax.rl.run import run
     from kimi_jax.sharding import ShardingError
+    from kimi_jax.train.batches import SourceUnavailable
     from kimi_jax.train.loop import Diverged, StorageError
 
     try:
         return run(cli.settings())
-    except (ConfigError, DataError, ShardingError, Diverged, StorageError) as error:
+    except (ConfigError, DataError, ShardingError, Diverged, SourceUnavailable, StorageError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -21,6 +21,11 @@ HostState = dict[str, Any]  # JSON values, and NumPy arrays of numbers or bools 
 ARRAY = "__array__"  # key of what stands in the JSON in an array's place: [dtype, shape]
 
 
+class SourceUnavailable(RuntimeError):
+    """No batch comes just now, from no fault of the settings; the run saves what it has and ends, and a later start may
+    succeed. `state` of the source is still one that a run goes on from."""
+
+
 @runtime_checkable
 class BatchSource(Protocol):
     """An endless iterator over batches that can be continued. With several hosts all of them call every method at the

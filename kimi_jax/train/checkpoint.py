@@ -81,9 +81,7 @@ class Checkpoints:
     def _write_checksums(self) -> None:
         """Called by Orbax on every host, in its thread, when the files of a step are complete but not yet committed."""
         if hosts.is_first():
-            steps = epath.Path(self._manager.directory)
-            half = [p for p in steps.iterdir() if p.name.startswith(f"{self._asked}.orbax-checkpoint-tmp")]
-            checksums.write(half[0] if half else steps / str(self._asked))  # in a bucket it has its name from the start
+            _write_checksums(epath.Path(self._manager.directory), self._asked)
 
     def save(self, state: TrainState, host: dict[str, Any], config: TrainConfig) -> int:
         """Starts saving the state under its own step number, which it returns; a step that is there stays as it is.
@@ -316,6 +314,29 @@ def load(
     return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer)), params
 
 
+def save_weights(workdir: str, params: Any, config: TrainConfig, keep: int = 2) -> int:
+    """Weights alone as the next step of `workdir`, for whoever calls `load` or a server; returns its number, 1 or more.
+
+    They are complete when it returns; older ones than the last `keep` are removed. A number is never used twice as long
+    as the folder exists. One host only. Raises OSError and whatever else Orbax raises if they cannot be written.
+    """
+    step = 0
+    manager = _manager(
+        workdir, CheckpointConfig(keep=keep),
+        before_commit=lambda: _write_checksums(epath.Path(workdir).absolute() / "checkpoints", step),
+    )  # fmt: skip
+    try:
+        step = 1 + max(manager.all_steps(), default=0)
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(params), config=ocp.args.JsonSave(dataclasses.asdict(config))
+        )
+        manager.save(step, args=items, force=True)
+        manager.wait_until_finished()
+    finally:
+        manager.close()
+    return step
+
+
 def load_settings(workdir: str) -> TrainConfig:
     """The settings of the newest checkpoint of a workdir; reads no weights. Raises FileNotFoundError without one."""
     manager = _manager(workdir, CheckpointConfig(), read_only=True)
@@ -326,6 +347,12 @@ def load_settings(workdir: str) -> TrainConfig:
         return freeze(manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config)
     finally:
         manager.close()
+
+
+def _write_checksums(steps: epath.Path, step: int | None) -> None:
+    """Of a step whose files are complete but not yet committed."""
+    half = [p for p in steps.iterdir() if p.name.startswith(f"{step}.orbax-checkpoint-tmp")]
+    checksums.write(half[0] if half else steps / str(step))  # in a bucket it has its name from the start
 
 
 def _restore_parts(item: epath.Path, abstract: Any, parts: Collection[str] | None) -> Any:

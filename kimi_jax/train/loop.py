@@ -38,7 +38,7 @@ from kimi_jax.config import PRESETS, ConfigError, TrainConfig, check, diff, pres
 from kimi_jax.config_check import check_run
 from kimi_jax.train import adapters, init_from, inputs, lock, xla_flags
 from kimi_jax.train import state as state_lib
-from kimi_jax.train.batches import BatchSource, OpenBatches, open_stream
+from kimi_jax.train.batches import BatchSource, OpenBatches, SourceUnavailable, open_stream
 from kimi_jax.train.checkpoint import Checkpoints
 from kimi_jax.train.console import Interrupted, Reporter, Stop, exit_status
 from kimi_jax.train.fill import FillWatch
@@ -97,7 +97,8 @@ def run(
 
     0 complete; 75 stopped by SIGTERM, saved, to be started again; 130 stopped by Ctrl-C, saved; 74 complete but the
     end is not saved. Raises CheckpointMismatch (the workdir holds another model), NoCheckpoint, CheckpointUnavailable,
-    WorkdirBusy, StorageError, Diverged, HostMissing, and whatever the data or the settings raise.
+    WorkdirBusy, StorageError, Diverged, HostMissing, SourceUnavailable (saved), and whatever the data or the settings
+    raise.
     """
     with Stop() as stop:
         try:
@@ -251,6 +252,11 @@ class _Run:
             host["inputs"] = self.fed
             self.checkpoints.save(state, host, self.config)
 
+    def save_and_wait(self, state: TrainState, source: BatchSource) -> None:
+        """The same, before an error ends the run."""
+        self.save(state, source)
+        self.checkpoints.wait()
+
 
 # ---------------------------------------------------------------------------------------------------------------- steps
 
@@ -291,7 +297,12 @@ def _train(
     compiled, vote, stop = None, hosts.Vote(), 0
     while step < config.steps and not stop:
         source.update(state.params, step)
-        batch = _next_batch(this, source)
+        try:
+            batch = _next_batch(this, source)
+        except SourceUnavailable:
+            _record(this, meter.flush(), rate)
+            this.save_and_wait(state, source)
+            raise
         if batch is None:
             stop = this.stop.signal
             if source.report()["batches"] == step:  # else the batch that came with the signal would be lost to the run
@@ -327,6 +338,9 @@ def _train(
             except Interrupted:
                 stop = this.stop.signal
                 this.save(state, source)
+            except SourceUnavailable:  # what draws rollouts answers questions too
+                this.save_and_wait(state, source)
+                raise
             meter.restart_clock()
     return state, step, stop
 
