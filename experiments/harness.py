@@ -36,7 +36,7 @@ CONFIRMED, UNDECIDED, CONTRADICTED = "confirmed at this scale", "not distinguish
 Record = dict[str, Any]
 # Settings of sections that are off by default, which a hash writes out whole, at the defaults that they had when they
 # were added: left out, so that records from before keep their hashes.
-ADDED = ("subagents='script', ",)
+ADDED = ("subagents='script', ", ", endpoints=(), endpoint_seconds=600.0, endpoint_tries=8")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """One server of this project (`python -m kimi_jax.serve`) as a sampler of token ids: HTTP over asyncio.
 
-docs/rl.md section 9. Token ids go to /v1/completions and come back with the log-probability and the version of the
+docs/rl.md section 13. Token ids go to /v1/completions and come back with the log-probability and the version of the
 weights of each; /v1/weights makes the server read others. What comes back is taken for hostile: a reply has a time in
 all, a size that follows from what was asked for, one type for each field, and every number has its bounds. Whatever is
 wrong is an `EndpointError`; nothing else leaves this file.

@@ -1,6 +1,6 @@
 """Rollouts that servers of this project draw, on this host or others, in the place of the engine of this process.
 
-docs/rl.md section 9. `RemoteSampler` stands where `rl.worker` expects an engine: answers are distributed over the
+docs/rl.md section 13. `RemoteSampler` stands where `rl.worker` expects an engine: answers are distributed over the
 endpoints that are healthy, each answer a call of its own. Since an answer follows from its seed, its prompt and the
 weights, it is the same wherever it is drawn, so one whose endpoint dies, hangs or says nonsense is drawn again by
 another.
@@ -26,10 +26,10 @@ from typing import Any
 
 from kimi_jax.config import ConfigError, RolloutConfig, TrainConfig
 from kimi_jax.data.example import Encoded
-from kimi_jax.infer.request import Event, Request
+from kimi_jax.infer.request import Request, TokenEvent
 from kimi_jax.rl.endpoint import Busy, Drawn, Endpoint, EndpointError, FailedRequest, WrongVersion
 from kimi_jax.rl.tasks import Problem
-from kimi_jax.rl.worker import RolloutWorker, Sampler
+from kimi_jax.rl.worker import RolloutEngine, RolloutWorker
 from kimi_jax.train import checkpoint
 from kimi_jax.train.batches import SourceUnavailable
 
@@ -74,7 +74,7 @@ class _Member:
 
 
 class RemoteSampler:
-    """An `rl.worker.Sampler` over several endpoints. One thread calls its methods; a loop in another works.
+    """An `rl.worker.RolloutEngine` over several endpoints. One thread calls its methods; a loop in another works.
 
     rollout: how many answers an endpoint draws at once (`slots`), how old their tokens may be (`max_staleness`), how
     often an endpoint may fail. publish: writes weights where the servers read them, and returns their number. rest:
@@ -92,7 +92,7 @@ class RemoteSampler:
         self._slots, self._tries, self._oldest = rollout.slots, rollout.endpoint_tries, rollout.max_staleness
         self._numbers = itertools.count()
         self._outstanding: set[int] = set()
-        self._arrived: queue.SimpleQueue[list[Event] | Exception] = queue.SimpleQueue()
+        self._arrived: queue.SimpleQueue[list[TokenEvent] | Exception] = queue.SimpleQueue()
         # the loop's from here on
         self._members = [_Member(endpoint, rollout.slots) for endpoint in endpoints]
         self._waiting: deque[_Job] = deque()
@@ -106,7 +106,7 @@ class RemoteSampler:
         self._thread = threading.Thread(target=self._loop.run_forever, name="endpoints", daemon=True)
         self._thread.start()
 
-    # ------------------------------------------------------------------------------------------------- as a Sampler
+    # ------------------------------------------------------------------------------------------- as a RolloutEngine
 
     @property
     def idle(self) -> bool:
@@ -127,7 +127,7 @@ class RemoteSampler:
         self._outstanding.discard(request_id)
         self._loop.call_soon_threadsafe(self._drop, request_id)
 
-    def step(self) -> list[Event]:
+    def step(self) -> list[TokenEvent]:
         """The next answer that arrives, whole; or nothing for now. Raises EndpointsLost."""
         try:
             arrived = self._arrived.get(timeout=STEP_SECONDS)
@@ -273,7 +273,7 @@ class RemoteSampler:
             # what may itself be the cause goes behind the others
             (self._waiting.append if error else self._waiting.appendleft)(job)
         elif self._jobs.pop(job.number, None) is not None:
-            self._arrived.put([Event(job.number, None, None, (), "error", str(error))])
+            self._arrived.put([TokenEvent(job.number, None, None, (), "error", str(error))])
 
     def _fail(self, member: _Member, error: EndpointError) -> None:
         """An endpoint is left alone for a while; what it was drawing is drawn again."""
@@ -304,12 +304,12 @@ class RemoteSampler:
         self._dispatch()
 
 
-def _events(number: int, drawn: Drawn, versions: Sequence[int]) -> list[Event]:
+def _events(number: int, drawn: Drawn, versions: Sequence[int]) -> list[TokenEvent]:
     """An answer as an engine would report it."""
     rows = list(zip(drawn.token_ids, drawn.logprobs, versions, strict=True))
     ends: list[str | None] = [None] * (len(rows) - 1) + ["stop" if drawn.stopped else "length"]
     return [
-        Event(number, token, logprob, (), end, version=version)
+        TokenEvent(number, token, logprob, (), end, version=version)
         for (token, logprob, version), end in zip(rows, ends, strict=True)
     ]
 
@@ -351,7 +351,7 @@ class RemoteWorker(RolloutWorker):
             self._remote.close()
             self._remote = self._sampler = None  # an evaluation behind the last batch opens others
 
-    def _open(self, params: Any) -> Sampler:
+    def _open(self, params: Any) -> RolloutEngine:
         rollout = self._rollout
         endpoints = [
             Endpoint(url, self._key, rollout.endpoint_seconds, self._config.model.vocab_size)

@@ -50,7 +50,7 @@ def table(trained):
             ("train/subagent_entropy", level), ("curve/0", 0.6), ("curve/1", level),
         )
     ]  # fmt: skip
-    return harness.Table(EXPERIMENT, "cpu", records)
+    return harness.ResultsTable(EXPERIMENT, "cpu", records)
 
 
 def test_claims_say_yes_and_no():
@@ -65,7 +65,7 @@ def test_claims_say_yes_and_no():
 def test_figure_is_drawn_of_whatever_there_is(tmp_path):
     figures.draw(table(0.5), tmp_path)
     assert (tmp_path / "training.png").stat().st_size > 0
-    figures.draw(harness.Table(EXPERIMENT, "cpu", []), tmp_path / "none")
+    figures.draw(harness.ResultsTable(EXPERIMENT, "cpu", []), tmp_path / "none")
 
 
 def test_smoke_runs_begin_with_a_start_of_their_own():

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from kimi_jax import sharding
 from kimi_jax.config import ConfigError, check
 from kimi_jax.config_rl import RolloutConfig
 from kimi_jax.infer.engine import Engine
@@ -421,7 +422,11 @@ def test_weights_alone_are_a_checkpoint_and_no_number_comes_twice(tmp_path):
         np.testing.assert_array_equal(mine, theirs)
 
 
-def test_run_whose_endpoints_all_die_ends_with_an_error_and_its_checkpoint_and_goes_on_when_they_live(tmp_path, key):
+def test_run_whose_endpoints_all_die_ends_with_an_error_and_its_checkpoint_and_goes_on_when_they_live(
+    tmp_path, key, monkeypatch
+):
+    make_mesh = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
     write_tokenizer(tmp_path)
     with stubs(1) as (server,):
 
