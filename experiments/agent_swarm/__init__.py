@@ -84,6 +84,7 @@ ROWS: dict[str, Mapping[str, Any]] = {
     "few_start": {"init_from.path": str(FEW)},
     "few_outcome": {"init_from.path": str(FEW), **OUTCOME},
     "few_annealed": {"init_from.path": str(FEW)},
+    "few_strong": {"init_from.path": str(FEW), PARL + "lambda_parallel": 2.0},
     "naive_strong": {PARL + "anneal": 0, PARL + "reward_useless": True, PARL + "lambda_parallel": 2.0},
 }
 
@@ -240,7 +241,15 @@ EXPERIMENT = Experiment(
             better("train/collapsed", "few_annealed", "few_outcome", lower=True),
         ),
         Claim(
-            "From a start with 5 % too",
+            "From that start, an annealed r_parallel with the weight 2 ends in it less often than the outcome alone",
+            better("train/collapsed", "few_strong", "few_outcome", lower=True),
+        ),
+        Claim(
+            "And answers in fewer critical steps",
+            better("critical_steps", "few_strong", "few_outcome", lower=True),
+        ),
+        Claim(
+            "From a start with 5 % too, annealed rewards of the usual weight end in it less often",
             better("train/collapsed", "serial_annealed", "serial_outcome", lower=True),
         ),
         Claim(

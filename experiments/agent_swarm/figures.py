@@ -12,7 +12,7 @@ COLOURS = {
     "start": "#999999", "outcome": "#4a6fa5", "annealed": "#1f8a7a", "constant": "#7cc4b8", "naive": "#c8741a",
     "naive_annealed": "#e3b04b", "weak": "#a23b72",
     "serial_start": "#bbbbbb", "serial_outcome": "#27408b", "serial_annealed": "#0b4d3f", "few_start": "#777777",
-    "few_outcome": "#6ca6cd", "few_annealed": "#43cd80", "naive_strong": "#8b2500",
+    "few_outcome": "#6ca6cd", "few_annealed": "#43cd80", "few_strong": "#2e8b57", "naive_strong": "#8b2500",
 }  # fmt: skip
 OTHER_STARTS = ("few_", "serial_")  # rows that would hide the others' curves
 CAPTIONS = {
